@@ -1,0 +1,198 @@
+#include "arguments.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <sstream>
+
+namespace rwkv6 {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw ArgumentError(text.str());
+}
+
+std::string shape_text(const int64_t* shape, int ndim) {
+  std::ostringstream text;
+  text << '[';
+  for (int i = 0; i < ndim; i++) text << (i ? ", " : "") << shape[i];
+  text << ']';
+  return text.str();
+}
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64: return "float64";
+    case DType::f32: return "float32";
+    case DType::bf16: return "bfloat16";
+    default: return "float16";
+  }
+}
+
+int64_t stride(const DLTensor* x, int dim) {
+  if (x->strides) return x->strides[dim];
+  int64_t elements = 1;  // no strides means compact and row-major
+  for (int i = dim + 1; i < x->ndim; i++) elements *= x->shape[i];
+  return elements;
+}
+
+char* data(const DLTensor* x) { return static_cast<char*>(x->data) + x->byte_offset; }
+
+// Shape, device and memory of any tensor; -1 in `shape` stands for any size.
+void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape) {
+  if (!x) fail(name, ": required, got NULL");
+  bool fits = x->ndim == int(shape.size());
+  for (int i = 0; fits && i < x->ndim; i++) {
+    const int64_t expected = shape.begin()[i];
+    fits = expected < 0 ? x->shape[i] >= 0 : x->shape[i] == expected;
+  }
+  if (!fits)
+    fail(name, ": expected shape ", shape_text(shape.begin(), int(shape.size())),
+         " (-1: any), got ", shape_text(x->shape, x->ndim));
+  if (x->device.device_type != kDLCPU && x->device.device_type != kDLCUDAHost)
+    fail(name, ": expected a CPU tensor, got DLPack device type ", int(x->device.device_type));
+  int64_t elements = 1;
+  for (int i = 0; i < x->ndim; i++) elements *= x->shape[i];
+  if (elements && !x->data) fail(name, ": its data pointer is NULL");
+}
+
+// The same for a float tensor: also dtype and a contiguous last dimension.
+DType check_float(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
+                  DType dtype, DType or_dtype) {
+  check(name, x, shape);
+  const DType found = dtype_of(name, x);
+  if (found != dtype && found != or_dtype)
+    fail(name, ": expected ", name_of(dtype), dtype == or_dtype ? "" : " or ",
+         dtype == or_dtype ? "" : name_of(or_dtype), ", got ", name_of(found));
+  const int last = x->ndim - 1;
+  if (x->shape[last] > 1 && stride(x, last) != 1)
+    fail(name, ": the last dimension must be contiguous, got stride ", stride(x, last));
+  return found;
+}
+
+// A 1-D int32 or int64 tensor, read into int64.
+std::vector<int64_t> integers(const char* name, const DLTensor* x, int64_t size) {
+  check(name, x, {size});
+  const DLDataType dtype = x->dtype;
+  if (dtype.code != kDLInt || dtype.lanes != 1 || (dtype.bits != 32 && dtype.bits != 64))
+    fail(name, ": expected int32 or int64");
+  std::vector<int64_t> values(size_t(x->shape[0]));
+  for (size_t i = 0; i < values.size(); i++) {
+    const int64_t at = int64_t(i) * stride(x, 0);
+    values[i] = dtype.bits == 32 ? reinterpret_cast<const int32_t*>(data(x))[at]
+                                 : reinterpret_cast<const int64_t*>(data(x))[at];
+  }
+  return values;
+}
+
+}  // namespace
+
+DType dtype_of(const char* name, const DLTensor* x) {
+  if (!x) fail(name, ": required, got NULL");
+  const DLDataType dtype = x->dtype;
+  if (dtype.lanes == 1) {
+    if (dtype.code == kDLFloat && dtype.bits == 64) return DType::f64;
+    if (dtype.code == kDLFloat && dtype.bits == 32) return DType::f32;
+    if (dtype.code == kDLFloat && dtype.bits == 16) return DType::f16;
+    if (dtype.code == kDLBfloat && dtype.bits == 16) return DType::bf16;
+  }
+  fail(name, ": expected float64, float32, bfloat16 or float16, got DLPack dtype code ",
+       int(dtype.code), " of ", int(dtype.bits), " bits");
+}
+
+Shape check_r(const DLTensor* r) {
+  const DType dtype = dtype_of("r", r);
+  check_float("r", r, {-1, -1, -1, -1}, dtype, dtype);
+  const Shape shape{r->shape[0], r->shape[1], r->shape[2], r->shape[3]};
+  if (shape.N < 1 || shape.N > kLargestHeadSize)
+    fail("r: expected a head size N from 1 to ", kLargestHeadSize, ", got ", shape.N);
+  return shape;
+}
+
+Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
+  const DType found =
+      check_float(name, x, {shape.B, shape.T, shape.H, shape.N}, dtype, or_dtype);
+  return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
+}
+
+Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
+  const DType found = check_float(name, x, {shape.H, shape.N}, dtype, or_dtype);
+  return {data(x), found, stride(x, 0)};
+}
+
+States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DType dtype,
+              DType or_dtype) {
+  const DType found = check_float(name, x, {rows, shape.H, shape.N, shape.N}, dtype, or_dtype);
+  return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
+}
+
+void check_writable(const char* name, const DLTensor* x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int i = 0; i < x->ndim; i++) {
+    if (x->shape[i] == 0) return;
+    if (x->shape[i] > 1) dims.emplace_back(stride(x, i), x->shape[i]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;  // elements spanned by the dimensions so far
+  for (const auto& [step, size] : dims) {
+    if (step < extent)
+      fail(name, ": it is written to, but its elements overlap in memory (an expanded view?)");
+    extent += step * (size - 1);
+  }
+}
+
+std::vector<Sequence> sequences(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens,
+                                StateUse use, int64_t rows) {
+  std::vector<Sequence> result;
+  if (cu_seqlens) {
+    if (shape.B != 1) fail("cu_seqlens: packed sequences need B = 1, got B = ", shape.B);
+    const std::vector<int64_t> offsets = integers("cu_seqlens", cu_seqlens, -1);
+    if (offsets.empty()) fail("cu_seqlens: expected at least one offset (M + 1 of them), got none");
+    if (offsets.front() != 0) fail("cu_seqlens: the first must be 0, got ", offsets.front());
+    if (offsets.back() != shape.T)
+      fail("cu_seqlens: the last must be T = ", shape.T, ", got ", offsets.back());
+    for (size_t m = 0; m + 1 < offsets.size(); m++) {
+      if (offsets[m + 1] < offsets[m])
+        fail("cu_seqlens: must not fall, but entry ", m + 1, " is ", offsets[m + 1], " after ",
+             offsets[m]);
+      result.push_back({0, offsets[m], offsets[m + 1] - offsets[m], -1, int64_t(m)});
+    }
+  } else {
+    for (int64_t b = 0; b < shape.B; b++) result.push_back({b, 0, shape.T, -1, b});
+  }
+  const int64_t n = int64_t(result.size());
+  if (use == StateUse::none) {
+    if (state_map) fail("state_map: given without initial_state, which it would index");
+    return result;
+  }
+  const char* state = use == StateUse::read ? "initial_state" : "state";
+  std::vector<int64_t> map;
+  if (state_map) {
+    map = integers("state_map", state_map, n);
+  } else if (rows == n) {
+    for (int64_t m = 0; m < n; m++) map.push_back(m);
+  } else if (rows == 1 && use == StateUse::read) {
+    map.assign(size_t(n), 0);
+  } else {
+    fail(state, ": ", rows, " rows for ", n, " sequences need a state_map");
+  }
+  std::vector<bool> taken(size_t(rows), false);
+  for (int64_t m = 0; m < n; m++) {
+    const int64_t row = map[size_t(m)];
+    const bool padding = use == StateUse::update && row < 0;
+    if (!padding && (row < 0 || row >= rows))
+      fail("state_map: entry ", m, " is ", row, ", expected 0 to ", rows - 1, " (", rows,
+           " rows of ", state, ")");
+    result[size_t(m)].initial = padding ? -1 : row;
+    if (use != StateUse::update) continue;
+    result[size_t(m)].final = padding ? -1 : row;
+    if (!padding && taken[size_t(row)])
+      fail("state_map: two sequences cannot update row ", row, " of state in place");
+    if (!padding) taken[size_t(row)] = true;
+  }
+  return result;
+}
+
+}  // namespace rwkv6

@@ -1,0 +1,52 @@
+// From DLTensors to the kernels' views: every check of the C interface is here.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/job.h"
+#include "rwkv6.h"
+
+namespace rwkv6 {
+
+constexpr int64_t kLargestHeadSize = 256;
+
+// A caller's mistake; its text is the message the entry point returns.
+struct ArgumentError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Shape {
+  int64_t B, T, H, N;
+};
+
+// The shape, after checking that r is [B, T, H, N] of a float dtype with a fitting N.
+Shape check_r(const DLTensor* r);
+
+// A [B, T, H, N] tensor of one of two dtypes (the same one twice where only one is allowed).
+Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
+
+// A [H, N] tensor.
+Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
+
+// A [rows, H, N, N] tensor; rows = -1 takes any number.
+States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DType dtype,
+              DType or_dtype);
+
+// Refuses a tensor two elements of which share memory: the kernels would race to write it.
+void check_writable(const char* name, const DLTensor* x);
+
+DType dtype_of(const char* name, const DLTensor* x);
+
+// The state's dtype, and the accumulator's, for inputs of this one.
+inline DType state_dtype(DType inputs) { return inputs == DType::f64 ? DType::f64 : DType::f32; }
+
+enum class StateUse { none, read, update };
+
+// The sequences of a call: batch rows, or the pieces of cu_seqlens; with the rows of `rows` states
+// they start from, and (update) also end in. For StateUse::read sequence m ends in row m.
+std::vector<Sequence> sequences(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens,
+                                StateUse use, int64_t rows);
+
+}  // namespace rwkv6

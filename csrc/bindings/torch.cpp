@@ -1,0 +1,204 @@
+// The operators of namespace rwkv6, for torch's dispatcher, over the kernel library.
+//
+// Only LibTorch's stable ABI is used: one binary serves every torch from 2.10 on.
+#include "rwkv6.h"
+
+#include <stdexcept>
+#include <tuple>
+
+// After rwkv6.h, because torch's copy of dlpack.h refuses to be included in stable-ABI code.
+#define TORCH_TARGET_VERSION 0x020a000000000000
+#define TORCH_STABLE_ONLY
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DLDataType dlpack_dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return {kDLFloat, 64, 1};
+    case ScalarType::Float: return {kDLFloat, 32, 1};
+    case ScalarType::BFloat16: return {kDLBfloat, 16, 1};
+    case ScalarType::Half: return {kDLFloat, 16, 1};
+    case ScalarType::Int: return {kDLInt, 32, 1};
+    case ScalarType::Long: return {kDLInt, 64, 1};
+    default: return {kDLOpaqueHandle, 0, 1};  // the library refuses it by the argument's name
+  }
+}
+
+// A tensor's memory as a DLTensor, borrowed.
+class View {
+  Tensor tensor_;  // keeps sizes, strides and memory alive
+  DLTensor dl_ = {};
+  bool present_ = false;
+
+  void describe(void* data) {
+    present_ = true;
+    dl_.data = data;
+    dl_.device = {kDLCPU, 0};
+    dl_.ndim = int32_t(tensor_.dim());
+    dl_.dtype = dlpack_dtype(tensor_);
+    dl_.shape = const_cast<int64_t*>(tensor_.sizes().data());
+    dl_.strides = const_cast<int64_t*>(tensor_.strides().data());
+  }
+
+ public:
+  // An input: only one whose last dimension is not contiguous is copied.
+  explicit View(const Tensor& x) : tensor_(x) {
+    const int64_t last = x.dim() - 1;
+    if (last >= 1 && x.size(last) > 1 && x.stride(last) != 1)
+      tensor_ = torch::stable::contiguous(x);
+    describe(const_cast<void*>(tensor_.const_data_ptr()));
+  }
+  explicit View(const OptionalTensor& x) : View() {
+    if (x) *this = View(*x);
+  }
+  View() : tensor_(AtenTensorHandle(nullptr)) {}
+
+  static View output(const Tensor& x) {
+    View view;
+    view.tensor_ = x;
+    view.describe(x.mutable_data_ptr());
+    return view;
+  }
+
+  operator DLTensor*() { return present_ ? &dl_ : nullptr; }
+};
+
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// A new contiguous CPU tensor: what torch::stable::empty ends in, without the dispatcher on the way.
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  constexpr size_t kMaxDim = 4;
+  int64_t strides[kMaxDim] = {}, step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
+                                                         strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// An output of the shape and dtype of x; empty for a shape that the library is going to refuse.
+Tensor empty_for(const Tensor& x) {
+  const auto n = x.sizes();
+  switch (n.size()) {
+    case 2: return empty({n[0], n[1]}, dtype_of(x));
+    case 4: return empty({n[0], n[1], n[2], n[3]}, dtype_of(x));
+    default: return empty({0}, dtype_of(x));
+  }
+}
+
+// [B or M, H, N, N]
+Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
+  const auto n = r.sizes();
+  if (n.size() != 4) return empty({0}, aoti_torch_dtype_float32());
+  int64_t sequences = n[0];
+  if (cu_seqlens) sequences = cu_seqlens->numel() ? cu_seqlens->numel() - 1 : 0;
+  return empty({sequences, n[2], n[3], n[3]}, r.scalar_type() == ScalarType::Double
+                                                  ? aoti_torch_dtype_float64()
+                                                  : aoti_torch_dtype_float32());
+}
+
+// torch's own thread pool.
+const rwkv6_context* context() {
+  thread_local rwkv6_context context = {
+      [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
+        torch::stable::parallel_for(
+            0, n, 1, [=](int64_t begin, int64_t end) { body(data, begin, end); });
+      },
+      nullptr, 1};
+  context.num_threads = int(torch::stable::get_num_threads());
+  return &context;
+}
+
+void check(const char* message) {
+  if (message) throw std::runtime_error(message);
+}
+
+std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H, N]
+                               const Tensor& k,                      // [B, T, H, N]
+                               const Tensor& v,                      // [B, T, H, N]
+                               const Tensor& w,                      // [B, T, H, N]
+                               const Tensor& u,                      // [H, N]
+                               const OptionalTensor& initial_state,  // [S, H, N, N]
+                               const OptionalTensor& state_map,      // [B] or [M]
+                               const OptionalTensor& cu_seqlens) {   // [M + 1]
+  const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens);
+  check(rwkv6_wkv_forward(context(), View(r), View(k), View(v), View(w), View(u),
+                          View(initial_state), View(state_map), View(cu_seqlens), View::output(y),
+                          View::output(final_state)));
+  return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
+    const OptionalTensor& grad_y,            // [B, T, H, N]
+    const OptionalTensor& grad_final_state,  // [B or M, H, N, N]
+    const Tensor& r,                         // [B, T, H, N]
+    const Tensor& k,                         // [B, T, H, N]
+    const Tensor& v,                         // [B, T, H, N]
+    const Tensor& w,                         // [B, T, H, N]
+    const Tensor& u,                         // [H, N]
+    const OptionalTensor& initial_state,     // [S, H, N, N]
+    const OptionalTensor& state_map,         // [B] or [M]
+    const OptionalTensor& cu_seqlens) {      // [M + 1]
+  const Tensor grad_r = empty_for(r), grad_k = empty_for(k), grad_v = empty_for(v),
+               grad_w = empty_for(w), grad_u = empty_for(u);
+  const Tensor grad_initial =
+      initial_state ? empty_for(*initial_state) : empty({0}, aoti_torch_dtype_float32());
+  View grad_initial_view;
+  if (initial_state) grad_initial_view = View::output(grad_initial);
+  check(rwkv6_wkv_backward(context(), View(grad_y), View(grad_final_state), View(r), View(k),
+                           View(v), View(w), View(u), View(initial_state), View(state_map),
+                           View(cu_seqlens), View::output(grad_r), View::output(grad_k),
+                           View::output(grad_v), View::output(grad_w), View::output(grad_u),
+                           grad_initial_view));
+  return {grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial};
+}
+
+Tensor wkv_(const Tensor& r,                     // [B, T, H, N]
+            const Tensor& k,                     // [B, T, H, N]
+            const Tensor& v,                     // [B, T, H, N]
+            const Tensor& w,                     // [B, T, H, N]
+            const Tensor& u,                     // [H, N]
+            const Tensor& state,                 // [S, H, N, N], updated in place
+            const OptionalTensor& state_map,     // [B] or [M]
+            const OptionalTensor& cu_seqlens) {  // [M + 1]
+  const Tensor y = empty_for(r);
+  check(rwkv6_wkv_inplace(context(), View(r), View(k), View(v), View(w), View(u),
+                          View::output(state), View(state_map), View(cu_seqlens),
+                          View::output(y)));
+  return y;
+}
+
+}  // namespace
+
+// torch_rwkv6/registration/schema.py holds the same schemas, for an installation without binary.
+STABLE_TORCH_LIBRARY(rwkv6, m) {
+  m.def(
+      "wkv(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None, "
+      "Tensor? state_map=None, Tensor? cu_seqlens=None) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "wkv_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor r, Tensor k, Tensor v, "
+      "Tensor w, Tensor u, Tensor? initial_state, Tensor? state_map, Tensor? cu_seqlens) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "wkv_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
+      "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
+  m.impl("wkv", TORCH_BOX(&wkv));
+  m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
+  m.impl("wkv_", TORCH_BOX(&wkv_));
+}

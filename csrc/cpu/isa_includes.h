@@ -1,0 +1,23 @@
+// What the kernels include, before the file's instruction set is switched on: standard headers must
+// not be compiled for it, lest the linker take their functions for everybody's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "job.h"
+
+#define RWKV6_NAME_OF(x) #x
+#define RWKV6_NAME(x) RWKV6_NAME_OF(x)
+
+namespace rwkv6 {
+constexpr int64_t kMaxHeadSize = 256;
+}

@@ -1,0 +1,121 @@
+// What a CPU kernel is asked to do, in raw pointers and strides. The checks are behind us.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rwkv6 {
+
+enum class DType : uint8_t { f64, f32, bf16, f16 };
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// A [B, T, H, N] tensor; strides in elements, N contiguous.
+struct Tokens {
+  char* data = nullptr;  // nullptr: absent, reads as zeros
+  DType dtype = DType::f32;
+  int64_t stride_b = 0, stride_t = 0, stride_h = 0;
+
+  // The row of N values of one token and head.
+  char* row(int64_t b, int64_t t, int64_t h) const {
+    return data ? data + (b * stride_b + t * stride_t + h * stride_h) * size_of(dtype) : nullptr;
+  }
+};
+
+// A [H, N] tensor, N contiguous.
+struct Heads {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_h = 0;
+
+  char* row(int64_t h) const { return data + h * stride_h * size_of(dtype); }
+};
+
+// A [S, H, N, N] tensor, each state [key][value] with contiguous values.
+struct States {
+  char* data = nullptr;  // nullptr: absent, reads as zeros
+  DType dtype = DType::f32;
+  int64_t stride_s = 0, stride_h = 0, stride_row = 0;
+
+  char* matrix(int64_t s, int64_t h) const {
+    return data ? data + (s * stride_s + h * stride_h) * size_of(dtype) : nullptr;
+  }
+};
+
+// Tokens [begin, begin + length) of batch row b, and where their state comes from and goes to.
+struct Sequence {
+  int64_t b, begin, length;
+  int64_t initial;  // row of the initial states, -1: zeros
+  int64_t final;    // row of the final states, -1: a padding row, y is zero
+};
+
+// One forward walk. Its work units are (sequence, head, part of the value columns), all
+// independent.
+struct ForwardJob {
+  const Sequence* sequences;
+  int64_t num_sequences, H, N;
+  int64_t parts;    // the N value columns are cut into this many parts
+  bool reverse;     // walk from the last token to the first
+  Tokens r, k, v, w, y;
+  Heads u;
+  States initial;   // of the accumulator's dtype or r's
+  States final;     // of the accumulator's dtype; may be initial itself; absent: not wanted
+
+  int64_t units() const { return num_sequences * H * parts; }
+};
+
+// The part of the backward walk that needs the states and their adjoints side by side: gradients of
+// r, k, w and u. Its work units are (sequence, head, part of the keys), all independent.
+struct BackwardJob {
+  const Sequence* sequences;
+  int64_t num_sequences, H, N;
+  int64_t parts;  // the N keys are cut into this many parts
+  Tokens grad_y, r, k, v, w;
+  Heads u;
+  States initial, grad_final;  // of the accumulator's dtype; initial also of r's
+  Tokens grad_r, grad_k, grad_w;
+  void* grad_u;  // [num_sequences, H, N] of the accumulator's dtype, per sequence
+
+  int64_t units() const { return num_sequences * H * parts; }
+};
+
+// Sums what each sequence contributed, in the order of the sequences: out[s] is the sum of the parts
+// of those that start from state s (or of every one). Its work units are (s, head).
+struct SumJob {
+  const Sequence* sequences;
+  int64_t num_sequences, H, rows, N;
+  int64_t S;
+  bool every;
+  const void* parts;  // [num_sequences, H, rows, N] of the accumulator's dtype
+  States out;         // [S, H, rows, N]
+
+  int64_t units() const { return S * H; }
+};
+
+// The kernels of one instruction set and one accumulator dtype; each computes the work units
+// [begin, end) and may throw std::bad_alloc.
+struct KernelsOf {
+  int64_t columns;  // a part of fewer columns than this wastes registers
+  void (*forward)(const ForwardJob&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardJob&, int64_t begin, int64_t end);
+  void (*sum)(const SumJob&, int64_t begin, int64_t end);
+};
+struct Kernels {
+  const char* name;
+  KernelsOf f32;  // for f32, bf16 and f16 inputs
+  KernelsOf f64;
+};
+
+// The columns [first, last) of part `part`, for N columns in `parts` parts.
+struct Columns {
+  int64_t first, last;
+};
+inline Columns columns_of(int64_t part, int64_t parts, int64_t N, int64_t lanes) {
+  const int64_t vectors = (N + lanes - 1) / lanes;
+  const int64_t last = vectors * (part + 1) / parts * lanes;
+  return {vectors * part / parts * lanes, last < N ? last : N};
+}
+
+}  // namespace rwkv6

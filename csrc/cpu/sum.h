@@ -1,0 +1,23 @@
+// Sums over sequences in a fixed order: gradients of what several sequences share.
+// Included by isa.inc inside the namespace of one instruction set.
+
+template <class T>
+void sum(const SumJob& job, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  Scratch<T> scratch(Scratch<T>::aligned(job.N));
+  T* total = scratch.take(job.N);
+  for (int64_t unit = begin; unit < end; unit++) {
+    const int64_t s = unit / job.H, h = unit % job.H;
+    for (int64_t i = 0; i < job.rows; i++) {
+      for (int64_t j = 0; j < job.N; j++) total[j] = T(0);
+      for (int64_t m = 0; m < job.num_sequences; m++) {
+        if (!job.every && job.sequences[m].initial != s) continue;
+        const T* part =
+            static_cast<const T*>(job.parts) + ((m * job.H + h) * job.rows + i) * job.N;
+        for (int64_t j = 0; j < job.N; j++) total[j] += part[j];
+      }
+      const int64_t offset = i * job.out.stride_row * size_of(job.out.dtype);
+      store_row(total, job.N, job.out.dtype, job.out.matrix(s, h) + offset);
+    }
+  }
+}

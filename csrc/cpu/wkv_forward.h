@@ -1,0 +1,213 @@
+// WKV6 forward: the recurrence, in blocks of tokens, on tiles of the state that stay in registers.
+//
+// A block of tokens is unpacked once into rows of the accumulator's dtype. Then each tile of the
+// state, a few keys by two vectors of values, walks through the block: the elements of the state
+// never meet each other, only y adds them up over the keys. The state lives in the output itself
+// (final_state, or the caller's state), and is read and written once a block.
+// Included by isa.inc inside the namespace of one instruction set.
+
+constexpr int64_t kBlock = 16;       // tokens unpacked at a time
+constexpr int64_t kTileVectors = 2;  // vectors of value columns in a tile
+constexpr int64_t kHeadGroup = 8;    // heads that take turns in a block: their rows are neighbours
+
+// The unpacked rows of one block, one head and the columns of one part.
+template <class T>
+struct ForwardBlock {
+  int64_t keys, columns;  // row lengths, whole vectors
+  T *r, *k, *decay, *u;   // [kBlock, keys], u [keys]
+  T *v, *y;               // [kBlock, columns]
+  int64_t tokens;
+
+  static int64_t padded(int64_t n) { return (n + Vec<T>::W - 1) / Vec<T>::W * Vec<T>::W; }
+
+  static int64_t scratch_size(int64_t N, int64_t columns) {
+    const int64_t keys = padded(N), values = padded(columns);
+    return Scratch<T>::aligned(keys) + 3 * Scratch<T>::aligned(kBlock * keys) +
+           2 * Scratch<T>::aligned(kBlock * values);
+  }
+
+  ForwardBlock(Scratch<T>& scratch, int64_t N, int64_t columns)
+      : keys(padded(N)), columns(padded(columns)) {
+    u = scratch.take(keys);
+    r = scratch.take(kBlock * keys);
+    k = scratch.take(kBlock * keys);
+    decay = scratch.take(kBlock * keys);
+    v = scratch.take(kBlock * this->columns);
+    y = scratch.take(kBlock * this->columns);
+  }
+};
+
+// R keys by Q vectors of values through the block. `from` may be null (zeros) and may be `to`;
+// `partial` is the number of columns of a last, incomplete vector (Q = 1), 0 if it is complete.
+template <class T, int R, int Q>
+RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t j, const T* from,
+                               int64_t from_stride, T* to, int64_t to_stride, int64_t partial) {
+  typedef Vec<T> V;
+  V S[R][Q];
+  RWKV6_UNROLL for (int a = 0; a < R; a++) {
+    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+      const T* p = from + (i + a) * from_stride + j + q * V::W;
+      S[a][q] = !from ? V(T(0)) : partial ? V::load_first(p, partial) : V::load(p);
+    }
+  }
+  const T *r = block.r + i, *k = block.k + i, *decay = block.decay + i, *v = block.v + j;
+  T* y = block.y + j;
+  for (int64_t t = 0; t < block.tokens; t++) {
+    V v_t[Q], y_t[Q];
+    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+      v_t[q] = V::load(v + q * V::W);
+      y_t[q] = V::load(y + q * V::W);
+    }
+    RWKV6_UNROLL for (int a = 0; a < R; a++) {
+      const V r_i(r[a]), k_i(k[a]), d_i(decay[a]);
+      RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+        y_t[q] = fma(r_i, S[a][q], y_t[q]);
+        S[a][q] = fma(d_i, S[a][q], k_i * v_t[q]);
+      }
+    }
+    RWKV6_UNROLL for (int q = 0; q < Q; q++) y_t[q].store(y + q * V::W);
+    r += block.keys, k += block.keys, decay += block.keys;
+    v += block.columns, y += block.columns;
+  }
+  RWKV6_UNROLL for (int a = 0; a < R; a++) {
+    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+      T* p = to + (i + a) * to_stride + j + q * V::W;
+      partial ? S[a][q].store_first(p, partial) : S[a][q].store(p);
+    }
+  }
+}
+
+// All keys of Q vectors of columns.
+template <class T, int Q>
+RWKV6_INLINE void forward_columns(const ForwardBlock<T>& block, int64_t N, int64_t j, const T* from,
+                                  int64_t from_stride, T* to, int64_t to_stride, int64_t partial) {
+  constexpr int R = RWKV6_TILE_ROWS;
+  int64_t i = 0;
+  for (; i + R <= N; i += R)
+    forward_tile<T, R, Q>(block, i, j, from, from_stride, to, to_stride, partial);
+  for (; i < N; i++)
+    forward_tile<T, 1, Q>(block, i, j, from, from_stride, to, to_stride, partial);
+}
+
+// The state of one head from `from` (or zeros) to `to`, its columns counted from the part's first.
+template <class T>
+void forward_block(const ForwardBlock<T>& block, int64_t N, int64_t columns, const T* from,
+                   int64_t from_stride, T* to, int64_t to_stride) {
+  typedef Vec<T> V;
+  for (int64_t t = 0; t < block.tokens; t++) {  // y = (r . (u * k)) v to begin with
+    V dot(T(0));
+    for (int64_t i = 0; i < block.keys; i += V::W)
+      dot = fma(V::load(block.r + t * block.keys + i),
+                V::load(block.u + i) * V::load(block.k + t * block.keys + i), dot);
+    const V bonus(dot.sum());
+    for (int64_t j = 0; j < block.columns; j += V::W)
+      (bonus * V::load(block.v + t * block.columns + j)).store(block.y + t * block.columns + j);
+  }
+  int64_t j = 0;
+  for (; j + kTileVectors * V::W <= columns; j += kTileVectors * V::W)
+    forward_columns<T, kTileVectors>(block, N, j, from, from_stride, to, to_stride, 0);
+  for (; j + V::W <= columns; j += V::W)
+    forward_columns<T, 1>(block, N, j, from, from_stride, to, to_stride, 0);
+  if (j < columns)
+    forward_columns<T, 1>(block, N, j, from, from_stride, to, to_stride, columns - j);
+}
+
+template <class T>
+void unpack(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns part, int64_t t0,
+            int64_t tokens, ForwardBlock<T>& block) {
+  const int64_t N = job.N, columns = part.last - part.first;
+  block.tokens = tokens;
+  load_row(job.u.row(h), job.u.dtype, N, block.u);
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t step = job.reverse ? sequence.length - 1 - (t0 + t) : t0 + t;
+    const int64_t b = sequence.b, token = sequence.begin + step;
+    T* decay = block.decay + t * block.keys;
+    load_row(job.r.row(b, token, h), job.r.dtype, N, block.r + t * block.keys);
+    load_row(job.k.row(b, token, h), job.k.dtype, N, block.k + t * block.keys);
+    load_row(job.w.row(b, token, h), job.w.dtype, N, decay);
+    decay_row(decay, N, decay, static_cast<T*>(nullptr));
+    const char* v = job.v.row(b, token, h);
+    load_row(v ? v + part.first * size_of(job.v.dtype) : v, job.v.dtype, columns,
+             block.v + t * block.columns);
+  }
+}
+
+template <class T>
+void pack(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns part, int64_t t0,
+          const ForwardBlock<T>& block) {
+  for (int64_t t = 0; t < block.tokens; t++) {
+    const int64_t step = job.reverse ? sequence.length - 1 - (t0 + t) : t0 + t;
+    char* y = job.y.row(sequence.b, sequence.begin + step, h);
+    store_row(block.y + t * block.columns, part.last - part.first, job.y.dtype,
+              y + part.first * size_of(job.y.dtype));
+  }
+}
+
+// One sequence, heads [first, last), the columns of one part: block after block, the heads in turn.
+template <class T>
+void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t first, int64_t last,
+                   Columns part, ForwardBlock<T>& block, T* own_states) {
+  const int64_t N = job.N, columns = part.last - part.first;
+  if (sequence.final < 0) {  // a padding row
+    for (int64_t t = 0; t < sequence.length; t++)
+      for (int64_t h = first; h < last; h++) {
+        char* y = job.y.row(sequence.b, sequence.begin + t, h);
+        memset(y + part.first * size_of(job.y.dtype), 0, size_t(columns * size_of(job.y.dtype)));
+      }
+    return;
+  }
+  for (int64_t t0 = 0; t0 == 0 || t0 < sequence.length; t0 += kBlock) {
+    const int64_t left = sequence.length - t0, tokens = left < kBlock ? left : kBlock;
+    for (int64_t h = first; h < last; h++) {
+      T* to = own_states + (h - first) * N * columns;
+      int64_t to_stride = columns;
+      if (job.final.data) {
+        to = reinterpret_cast<T*>(job.final.matrix(sequence.final, h)) + part.first;
+        to_stride = job.final.stride_row;
+      }
+      const T* from = to;
+      int64_t from_stride = to_stride;
+      if (t0 == 0) {
+        const char* initial =
+            sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h);
+        if (initial && size_of(job.initial.dtype) != sizeof(T)) {
+          for (int64_t i = 0; i < N; i++) {
+            const int64_t offset = i * job.initial.stride_row + part.first;
+            T row[kMaxHeadSize + Vec<T>::W];
+            load_row(initial + offset * size_of(job.initial.dtype), job.initial.dtype, columns, row);
+            memcpy(to + i * to_stride, row, size_t(columns) * sizeof(T));
+          }
+        } else {
+          from = initial ? reinterpret_cast<const T*>(initial) + part.first : nullptr;
+          from_stride = job.initial.stride_row;
+        }
+      }
+      unpack(job, sequence, h, part, t0, tokens, block);
+      forward_block(block, N, columns, from, from_stride, to, to_stride);
+      pack(job, sequence, h, part, t0, block);
+    }
+  }
+}
+
+template <class T>
+void forward(const ForwardJob& job, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  const int64_t N = job.N, units_per_sequence = job.H * job.parts;
+  const int64_t own = job.final.data ? 0 : kHeadGroup * N * N;
+  Scratch<T> scratch(ForwardBlock<T>::scratch_size(N, N) + Scratch<T>::aligned(own));
+  ForwardBlock<T> block(scratch, N, N);
+  T* own_states = scratch.take(own);
+  while (begin < end) {
+    const Sequence& sequence = job.sequences[begin / units_per_sequence];
+    const int64_t h = begin % units_per_sequence / job.parts, part = begin % job.parts;
+    int64_t heads = 1;
+    if (job.parts == 1) {
+      heads = job.H - h < kHeadGroup ? job.H - h : kHeadGroup;
+      heads = end - begin < heads ? end - begin : heads;
+    }
+    const Columns columns = columns_of(part, job.parts, N, Vec<T>::W);
+    block.columns = ForwardBlock<T>::padded(columns.last - columns.first);
+    forward_heads(job, sequence, h, h + heads, columns, block, own_states);
+    begin += heads;
+  }
+}

@@ -1,0 +1,278 @@
+// The entry points: check the arguments, choose the kernels, cut the work, run it.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "arguments.h"
+#include "cpu/select.h"
+
+namespace rwkv6 {
+namespace {
+
+// Below this many multiply-adds waking other threads costs more than it saves (about 10 us).
+constexpr int64_t kWorthThreads = 1 << 18;
+
+class Threads {
+  const rwkv6_context* context_;
+
+ public:
+  Threads(const rwkv6_context* context, int64_t work)
+      : context_(context && context->parallel_for && work >= kWorthThreads ? context : nullptr) {}
+
+  // Parts to cut N columns into so that `units` heads keep the threads busy, each part no narrower
+  // than `narrowest`. The results do not depend on it.
+  int64_t parts(int64_t units, int64_t N, int64_t narrowest) const {
+    const int64_t wanted = context_ ? 4 * int64_t(context_->num_threads) : 1;
+    const int64_t most = (N + narrowest - 1) / narrowest;
+    if (!units || units >= wanted) return 1;
+    const int64_t parts = (wanted + units - 1) / units;
+    return parts < most ? parts : most;
+  }
+
+  // f(begin, end) over [0, n), which may throw std::bad_alloc.
+  template <class F>
+  void run(int64_t n, const F& f) const {
+    struct Body {
+      const F& f;
+      std::atomic<bool> out_of_memory{false};
+      static void call(void* data, int64_t begin, int64_t end) {
+        Body* body = static_cast<Body*>(data);
+        try {
+          body->f(begin, end);
+        } catch (const std::bad_alloc&) {  // must not cross the caller's thread pool
+          body->out_of_memory = true;
+        }
+      }
+    } body{f};
+    if (n <= 0) return;
+    if (context_ && n > 1)
+      context_->parallel_for(context_->pool, n, &Body::call, &body);
+    else
+      Body::call(&body, 0, n);
+    if (body.out_of_memory) throw std::bad_alloc();
+  }
+};
+
+int64_t work_of(Shape shape) {
+  return (shape.B * shape.T + 1) * shape.H * shape.N * shape.N;
+}
+
+const KernelsOf& kernels(DType inputs) {
+  const Kernels* chosen = select_kernels();
+  if (!chosen)
+    throw ArgumentError(
+        "RWKV6_CPU_ISA: expected baseline, avx2 or avx512, one that this CPU has");
+  return inputs == DType::f64 ? chosen->f64 : chosen->f32;
+}
+
+template <class Job>
+void run(const Threads& threads, const Job& job, void (*kernel)(const Job&, int64_t, int64_t)) {
+  threads.run(job.units(), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
+template <class Job>  // a ForwardJob or a BackwardJob
+void cut_and_run(const Threads& threads, Job& job, const KernelsOf& cpu,
+                 void (*kernel)(const Job&, int64_t, int64_t)) {
+  job.parts = threads.parts(job.num_sequences * job.H, job.N, cpu.columns);
+  run(threads, job, kernel);
+}
+
+void forward(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
+             const DLTensor* w, const DLTensor* u, const DLTensor* initial_state,
+             const DLTensor* state_map, const DLTensor* cu_seqlens, DLTensor* y,
+             DLTensor* final_state) {
+  const Shape shape = check_r(r);
+  const DType dtype = dtype_of("r", r), acc = state_dtype(dtype);
+  ForwardJob job = {};
+  job.H = shape.H, job.N = shape.N;
+  job.r = tokens("r", r, shape, dtype, dtype);
+  job.k = tokens("k", k, shape, dtype, dtype);
+  job.v = tokens("v", v, shape, dtype, dtype);
+  job.w = tokens("w", w, shape, dtype, DType::f32);
+  job.u = heads("u", u, shape, dtype, DType::f32);
+  if (initial_state) job.initial = states("initial_state", initial_state, -1, shape, acc, dtype);
+  const std::vector<Sequence> list =
+      sequences(shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none,
+                initial_state ? initial_state->shape[0] : 0);
+  job.sequences = list.data(), job.num_sequences = int64_t(list.size());
+  job.y = tokens("y", y, shape, dtype, dtype);
+  job.final = states("final_state", final_state, job.num_sequences, shape, acc, acc);
+  check_writable("y", y);
+  check_writable("final_state", final_state);
+  const KernelsOf& cpu = kernels(dtype);
+  cut_and_run(Threads(context, work_of(shape)), job, cpu, cpu.forward);
+}
+
+void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
+             const DLTensor* w, const DLTensor* u, DLTensor* state, const DLTensor* state_map,
+             const DLTensor* cu_seqlens, DLTensor* y) {
+  const Shape shape = check_r(r);
+  const DType dtype = dtype_of("r", r), acc = state_dtype(dtype);
+  ForwardJob job = {};
+  job.H = shape.H, job.N = shape.N;
+  job.r = tokens("r", r, shape, dtype, dtype);
+  job.k = tokens("k", k, shape, dtype, dtype);
+  job.v = tokens("v", v, shape, dtype, dtype);
+  job.w = tokens("w", w, shape, dtype, DType::f32);
+  job.u = heads("u", u, shape, dtype, DType::f32);
+  job.initial = job.final = states("state", state, -1, shape, acc, acc);
+  const std::vector<Sequence> list =
+      sequences(shape, state_map, cu_seqlens, StateUse::update, state->shape[0]);
+  job.sequences = list.data(), job.num_sequences = int64_t(list.size());
+  job.y = tokens("y", y, shape, dtype, dtype);
+  check_writable("y", y);
+  check_writable("state", state);
+  const KernelsOf& cpu = kernels(dtype);
+  cut_and_run(Threads(context, work_of(shape)), job, cpu, cpu.forward);
+}
+
+
+void backward(const rwkv6_context* context, const DLTensor* grad_y,
+              const DLTensor* grad_final_state, const DLTensor* r, const DLTensor* k,
+              const DLTensor* v, const DLTensor* w, const DLTensor* u,
+              const DLTensor* initial_state, const DLTensor* state_map, const DLTensor* cu_seqlens,
+              DLTensor* grad_r, DLTensor* grad_k, DLTensor* grad_v, DLTensor* grad_w,
+              DLTensor* grad_u, DLTensor* grad_initial_state) {
+  const Shape shape = check_r(r);
+  const DType dtype = dtype_of("r", r), acc = state_dtype(dtype);
+  BackwardJob job = {};
+  job.H = shape.H, job.N = shape.N;
+  job.r = tokens("r", r, shape, dtype, dtype);
+  job.k = tokens("k", k, shape, dtype, dtype);
+  job.v = tokens("v", v, shape, dtype, dtype);
+  job.w = tokens("w", w, shape, dtype, DType::f32);
+  job.u = heads("u", u, shape, dtype, DType::f32);
+  const int64_t rows = initial_state ? initial_state->shape[0] : 0;
+  if (initial_state) job.initial = states("initial_state", initial_state, -1, shape, acc, dtype);
+  const std::vector<Sequence> list =
+      sequences(shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none, rows);
+  const int64_t n = int64_t(list.size());
+  job.sequences = list.data(), job.num_sequences = n;
+  if (grad_y) job.grad_y = tokens("grad_y", grad_y, shape, dtype, dtype);
+  if (grad_final_state)
+    job.grad_final = states("grad_final_state", grad_final_state, n, shape, acc, acc);
+  job.grad_r = tokens("grad_r", grad_r, shape, dtype, dtype);
+  job.grad_k = tokens("grad_k", grad_k, shape, dtype, dtype);
+  job.grad_w = tokens("grad_w", grad_w, shape, job.w.dtype, job.w.dtype);
+  const Tokens grad_v_rows = tokens("grad_v", grad_v, shape, dtype, dtype);
+  const Heads grad_u_rows = heads("grad_u", grad_u, shape, job.u.dtype, job.u.dtype);
+  States grad_initial;
+  if (initial_state)
+    grad_initial = states("grad_initial_state", grad_initial_state, rows, shape, job.initial.dtype,
+                          job.initial.dtype);
+  else if (grad_initial_state)
+    throw ArgumentError("grad_initial_state: given without initial_state");
+  check_writable("grad_r", grad_r);
+  check_writable("grad_k", grad_k);
+  check_writable("grad_v", grad_v);
+  check_writable("grad_w", grad_w);
+  check_writable("grad_u", grad_u);
+  if (initial_state) check_writable("grad_initial_state", grad_initial_state);
+
+  const KernelsOf& cpu = kernels(dtype);
+  const Threads threads(context, work_of(shape));
+  const int64_t state_size = shape.N * shape.N;
+  const auto workspace = [&](int64_t elements) {
+    return std::unique_ptr<char[]>(new char[size_t(elements * size_of(acc))]);
+  };
+
+  // The gradient of v is WKV6 itself, walked from the last token to the first with r and k in each
+  // other's place and grad_y for v: its state is the adjoint of the state, from grad_final_state to
+  // the gradient of the initial state.
+  std::vector<Sequence> back = list;
+  bool one_to_one = initial_state && rows == n && grad_initial.dtype == acc;
+  for (int64_t m = 0; m < n; m++) {
+    one_to_one = one_to_one && list[size_t(m)].initial == m;
+    back[size_t(m)].initial = m;
+  }
+  ForwardJob adjoint = {};
+  adjoint.sequences = back.data(), adjoint.num_sequences = n;
+  adjoint.H = shape.H, adjoint.N = shape.N;
+  adjoint.reverse = true;
+  adjoint.r = job.k, adjoint.k = job.r, adjoint.v = job.grad_y, adjoint.w = job.w;
+  adjoint.u = job.u;
+  adjoint.y = grad_v_rows;
+  adjoint.initial = job.grad_final;
+  std::unique_ptr<char[]> per_sequence;  // [n, H, N, N]
+  if (one_to_one) {
+    adjoint.final = grad_initial;
+  } else if (initial_state) {
+    per_sequence = workspace(n * shape.H * state_size);
+    adjoint.final = {per_sequence.get(), acc, shape.H * state_size, state_size, shape.N};
+  }
+  cut_and_run(threads, adjoint, cpu, cpu.forward);
+
+  const std::unique_ptr<char[]> grad_u_parts = workspace(n * shape.H * shape.N);  // [n, H, N]
+  job.grad_u = grad_u_parts.get();
+  cut_and_run(threads, job, cpu, cpu.backward);
+
+  SumJob sum = {};
+  sum.sequences = list.data(), sum.num_sequences = n;
+  sum.H = shape.H, sum.N = shape.N;
+  sum.every = true, sum.S = 1, sum.rows = 1;
+  sum.parts = grad_u_parts.get();
+  sum.out = {grad_u_rows.data, grad_u_rows.dtype, 0, grad_u_rows.stride_h, shape.N};
+  run(threads, sum, cpu.sum);
+  if (per_sequence) {
+    sum.every = false, sum.S = rows, sum.rows = shape.N;
+    sum.parts = per_sequence.get();
+    sum.out = grad_initial;
+    run(threads, sum, cpu.sum);
+  }
+}
+
+// Runs f; NULL, or the message of what it threw.
+template <class F>
+const char* message_of(const F& f) {
+  thread_local std::string message;
+  try {
+    f();
+    return nullptr;
+  } catch (const ArgumentError& error) {
+    message = error.what();
+  } catch (const std::exception& error) {
+    message = std::string("rwkv6: ") + error.what();  // std::bad_alloc says "std::bad_alloc"
+  }
+  return message.c_str();
+}
+
+}  // namespace
+}  // namespace rwkv6
+
+const char* rwkv6_wkv_forward(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
+                              const DLTensor* v, const DLTensor* w, const DLTensor* u,
+                              const DLTensor* initial_state, const DLTensor* state_map,
+                              const DLTensor* cu_seqlens, DLTensor* y, DLTensor* final_state) {
+  return rwkv6::message_of([&] {
+    rwkv6::forward(context, r, k, v, w, u, initial_state, state_map, cu_seqlens, y, final_state);
+  });
+}
+
+const char* rwkv6_wkv_backward(const rwkv6_context* context, const DLTensor* grad_y,
+                               const DLTensor* grad_final_state, const DLTensor* r,
+                               const DLTensor* k, const DLTensor* v, const DLTensor* w,
+                               const DLTensor* u, const DLTensor* initial_state,
+                               const DLTensor* state_map, const DLTensor* cu_seqlens,
+                               DLTensor* grad_r, DLTensor* grad_k, DLTensor* grad_v,
+                               DLTensor* grad_w, DLTensor* grad_u, DLTensor* grad_initial_state) {
+  return rwkv6::message_of([&] {
+    rwkv6::backward(context, grad_y, grad_final_state, r, k, v, w, u, initial_state, state_map,
+                    cu_seqlens, grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial_state);
+  });
+}
+
+const char* rwkv6_wkv_inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
+                              const DLTensor* v, const DLTensor* w, const DLTensor* u,
+                              DLTensor* state, const DLTensor* state_map,
+                              const DLTensor* cu_seqlens, DLTensor* y) {
+  return rwkv6::message_of([&] {
+    rwkv6::inplace(context, r, k, v, w, u, state, state_map, cu_seqlens, y);
+  });
+}
+
+const char* rwkv6_cpu_isa(void) {
+  const rwkv6::Kernels* kernels = rwkv6::select_kernels();
+  return kernels ? kernels->name : nullptr;
+}

@@ -1,0 +1,89 @@
+// The kernel library's C interface: WKV6 over DLPack tensors.
+//
+// It knows no framework. torch, JAX, NumPy or C++ programs describe their own memory with DLTensor
+// and the library reads and writes it in place. Every function checks its arguments, computes and
+// returns NULL, or returns a message that says what was wrong and leaves all outputs untouched. The
+// message belongs to the calling thread and lasts until its next call. Nothing aborts or throws.
+//
+// Shapes: B batch rows, T tokens, H heads, N head size (1 to 256), S states, M packed sequences.
+// Strides are arbitrary as long as the last dimension is contiguous; output tensors must not
+// overlap themselves, each other or the inputs. Optional tensors may be NULL.
+#pragma once
+
+#include <ATen/dlpack.h>  // the DLPack header, as torch's wheel ships it
+
+#if defined(_WIN32)
+#define RWKV6_API __declspec(dllexport)
+#else
+#define RWKV6_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// What the caller's framework lends to a call. A NULL context computes on the calling thread.
+typedef struct {
+  // Runs body(data, begin, end) so that the ranges cover [0, n) once, in any order and on any
+  // threads, and returns when all are done. Results do not depend on how the work is cut.
+  void (*parallel_for)(void* pool, int64_t n, void (*body)(void* data, int64_t begin, int64_t end),
+                       void* data);
+  void* pool;
+  int num_threads;  // how many threads parallel_for has; work is cut to keep that many busy
+} rwkv6_context;
+
+//   y_t[j]  = sum_i r_t[i] * (S[i][j] + u[i] * k_t[i] * v_t[j])
+//   S[i][j] = exp(-exp(w_t[i])) * S[i][j] + k_t[i] * v_t[j]
+RWKV6_API const char* rwkv6_wkv_forward(
+    const rwkv6_context* context,
+    const DLTensor* r,              // [B, T, H, N], f64 f32 bf16 f16
+    const DLTensor* k,              // [B, T, H, N], as r
+    const DLTensor* v,              // [B, T, H, N], as r
+    const DLTensor* w,              // [B, T, H, N], as r or f32
+    const DLTensor* u,              // [H, N], as r or f32
+    const DLTensor* initial_state,  // [S, H, N, N] or NULL, f32 (f64 for f64) or as r
+    const DLTensor* state_map,      // [B] or [M], or NULL, i32 i64
+    const DLTensor* cu_seqlens,     // [M + 1] or NULL, i32 i64
+    DLTensor* y,                    // [B, T, H, N], as r
+    DLTensor* final_state);         // [B or M, H, N, N], f32 (f64 for f64)
+
+RWKV6_API const char* rwkv6_wkv_backward(
+    const rwkv6_context* context,
+    const DLTensor* grad_y,            // [B, T, H, N] or NULL (zeros), as r
+    const DLTensor* grad_final_state,  // [B or M, H, N, N] or NULL (zeros), f32 (f64 for f64)
+    const DLTensor* r,                 // [B, T, H, N]
+    const DLTensor* k,                 // [B, T, H, N]
+    const DLTensor* v,                 // [B, T, H, N]
+    const DLTensor* w,                 // [B, T, H, N]
+    const DLTensor* u,                 // [H, N]
+    const DLTensor* initial_state,     // [S, H, N, N] or NULL
+    const DLTensor* state_map,         // [B] or [M], or NULL
+    const DLTensor* cu_seqlens,        // [M + 1] or NULL
+    DLTensor* grad_r,                  // [B, T, H, N], each gradient of its input's dtype
+    DLTensor* grad_k,                  // [B, T, H, N]
+    DLTensor* grad_v,                  // [B, T, H, N]
+    DLTensor* grad_w,                  // [B, T, H, N]
+    DLTensor* grad_u,                  // [H, N]
+    DLTensor* grad_initial_state);     // [S, H, N, N]; NULL when initial_state is
+
+// As forward, but reads and writes rows of `state`. A negative entry of state_map is a padding row:
+// its y is zero and no state is touched. The other entries must be distinct.
+RWKV6_API const char* rwkv6_wkv_inplace(
+    const rwkv6_context* context,
+    const DLTensor* r,           // [B, T, H, N]
+    const DLTensor* k,           // [B, T, H, N]
+    const DLTensor* v,           // [B, T, H, N]
+    const DLTensor* w,           // [B, T, H, N]
+    const DLTensor* u,           // [H, N]
+    DLTensor* state,             // [S, H, N, N], f32 (f64 for f64)
+    const DLTensor* state_map,   // [B] or [M], or NULL (S is the number of sequences)
+    const DLTensor* cu_seqlens,  // [M + 1] or NULL
+    DLTensor* y);                // [B, T, H, N]
+
+// The instruction set the CPU kernels use in this process: "baseline", "avx2" or "avx512". The
+// environment variable RWKV6_CPU_ISA forces one; NULL if it names one that is not available.
+RWKV6_API const char* rwkv6_cpu_isa(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,30 @@
+"""Finds and loads the compiled kernels; says once what is missing when it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+_BINARY = Path(__file__).with_name("_C.abi3.so")
+
+
+def load() -> bool:
+    """Loads the torch binding and through it the kernel library. True when they are there."""
+    try:
+        if not _BINARY.exists():
+            raise OSError(f"{_BINARY} does not exist")
+        torch.ops.load_library(str(_BINARY))
+    except OSError as error:
+        warnings.warn(
+            "torch_rwkv6: the compiled kernels could not be loaded, so every operator runs its "
+            "pure PyTorch reference: the same results, but hundreds of times slower.\n"
+            f"Reason: {error}\n"
+            "To build them (g++ is all it takes): pip install --force-reinstall --no-deps "
+            "--no-binary torch_rwkv6 torch_rwkv6, or `pip install .` in a checkout.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True

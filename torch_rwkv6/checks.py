@@ -1,0 +1,187 @@
+"""Argument checks shared by the Python functions and the fake implementations.
+
+They look at shapes, dtypes and devices only, never at values: so they run on fake tensors and
+disappear from compiled code. The kernel library repeats them for callers that come another way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_HEAD_SIZE = 256
+
+
+def check_wkv(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+) -> int:
+    """Raises TypeError or ValueError; returns the number of sequences, B or M."""
+    sequences = _check_inputs(r, k, v, w, u, cu_seqlens)
+    if initial_state is not None:
+        allowed = (state_dtype(r), r.dtype)
+        _check_state("initial_state", initial_state, r, allowed, state_map, sequences)
+        rows = initial_state.shape[0]
+        if state_map is None and rows != sequences and rows != 1:
+            raise ValueError(
+                f"initial_state: {rows} states for {sequences} sequences need a state_map that "
+                f"says which sequence starts from which (without one, pass 1 or {sequences})"
+            )
+    elif state_map is not None:
+        raise ValueError("state_map: given without initial_state, which it would index")
+    return sequences
+
+
+def check_wkv_(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+) -> None:
+    """Raises TypeError or ValueError."""
+    sequences = _check_inputs(r, k, v, w, u, cu_seqlens)
+    _check_state("state", state, r, (state_dtype(r),), state_map, sequences)
+    if state_map is None and state.shape[0] != sequences:
+        raise ValueError(
+            f"state: expected one row per sequence ({sequences}) or a state_map that names the "
+            f"rows, got {state.shape[0]} rows"
+        )
+    if state.shape[3] > 1 and state.stride(3) != 1:
+        raise ValueError(
+            "state: it is updated in place and its last dimension must be contiguous (stride 1), "
+            f"got strides {tuple(state.stride())}"
+        )
+
+
+def check_wkv_backward(
+    grad_y: Tensor | None,  # [B, T, H, N]
+    grad_final_state: Tensor | None,  # [B or M, H, N, N]
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+) -> None:
+    """Raises TypeError or ValueError."""
+    sequences = check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
+    if grad_y is not None:
+        _check_tensor("grad_y", grad_y, r.shape, "the shape of r", (r.dtype,), r)
+    if grad_final_state is not None:
+        shape = (sequences, r.shape[2], r.shape[3], r.shape[3])
+        names = "[sequences, H, N, N]"
+        _check_tensor("grad_final_state", grad_final_state, shape, names, (state_dtype(r),), r)
+
+
+def state_dtype(r: Tensor) -> torch.dtype:
+    """The dtype of the state that belongs to inputs of r's dtype."""
+    return torch.float64 if r.dtype == torch.float64 else torch.float32
+
+
+def _check_inputs(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None
+) -> int:
+    if not isinstance(r, Tensor):
+        raise TypeError(f"r: expected a torch.Tensor, got {type(r).__name__}")
+    if r.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"r: expected {_names(FLOAT_DTYPES)}, got {r.dtype}")
+    if r.dim() != 4:
+        raise ValueError(
+            f"r: expected 4 dimensions [B, T, H, N] (view [B, T, C] as [B, T, C // N, N] first), "
+            f"got shape {tuple(r.shape)}"
+        )
+    heads, size = r.shape[2], r.shape[3]
+    if not 1 <= size <= MAX_HEAD_SIZE:
+        raise ValueError(f"r: expected a head size N from 1 to {MAX_HEAD_SIZE}, got {size}")
+    own_or_f32 = (r.dtype, torch.float32)
+    _check_tensor("k", k, r.shape, "the shape of r", (r.dtype,), r)
+    _check_tensor("v", v, r.shape, "the shape of r", (r.dtype,), r)
+    _check_tensor("w", w, r.shape, "the shape of r", own_or_f32, r)
+    _check_tensor("u", u, (heads, size), "[H, N]", own_or_f32, r)
+    if cu_seqlens is None:
+        return r.shape[0]
+    _check_index("cu_seqlens", cu_seqlens, r)
+    if r.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: packed sequences need B = 1 (all tokens in one row), got B = {r.shape[0]}"
+        )
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least one offset (M + 1 of them), got none")
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_state(
+    name: str,
+    state: Tensor,
+    r: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    state_map: Tensor | None,
+    sequences: int,
+) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(state).__name__}")
+    heads, size = r.shape[2], r.shape[3]
+    if state.dim() != 4 or tuple(state.shape[1:]) != (heads, size, size):
+        raise ValueError(
+            f"{name}: expected [S, H, N, N] = [S, {heads}, {size}, {size}] ([key, value]), "
+            f"got {tuple(state.shape)}"
+        )
+    _check_tensor(name, state, state.shape, "", dtypes, r)
+    if state_map is not None:
+        _check_index("state_map", state_map, r)
+        if state_map.shape[0] != sequences:
+            raise ValueError(
+                f"state_map: expected one entry per sequence ({sequences}), "
+                f"got {state_map.shape[0]}"
+            )
+
+
+def _check_tensor(
+    name: str,
+    x: Tensor,
+    shape: torch.Size | tuple[int, ...],
+    shape_name: str,
+    dtypes: tuple[torch.dtype, ...],
+    r: Tensor,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(
+            f"{name}: expected {_names(dtypes)} beside r of {r.dtype}, got {x.dtype}"
+        )
+    if x.shape != shape:
+        raise ValueError(
+            f"{name}: expected {shape_name} = {tuple(shape)}, got shape {tuple(x.shape)}"
+        )
+    if x.device != r.device:
+        raise ValueError(f"{name}: expected device {r.device} like r, got {x.device}")
+
+
+def _check_index(name: str, x: Tensor, r: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: expected {_names(INDEX_DTYPES)}, got {x.dtype}")
+    if x.dim() != 1:
+        raise ValueError(f"{name}: expected 1 dimension, got shape {tuple(x.shape)}")
+    if x.device != r.device:
+        raise ValueError(f"{name}: expected device {r.device} like r, got {x.device}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(dict.fromkeys(str(d) for d in dtypes))

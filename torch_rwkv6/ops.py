@@ -1,0 +1,99 @@
+"""The operators as Python functions: argument checks with names, then the registered op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_rwkv6.checks import check_wkv, check_wkv_
+
+__all__ = ["wkv", "wkv_"]
+
+
+def wkv(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None = None,  # [S, H, N, N]
+    *,
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
+    r"""RWKV-6 time mixing, WKV6, over whole sequences. Differentiable.
+
+    For every batch row and head, with a state S of N keys by N values::
+
+        y_t[j]  = sum_i r_t[i] * (S[i][j] + u[i] * k_t[i] * v_t[j])
+        S[i][j] = exp(-exp(w_t[i])) * S[i][j] + k_t[i] * v_t[j]
+
+    (Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence",
+    arXiv:2404.05892, section 4.2.)
+
+    Args:
+        r: receptance, [B, T, H, N]; float64, float32, bfloat16 or float16. The head size N is 1
+            to 256, T may be 0. Any strides; a view with a contiguous last dimension, such as
+            ``x.view(B, T, H, N)`` or a slice of a fused projection, is read in place.
+        k: key, as r.
+        v: value, as r.
+        w: decay before its two exponentials, [B, T, H, N]; r's dtype or float32. Every value is
+            allowed, infinities included; w = -1e9 with k = v = 0 is padding that leaves the
+            state as it is.
+        u: bonus of the current token, [H, N]; r's dtype or float32.
+        initial_state: [S, H, N, N], each state as [key, value]; float32 (float64 for float64
+            inputs) or r's dtype. None is zeros. S = 1 is shared by all sequences, S = B is one
+            to one, any other S needs state_map.
+        state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
+            Repeats are allowed, their gradients add up.
+        cu_seqlens: [M + 1], int32 or int64: B must be 1 and its T tokens are M sequences packed
+            one behind the other, sequence m being tokens ``cu_seqlens[m]`` to
+            ``cu_seqlens[m + 1]``. M then takes B's place in the state shapes and in state_map.
+
+    Returns:
+        y, [B, T, H, N] in r's dtype, and the state after the last token, [B or M, H, N, N],
+        float32 (float64 for float64 inputs). bfloat16 and float16 compute in float32.
+
+    Raises:
+        TypeError: an argument is no tensor or of a dtype not named above.
+        ValueError: a shape or device that does not fit, or state_map without initial_state.
+        RuntimeError: state_map or cu_seqlens hold values out of range. (On a GPU, where reading
+            them would stall the stream, such a sequence gets NaN instead.)
+    """
+    check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
+    return torch.ops.rwkv6.wkv.default(r, k, v, w, u, initial_state, state_map, cu_seqlens)
+
+
+def wkv_(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [S, H, N, N]
+    *,
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> Tensor:  # [B, T, H, N]
+    """As `wkv`, but reads and updates ``state`` in place: decoding, prefill in pieces, state pools.
+
+    For inference only: there is no derivative.
+
+    Args:
+        r, k, v, w, u, cu_seqlens: as for `wkv`.
+        state: [S, H, N, N] as [key, value]; float32 (float64 for float64 inputs), with a
+            contiguous last dimension. Without state_map, S is the number of sequences.
+        state_map: [B] (or [M] with cu_seqlens), int32 or int64: sequence b reads and writes row
+            ``state_map[b]``. The rows must be distinct. A negative entry marks a padding row of
+            a fixed-size batch: its y is zero and no state is touched.
+
+    Returns:
+        y, [B, T, H, N], in r's dtype.
+
+    Raises:
+        TypeError, ValueError: as for `wkv`; state is then unchanged.
+        RuntimeError: values out of range, repeated rows, or a call that autograd would have to
+            record; state is then unchanged.
+    """
+    check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
+    return torch.ops.rwkv6.wkv_.default(r, k, v, w, u, state, state_map, cu_seqlens)

@@ -1,0 +1,222 @@
+"""The WKV6 recurrence in plain PyTorch: what every kernel of this package must equal.
+
+`recurrence` is the operator in three lines (Peng et al., "Eagle and Finch", arXiv:2404.05892,
+section 4.2); `wkv` and `wkv_backward` add the options of `torch.ops.rwkv6.wkv`. They run on every
+device and in every dtype, can be differentiated any number of times and are understood by every
+`torch.func` transform. They are slow: one small group of PyTorch calls a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["recurrence", "recurrence_backward", "wkv", "wkv_backward"]
+
+
+def _decay(w: Tensor) -> Tensor:
+    """exp(-exp(w)), differentiable. w, result: [...]."""
+    # exp(-exp(80)) is exactly 0 in every dtype: the clamp changes no value, but keeps the
+    # derivative -exp(w) * decay from becoming inf * 0.
+    return torch.exp(-torch.exp(w.clamp(max=80.0)))
+
+
+def recurrence(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [B, H, N, N], [key, value]
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B, H, N, N]
+    """y_t = r_t (S + u k_t v_t),  S = exp(-exp(w_t)) S + k_t v_t.  All tensors of one dtype."""
+    decay = _decay(w)
+    y = []
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, N, N]
+        y.append((r[:, t, :, :, None] * (state + u[:, :, None] * kv)).sum(-2))
+        state = decay[:, t, :, :, None] * state + kv
+    return (torch.stack(y, 1) if y else r.clone()), state  # no token, no value
+
+
+def recurrence_backward(
+    grad_y: Tensor,  # [B, T, H, N]
+    grad_state: Tensor,  # [B, H, N, N], of the final state
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [B, H, N, N], the initial state
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `recurrence` for r, k, v, w [B, T, H, N], u [H, N] and state [B, H, N, N].
+
+    The adjoint G of the state runs back in time, G = decay_t G + r_t grad_y_t, beside the states
+    of the forward pass; the gradient of w is -exp(w) decay * sum_j S[i][j] G[i][j].
+    """
+    decay = _decay(w)
+    states = [state]
+    for t in range(r.shape[1] - 1):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        states.append(decay[:, t, :, :, None] * states[-1] + kv)
+    grads: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    grad_u = torch.zeros_like(u)
+    for t in reversed(range(r.shape[1])):
+        r_t, k_t, v_t, g_t = r[:, t], k[:, t], v[:, t], grad_y[:, t]  # [B, H, N]
+        vg = (v_t * g_t).sum(-1, keepdim=True)  # [B, H, 1]
+        ruk = (r_t * u * k_t).sum(-1, keepdim=True)  # [B, H, 1]
+        grads.append(
+            (
+                (states[t] * g_t[:, :, None, :]).sum(-1) + u * k_t * vg,
+                (grad_state * v_t[:, :, None, :]).sum(-1) + u * r_t * vg,
+                (grad_state * k_t[:, :, :, None]).sum(-2) + ruk * g_t,
+                -torch.exp(w[:, t].clamp(max=80.0)) * decay[:, t] * (states[t] * grad_state).sum(-1),
+            )
+        )
+        grad_u = grad_u + (r_t * k_t * vg).sum(0)
+        grad_state = decay[:, t, :, :, None] * grad_state + r_t[..., None] * g_t[:, :, None, :]
+    if grads:
+        gr, gk, gv, gw = (torch.stack(g, 1) for g in zip(*reversed(grads), strict=True))
+    else:
+        gr, gk, gv, gw = (torch.zeros_like(x) for x in (r, k, v, w))
+    return gr, gk, gv, gw, grad_u, grad_state
+
+
+def wkv(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None = None,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B or M, H, N, N]
+    """`torch.ops.rwkv6.wkv` by the recurrence. A state_map entry out of range gives NaN."""
+    acc = _accumulate_dtype(r)
+    state = _initial_states(r, initial_state, state_map, cu_seqlens)
+    inputs = [x.to(acc) for x in (r, k, v, w)]
+    u = u.to(acc)
+    if cu_seqlens is None:
+        y, state = recurrence(*inputs, u, state)
+        return y.to(r.dtype), state
+    outputs = []
+    for t, row in enumerate(_sequence_of_token(r.shape[1], cu_seqlens)):
+        y, new = recurrence(*(x[:, t : t + 1] for x in inputs), u, state.index_select(0, row))
+        state = state.index_copy(0, row, new)
+        outputs.append(y)
+    return (torch.cat(outputs, 1) if outputs else inputs[0].clone()).to(r.dtype), state
+
+
+def wkv_backward(
+    grad_y: Tensor | None,  # [B, T, H, N]
+    grad_final_state: Tensor | None,  # [B or M, H, N, N]
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None = None,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`torch.ops.rwkv6.wkv_backward`: each gradient in its input's dtype, in the order of `wkv`.
+
+    The sixth is empty ([0], float32) where there is no initial_state.
+    """
+    acc = _accumulate_dtype(r)
+    state = _initial_states(r, initial_state, state_map, cu_seqlens)
+    grad_y = torch.zeros_like(r, dtype=acc) if grad_y is None else grad_y.to(acc)
+    grad_state = (
+        torch.zeros_like(state) if grad_final_state is None else grad_final_state.to(acc)
+    )
+    inputs = [x.to(acc) for x in (r, k, v, w)]
+    uf = u.to(acc)
+    if cu_seqlens is None:
+        grads = recurrence_backward(grad_y, grad_state, *inputs, uf, state)
+        gr, gk, gv, gw, gu, gs = grads
+    else:
+        rows = _sequence_of_token(r.shape[1], cu_seqlens)
+        states = []
+        for t, row in enumerate(rows):
+            states.append(state.index_select(0, row))
+            _, new = recurrence(*(x[:, t : t + 1] for x in inputs), uf, states[-1])
+            state = state.index_copy(0, row, new)
+        tokens: list[tuple[Tensor, ...]] = []
+        gu = torch.zeros_like(uf)
+        gs = grad_state
+        for t, row in reversed(list(enumerate(rows))):
+            *token, gu_t, new = recurrence_backward(
+                grad_y[:, t : t + 1],
+                gs.index_select(0, row),
+                *(x[:, t : t + 1] for x in inputs),
+                uf,
+                states[t],
+            )
+            gs = gs.index_copy(0, row, new)
+            gu = gu + gu_t
+            tokens.append(tuple(token))
+        if tokens:
+            gr, gk, gv, gw = (torch.cat(g, 1) for g in zip(*reversed(tokens), strict=True))
+        else:
+            gr, gk, gv, gw = (torch.zeros_like(x) for x in inputs)
+    return (
+        gr.to(r.dtype),
+        gk.to(k.dtype),
+        gv.to(v.dtype),
+        gw.to(w.dtype),
+        gu.to(u.dtype),
+        _grad_initial_state(gs, initial_state, state_map),
+    )
+
+
+def _accumulate_dtype(r: Tensor) -> torch.dtype:
+    return torch.float64 if r.dtype == torch.float64 else torch.float32
+
+
+def _initial_states(
+    r: Tensor,  # [B, T, H, N]
+    initial_state: Tensor | None,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+) -> Tensor:
+    """The state each sequence starts from: [B or M, H, N, N]."""
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    acc = _accumulate_dtype(r)
+    if initial_state is None:
+        heads, size = r.shape[2:]
+        return torch.zeros(sequences, heads, size, size, dtype=acc, device=r.device)
+    state = initial_state.to(acc)
+    if state_map is None:
+        return state.expand(sequences, *state.shape[1:])
+    rows = state.shape[0]
+    found = state.index_select(0, state_map.clamp(0, rows - 1))
+    valid = (state_map >= 0) & (state_map < rows)
+    return torch.where(valid[:, None, None, None], found, torch.nan)
+
+
+def _grad_initial_state(
+    grad: Tensor,  # [B or M, H, N, N], of each sequence's own initial state
+    initial_state: Tensor | None,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+) -> Tensor:  # [S, H, N, N]
+    if initial_state is None:
+        return torch.empty(0, dtype=torch.float32, device=grad.device)
+    rows = initial_state.shape[0]
+    if state_map is not None:
+        # a matrix of 0 and 1 adds in a fixed order on every device, index_add does not
+        chosen = (state_map[:, None] == torch.arange(rows, device=grad.device)).to(grad.dtype)
+        grad = torch.einsum("bs,bhij->shij", chosen, grad)
+    elif rows != grad.shape[0]:
+        grad = grad.sum(0, keepdim=True)
+    return grad.to(initial_state.dtype)
+
+
+def _sequence_of_token(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+    """For each of the T tokens the index of its packed sequence, as T tensors of shape [1].
+
+    No value is read on the host, so that it can be traced.
+    """
+    positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    last = max(cu_seqlens.shape[0] - 2, 0)
+    return (torch.searchsorted(cu_seqlens, positions, right=True) - 1).clamp(0, last).split(1)

@@ -1,0 +1,169 @@
+"""Derivatives. Reverse mode runs the kernels; what they cannot do goes through the reference.
+
+A kernel on the Autograd key of our own, instead of torch.library.register_autograd, because that
+one gives silently zero forward-mode derivatives, fails inside torch.func transforms and costs
+about twice as much a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from torch_rwkv6 import reference
+from torch_rwkv6.registration.schema import library
+
+_wkv = torch.ops.rwkv6.wkv.default
+_wkv_backward = torch.ops.rwkv6.wkv_backward.default
+_wkv_ = torch.ops.rwkv6.wkv_.default
+
+
+def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Under torch.func transforms and forward-mode AD the reference's own operations are traced."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+class _WKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _wkv(*inputs)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_y is None and grad_final_state is None:
+            return (None,) * 8
+        grads = _wkv_backward(grad_y, grad_final_state, *ctx.saved_tensors)
+        # r, k, v, w, u, initial_state, then the two index tensors
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), None, None
+
+
+class _WKVBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _wkv_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
+        given = [i for i, g in enumerate(grad_outputs) if g is not None]
+        grads: list[Tensor | None] = [None] * len(saved)
+        if not given:
+            return tuple(grads)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # An alias of each input of its own, so that a path from one input to another in the
+            # caller's graph is not walked here as well.
+            inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
+            outputs = reference.wkv_backward(*inputs)
+            found = torch.autograd.grad(
+                [outputs[i] for i in given],
+                [inputs[i] for i in needed],
+                [grad_outputs[i] for i in given],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        for i, g in zip(needed, found, strict=True):
+            grads[i] = g
+        return tuple(grads)
+
+
+def wkv(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None = None,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
+    inputs = (r, k, v, w, u, initial_state)
+    if _needs_reference(inputs):
+        return reference.wkv(*inputs, state_map, cu_seqlens)
+    if _needs_grad(inputs):
+        return _WKV.apply(*inputs, state_map, cu_seqlens)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _wkv(*inputs, state_map, cu_seqlens)
+
+
+def wkv_backward(
+    grad_y: Tensor | None,  # [B, T, H, N]
+    grad_final_state: Tensor | None,  # [B or M, H, N, N]
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (grad_y, grad_final_state, r, k, v, w, u, initial_state)
+    if _needs_reference(inputs):
+        return reference.wkv_backward(*inputs, state_map, cu_seqlens)
+    if _needs_grad(inputs):
+        return _WKVBackward.apply(*inputs, state_map, cu_seqlens)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _wkv_backward(*inputs, state_map, cu_seqlens)
+
+
+def wkv_(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> Tensor:  # [B, T, H, N]
+    inputs = (r, k, v, w, u, state)
+    if _needs_grad(inputs) or _needs_reference(inputs):
+        raise RuntimeError(
+            "rwkv6::wkv_ overwrites its state and has no derivative: call it under "
+            "torch.no_grad() or torch.inference_mode(), or use rwkv6::wkv"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return _wkv_(*inputs, state_map, cu_seqlens)
+
+
+def _bump_version(
+    keyset: Any,
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> Tensor:  # [B, T, H, N]
+    # lets autograd notice that a tensor saved for a backward pass was overwritten since
+    torch.autograd.graph.increment_version(state)
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    return _wkv_.redispatch(below, r, k, v, w, u, state, state_map, cu_seqlens)
+
+
+for _function in (wkv, wkv_backward, wkv_):
+    library.impl(_function.__name__, _function, "Autograd")
+library.impl("wkv_", _bump_version, "ADInplaceOrView", with_keyset=True)

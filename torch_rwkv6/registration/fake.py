@@ -1,0 +1,62 @@
+"""Fake (meta) implementations: shapes, dtypes and devices without computing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_rwkv6.checks import check_wkv, check_wkv_, check_wkv_backward, state_dtype
+
+
+@torch.library.register_fake("rwkv6::wkv")
+def wkv(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None = None,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
+    sequences = check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
+    _, _, heads, size = r.shape
+    final_state = r.new_empty((sequences, heads, size, size), dtype=state_dtype(r))
+    return r.new_empty(r.shape), final_state
+
+
+@torch.library.register_fake("rwkv6::wkv_backward")
+def wkv_backward(
+    grad_y: Tensor | None,  # [B, T, H, N]
+    grad_final_state: Tensor | None,  # [B or M, H, N, N]
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None,  # [S, H, N, N]
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_wkv_backward(
+        grad_y, grad_final_state, r, k, v, w, u, initial_state, state_map, cu_seqlens
+    )
+    gr, gk, gv, gw, gu = (x.new_empty(x.shape) for x in (r, k, v, w, u))
+    if initial_state is None:
+        return gr, gk, gv, gw, gu, r.new_empty((0,), dtype=torch.float32)
+    return gr, gk, gv, gw, gu, initial_state.new_empty(initial_state.shape)
+
+
+@torch.library.register_fake("rwkv6::wkv_")
+def wkv_(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> Tensor:  # [B, T, H, N]
+    check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
+    return r.new_empty(r.shape)

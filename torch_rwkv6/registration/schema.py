@@ -1,0 +1,22 @@
+"""The operators' schemas: the contract. csrc/bindings/torch.cpp holds the same ones."""
+
+from __future__ import annotations
+
+import torch
+
+import torch_rwkv6
+
+SCHEMAS = {
+    "wkv": "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None, "
+    "Tensor? state_map=None, Tensor? cu_seqlens=None) -> (Tensor y, Tensor final_state)",
+    "wkv_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor r, Tensor k, Tensor v, "
+    "Tensor w, Tensor u, Tensor? initial_state, Tensor? state_map, Tensor? cu_seqlens) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "wkv_": "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
+    "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor",
+}
+
+library = torch.library.Library("rwkv6", "FRAGMENT")
+if not torch_rwkv6.has_kernels:
+    for name, signature in SCHEMAS.items():
+        library.define(name + signature)

@@ -1,0 +1,113 @@
+"""Batching rules for torch.vmap: the mapped dimension is folded into the heads.
+
+Heads are independent and every float tensor has them, u as well, so one rule serves any mixture
+of mapped and shared tensors. Only a mapped state_map or cu_seqlens, which say something about all
+heads at once, are taken one slice after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where the heads are in each tensor argument; None marks the index tensors.
+_HEADS = {
+    "grad_y": 2,
+    "grad_final_state": 1,
+    "r": 2,
+    "k": 2,
+    "v": 2,
+    "w": 2,
+    "u": 0,
+    "initial_state": 1,
+    "state_map": None,
+    "cu_seqlens": None,
+}
+_WKV = tuple(_HEADS)[2:]
+_WKV_BACKWARD = tuple(_HEADS)
+
+
+def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | None:
+    """[..., H, ...] mapped along dim -> [..., size * H, ...]."""
+    if x is None:
+        return None
+    x = x.unsqueeze(heads).expand(*x.shape[:heads], size, *x.shape[heads:]) if dim is None else (
+        x.movedim(dim, heads)
+    )
+    return x.flatten(heads, heads + 1)
+
+
+def _unfold(x: Tensor, heads: int, size: int) -> Tensor:
+    """[..., size * H, ...] -> [size, ..., H, ...]."""
+    return x.unflatten(heads, (size, x.shape[heads] // size)).movedim(heads, 0)
+
+
+def _slice(x: Tensor | None, dim: int | None, i: int) -> Tensor | None:
+    return x if x is None or dim is None else x.select(dim, i)
+
+
+def _batched(op: Any, names: tuple[str, ...], out_heads: tuple[int, ...]) -> Any:
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        # defaults may be left out of the call
+        args = args + (None,) * (len(names) - len(args))
+        in_dims = tuple(in_dims) + (None,) * (len(names) - len(in_dims))
+        if any(
+            x is not None and dim is not None and _HEADS[n] is None
+            for n, x, dim in zip(names, args, in_dims, strict=True)
+        ):
+            slices = [
+                op(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
+                for i in range(size)
+            ]
+            outputs = tuple(torch.stack(out) for out in zip(*slices, strict=True))
+            return outputs, (0,) * len(outputs)
+        folded = [
+            x if _HEADS[n] is None else _fold(x, dim, _HEADS[n], size)
+            for n, x, dim in zip(names, args, in_dims, strict=True)
+        ]
+        outputs = tuple(
+            # the sixth gradient is empty where there is no initial_state
+            _unfold(out, heads, size) if out.dim() > 1 else out.expand(size, 0)
+            for out, heads in zip(op(*folded), out_heads, strict=True)
+        )
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+def _wkv_rule(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    r: Tensor,  # [B, T, H, N], and so on: each with a mapped dimension where in_dims says so
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    *index: Tensor | None,
+) -> tuple[Tensor, int]:
+    if in_dims[5] is None:
+        raise RuntimeError(
+            "vmap over rwkv6::wkv_ with a state that is not mapped: all slices would update the "
+            "same state in place. Map the state as well, or use rwkv6::wkv"
+        )
+    # slice by slice: folding would update a copy of the state
+    args = (r, k, v, w, u, state, *index)
+    y = [
+        torch.ops.rwkv6.wkv_(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(y), 0
+
+
+torch.library.register_vmap("rwkv6::wkv", _batched(torch.ops.rwkv6.wkv, _WKV, (2, 1)))
+torch.library.register_vmap(
+    "rwkv6::wkv_backward",
+    _batched(torch.ops.rwkv6.wkv_backward, _WKV_BACKWARD, (2, 2, 2, 2, 0, 1)),
+)
+torch.library.register_vmap("rwkv6::wkv_", _wkv_rule)
