@@ -40,10 +40,14 @@ RWKV6_INLINE uint16_t f16_of_f32(float f) {  // to nearest, ties to even
 
 // Reads n values and pads with zeros up to a multiple of the vector width. A null row is zeros.
 template <class T>
-void load_row(const void* row, DType dtype, int64_t n, T* out) {
+RWKV6_INLINE void load_row(const void* row, DType dtype, int64_t n, T* out) {
   constexpr int64_t W = Vec<T>::W;
   const int64_t padded = (n + W - 1) / W * W;
   int64_t i = 0;
+  if (row) {  // the same token's row of the next head, which is worked on next, lies behind this one
+    const char* next = static_cast<const char*>(row) + n * size_of(dtype);
+    for (int64_t byte = 0; byte < n * size_of(dtype); byte += 64) __builtin_prefetch(next + byte);
+  }
   if (!row) {
     n = 0;
   } else if (dtype == DType::f64) {
@@ -51,9 +55,19 @@ void load_row(const void* row, DType dtype, int64_t n, T* out) {
     for (; i < n; i++) out[i] = T(p[i]);
   } else if (dtype == DType::f32) {
     const float* p = static_cast<const float*>(row);
+    if constexpr (sizeof(T) == 4) {
+      for (; i + W <= n; i += W) Vec<T>::load(p + i).store(out + i);
+    }
     for (; i < n; i++) out[i] = T(p[i]);
   } else if (dtype == DType::bf16) {
     const uint16_t* p = static_cast<const uint16_t*>(row);
+    if constexpr (sizeof(T) == 4) {
+      for (; i + W <= n; i += W) {
+        Uint16Lanes halves;
+        __builtin_memcpy(&halves, p + i, sizeof halves);
+        Vec<T>((FloatLanes)(__builtin_convertvector(halves, Uint32Lanes) << 16)).store(out + i);
+      }
+    }
     for (; i < n; i++) {
       const uint32_t bits = uint32_t(p[i]) << 16;
       float f;

@@ -37,18 +37,33 @@ struct ForwardBlock {
   }
 };
 
-// R keys by Q vectors of values through the block. `from` may be null (zeros) and may be `to`;
-// `partial` is the number of columns of a last, incomplete vector (Q = 1), 0 if it is complete.
-template <class T, int R, int Q>
-RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t j, const T* from,
-                               int64_t from_stride, T* to, int64_t to_stride, int64_t partial) {
+// Where a head's state comes from (null: zeros) and goes to, at the part's first column. Both may be
+// the same memory.
+template <class T>
+struct StateMove {
+  const T* from;
+  int64_t from_stride;
+  T* to;
+  int64_t to_stride;
+};
+
+// R keys by Q vectors of values through the block. A Partial tile has fewer columns than a vector:
+// `columns` of them.
+template <class T, int R, int Q, bool Partial>
+RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t j,
+                               const StateMove<T>& state, int64_t columns) {
   typedef Vec<T> V;
   V S[R][Q];
-  RWKV6_UNROLL for (int a = 0; a < R; a++) {
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
-      const T* p = from + (i + a) * from_stride + j + q * V::W;
-      S[a][q] = !from ? V(T(0)) : partial ? V::load_first(p, partial) : V::load(p);
+  if (state.from) {
+    RWKV6_UNROLL for (int a = 0; a < R; a++) {
+      RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+        const T* p = state.from + (i + a) * state.from_stride + j + q * V::W;
+        S[a][q] = Partial ? V::load_first(p, columns) : V::load(p);
+      }
     }
+  } else {
+    RWKV6_UNROLL for (int a = 0; a < R; a++)
+      RWKV6_UNROLL for (int q = 0; q < Q; q++) S[a][q] = V(T(0));
   }
   const T *r = block.r + i, *k = block.k + i, *decay = block.decay + i, *v = block.v + j;
   T* y = block.y + j;
@@ -71,28 +86,26 @@ RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t 
   }
   RWKV6_UNROLL for (int a = 0; a < R; a++) {
     RWKV6_UNROLL for (int q = 0; q < Q; q++) {
-      T* p = to + (i + a) * to_stride + j + q * V::W;
-      partial ? S[a][q].store_first(p, partial) : S[a][q].store(p);
+      T* p = state.to + (i + a) * state.to_stride + j + q * V::W;
+      Partial ? S[a][q].store_first(p, columns) : S[a][q].store(p);
     }
   }
 }
 
 // All keys of Q vectors of columns.
-template <class T, int Q>
-RWKV6_INLINE void forward_columns(const ForwardBlock<T>& block, int64_t N, int64_t j, const T* from,
-                                  int64_t from_stride, T* to, int64_t to_stride, int64_t partial) {
+template <class T, int Q, bool Partial = false>
+RWKV6_INLINE void forward_columns(const ForwardBlock<T>& block, int64_t N, int64_t j,
+                                  const StateMove<T>& state, int64_t columns = 0) {
   constexpr int R = RWKV6_TILE_ROWS;
   int64_t i = 0;
-  for (; i + R <= N; i += R)
-    forward_tile<T, R, Q>(block, i, j, from, from_stride, to, to_stride, partial);
-  for (; i < N; i++)
-    forward_tile<T, 1, Q>(block, i, j, from, from_stride, to, to_stride, partial);
+  for (; i + R <= N; i += R) forward_tile<T, R, Q, Partial>(block, i, j, state, columns);
+  for (; i < N; i++) forward_tile<T, 1, Q, Partial>(block, i, j, state, columns);
 }
 
-// The state of one head from `from` (or zeros) to `to`, its columns counted from the part's first.
+// One head's y and state through the block.
 template <class T>
-void forward_block(const ForwardBlock<T>& block, int64_t N, int64_t columns, const T* from,
-                   int64_t from_stride, T* to, int64_t to_stride) {
+void forward_block(const ForwardBlock<T>& block, int64_t N, int64_t columns,
+                   const StateMove<T>& state) {
   typedef Vec<T> V;
   for (int64_t t = 0; t < block.tokens; t++) {  // y = (r . (u * k)) v to begin with
     V dot(T(0));
@@ -105,11 +118,9 @@ void forward_block(const ForwardBlock<T>& block, int64_t N, int64_t columns, con
   }
   int64_t j = 0;
   for (; j + kTileVectors * V::W <= columns; j += kTileVectors * V::W)
-    forward_columns<T, kTileVectors>(block, N, j, from, from_stride, to, to_stride, 0);
-  for (; j + V::W <= columns; j += V::W)
-    forward_columns<T, 1>(block, N, j, from, from_stride, to, to_stride, 0);
-  if (j < columns)
-    forward_columns<T, 1>(block, N, j, from, from_stride, to, to_stride, columns - j);
+    forward_columns<T, kTileVectors>(block, N, j, state);
+  for (; j + V::W <= columns; j += V::W) forward_columns<T, 1>(block, N, j, state);
+  if (j < columns) forward_columns<T, 1, true>(block, N, j, state, columns - j);
 }
 
 template <class T>
@@ -143,6 +154,25 @@ void pack(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns pa
   }
 }
 
+// Points state.from at the head's initial state; one of another dtype is converted into state.to.
+template <class T>
+void start(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns part,
+           StateMove<T>& state) {
+  const char* initial = sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h);
+  if (!initial || size_of(job.initial.dtype) == sizeof(T)) {
+    state.from = initial ? reinterpret_cast<const T*>(initial) + part.first : nullptr;
+    state.from_stride = job.initial.stride_row;
+    return;
+  }
+  const int64_t columns = part.last - part.first;
+  for (int64_t i = 0; i < job.N; i++) {
+    const int64_t offset = i * job.initial.stride_row + part.first;
+    T row[kMaxHeadSize + Vec<T>::W];
+    load_row(initial + offset * size_of(job.initial.dtype), job.initial.dtype, columns, row);
+    memcpy(state.to + i * state.to_stride, row, size_t(columns) * sizeof(T));
+  }
+}
+
 // One sequence, heads [first, last), the columns of one part: block after block, the heads in turn.
 template <class T>
 void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t first, int64_t last,
@@ -159,31 +189,18 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
   for (int64_t t0 = 0; t0 == 0 || t0 < sequence.length; t0 += kBlock) {
     const int64_t left = sequence.length - t0, tokens = left < kBlock ? left : kBlock;
     for (int64_t h = first; h < last; h++) {
-      T* to = own_states + (h - first) * N * columns;
-      int64_t to_stride = columns;
+      StateMove<T> state;
       if (job.final.data) {
-        to = reinterpret_cast<T*>(job.final.matrix(sequence.final, h)) + part.first;
-        to_stride = job.final.stride_row;
+        state.to = reinterpret_cast<T*>(job.final.matrix(sequence.final, h)) + part.first;
+        state.to_stride = job.final.stride_row;
+      } else {
+        state.to = own_states + (h - first) * N * columns;
+        state.to_stride = columns;
       }
-      const T* from = to;
-      int64_t from_stride = to_stride;
-      if (t0 == 0) {
-        const char* initial =
-            sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h);
-        if (initial && size_of(job.initial.dtype) != sizeof(T)) {
-          for (int64_t i = 0; i < N; i++) {
-            const int64_t offset = i * job.initial.stride_row + part.first;
-            T row[kMaxHeadSize + Vec<T>::W];
-            load_row(initial + offset * size_of(job.initial.dtype), job.initial.dtype, columns, row);
-            memcpy(to + i * to_stride, row, size_t(columns) * sizeof(T));
-          }
-        } else {
-          from = initial ? reinterpret_cast<const T*>(initial) + part.first : nullptr;
-          from_stride = job.initial.stride_row;
-        }
-      }
+      state.from = state.to, state.from_stride = state.to_stride;
+      if (t0 == 0) start(job, sequence, h, part, state);
       unpack(job, sequence, h, part, t0, tokens, block);
-      forward_block(block, N, columns, from, from_stride, to, to_stride);
+      forward_block(block, N, columns, state);
       pack(job, sequence, h, part, t0, block);
     }
   }
