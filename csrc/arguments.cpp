@@ -33,12 +33,18 @@ const char* name_of(DType dtype) {
 
 int64_t stride(const DLTensor* x, int dim) {
   if (x->strides) return x->strides[dim];
-  int64_t elements = 1;  // no strides means compact and row-major
-  for (int i = dim + 1; i < x->ndim; i++) elements *= x->shape[i];
-  return elements;
+  int64_t step = 1;  // no strides means compact and row-major
+  for (int i = dim + 1; i < x->ndim; i++) step *= x->shape[i];
+  return step;
 }
 
 char* data(const DLTensor* x) { return static_cast<char*>(x->data) + x->byte_offset; }
+
+int64_t elements(const DLTensor* x) {
+  int64_t n = 1;
+  for (int i = 0; i < x->ndim; i++) n *= x->shape[i];
+  return n;
+}
 
 // Shape, device and memory of any tensor; -1 in `shape` stands for any size.
 void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape) {
@@ -53,9 +59,7 @@ void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> s
          " (-1: any), got ", shape_text(x->shape, x->ndim));
   if (x->device.device_type != kDLCPU && x->device.device_type != kDLCUDAHost)
     fail(name, ": expected a CPU tensor, got DLPack device type ", int(x->device.device_type));
-  int64_t elements = 1;
-  for (int i = 0; i < x->ndim; i++) elements *= x->shape[i];
-  if (elements && !x->data) fail(name, ": its data pointer is NULL");
+  if (elements(x) && !x->data) fail(name, ": its data pointer is NULL");
 }
 
 // The same for a float tensor: also dtype and a contiguous last dimension.
@@ -67,7 +71,7 @@ DType check_float(const char* name, const DLTensor* x, std::initializer_list<int
     fail(name, ": expected ", name_of(dtype), dtype == or_dtype ? "" : " or ",
          dtype == or_dtype ? "" : name_of(or_dtype), ", got ", name_of(found));
   const int last = x->ndim - 1;
-  if (x->shape[last] > 1 && stride(x, last) != 1)
+  if (x->shape[last] > 1 && stride(x, last) != 1 && elements(x))
     fail(name, ": the last dimension must be contiguous, got stride ", stride(x, last));
   return found;
 }

@@ -101,24 +101,28 @@ def random_call(
     return call
 
 
-def sample_inputs(dtype: torch.dtype = torch.float32, N: int = 4) -> dict[str, Call]:
+def sample_inputs(dtype: torch.dtype = torch.float32, N: int = 4, T: int = 5) -> dict[str, Call]:
     """One call for each combination of the optional arguments."""
-    packed = {"B": 1, "T": 7, "cu_seqlens": [0, 3, 3, 7]}
+
+    def call(T: int = T, **options) -> Call:
+        return random_call(T=T, N=N, dtype=dtype, **options)
+
+    def packed(**options) -> Call:
+        return call(B=1, T=T + 2, cu_seqlens=[0, T // 2, T // 2, T + 2], **options)
+
     return {
-        "plain": random_call(dtype=dtype, N=N),
-        "shared state": random_call(dtype=dtype, N=N, states=1),
-        "state each": random_call(dtype=dtype, N=N, states=2),
-        "state map": random_call(B=3, dtype=dtype, N=N, states=4, state_map=[2, 0, 2]),
-        "int32 state map": random_call(
-            dtype=dtype, N=N, states=3, state_map=[2, 2], index_dtype=torch.int32
-        ),
-        "packed": random_call(dtype=dtype, N=N, **packed),
-        "packed, shared state": random_call(dtype=dtype, N=N, states=1, **packed),
-        "packed, state each": random_call(dtype=dtype, N=N, states=3, **packed),
-        "packed, state map": random_call(dtype=dtype, N=N, states=2, state_map=[1, 0, 1], **packed),
-        "one token": random_call(T=1, dtype=dtype, N=N, states=2),
-        "no token": random_call(T=0, dtype=dtype, N=N, states=2),
-        "w in float32": random_call(dtype=dtype, N=N, w_dtype=torch.float32),
+        "plain": call(),
+        "shared state": call(states=1),
+        "state each": call(states=2),
+        "state map": call(B=3, states=4, state_map=[2, 0, 2]),
+        "int32 state map": call(states=3, state_map=[2, 2], index_dtype=torch.int32),
+        "packed": packed(),
+        "packed, shared state": packed(states=1),
+        "packed, state each": packed(states=3),
+        "packed, state map": packed(states=2, state_map=[1, 0, 1]),
+        "one token": call(T=1, states=2),
+        "no token": call(T=0, states=2),
+        "w in float32": call(w_dtype=torch.float32),
     }
 
 

@@ -22,6 +22,10 @@ struct Tokens {
   char* row(int64_t b, int64_t t, int64_t h) const {
     return data ? data + (b * stride_b + t * stride_t + h * stride_h) * size_of(dtype) : nullptr;
   }
+  // Bytes from one row to that of another token and head.
+  int64_t distance(int64_t t, int64_t h) const {
+    return (t * stride_t + h * stride_h) * size_of(dtype);
+  }
 };
 
 // A [H, N] tensor, N contiguous.

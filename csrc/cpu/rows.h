@@ -38,16 +38,19 @@ RWKV6_INLINE uint16_t f16_of_f32(float f) {  // to nearest, ties to even
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + odd) >> 13));
 }
 
+// Rows are far apart in memory, where no hardware prefetcher finds the next one: the kernels name it.
+template <bool Write = false>
+RWKV6_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(row) + i, Write);
+}
+
 // Reads n values and pads with zeros up to a multiple of the vector width. A null row is zeros.
 template <class T>
 RWKV6_INLINE void load_row(const void* row, DType dtype, int64_t n, T* out) {
   constexpr int64_t W = Vec<T>::W;
   const int64_t padded = (n + W - 1) / W * W;
   int64_t i = 0;
-  if (row) {  // the same token's row of the next head, which is worked on next, lies behind this one
-    const char* next = static_cast<const char*>(row) + n * size_of(dtype);
-    for (int64_t byte = 0; byte < n * size_of(dtype); byte += 64) __builtin_prefetch(next + byte);
-  }
   if (!row) {
     n = 0;
   } else if (dtype == DType::f64) {

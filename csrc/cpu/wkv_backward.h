@@ -156,25 +156,36 @@ void backward_block(BackwardBlock<T>& block, int64_t N, const T* state, T* adjoi
   }
 }
 
+// Rows of the block into the accumulator's dtype: k, v and decay for the state's walk, everything for
+// the way back. The next block to come is `next` tokens from here.
 template <class T>
 void unpack(const BackwardJob& job, const Sequence& sequence, int64_t h, Columns keys, int64_t t0,
-            int64_t tokens, bool all, BackwardBlock<T>& block) {
+            int64_t tokens, bool everything, int64_t next, BackwardBlock<T>& block) {
   constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  const int64_t n = keys.last - keys.first, b = sequence.b;
-  const auto load_keys = [&](const Tokens& x, int64_t t, T* out) {
-    const char* row = x.row(b, sequence.begin + t0 + t, h);
-    load_row(row + keys.first * size_of(x.dtype), x.dtype, n, out + t * kKeys);
+  const Columns values = {0, job.N};
+  const auto load = [&](const Tokens& x, int64_t token, Columns part, T* out) {
+    const char* row = x.row(sequence.b, token, h);
+    const int64_t n = part.last - part.first;
+    if (row) {
+      row += part.first * size_of(x.dtype);
+      prefetch_row(row + x.distance(next, 0), n * size_of(x.dtype));
+    }
+    load_row(row, x.dtype, n, out);
   };
   block.tokens = tokens;
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t token = sequence.begin + t0 + t;
-    load_keys(job.k, t, block.k);
-    load_keys(job.w, t, block.decay);
-    decay_row(block.decay + t * kKeys, n, block.decay + t * kKeys, block.rate + t * kKeys);
-    load_row(job.v.row(b, token, h), job.v.dtype, job.N, block.v + t * block.values);
-    if (!all) continue;
-    load_keys(job.r, t, block.r);
-    load_row(job.grad_y.row(b, token, h), job.grad_y.dtype, job.N, block.grad_y + t * block.values);
+    T* decay = block.decay + t * kKeys;
+    load(job.k, token, keys, block.k + t * kKeys);
+    load(job.w, token, keys, decay);
+    decay_row(decay, keys.last - keys.first, decay, block.rate + t * kKeys);
+    load(job.v, token, values, block.v + t * block.values);
+    if (!everything) continue;
+    load(job.r, token, keys, block.r + t * kKeys);
+    load(job.grad_y, token, values, block.grad_y + t * block.values);
+    for (const Tokens* x : {&job.grad_r, &job.grad_k, &job.grad_w})
+      prefetch_row<true>(x->row(sequence.b, token, h) + keys.first * size_of(x->dtype),
+                         (keys.last - keys.first) * size_of(x->dtype));
   }
 }
 
@@ -237,7 +248,7 @@ void backward_keys(const BackwardJob& job, int64_t index, int64_t h, Columns key
     const T* from = segment_states + s * state_size;
     for (int64_t c = 0; c < segments.blocks; c++, from = next) {
       const int64_t t0 = (s * segments.blocks + c) * kBlock;
-      unpack(job, sequence, h, keys, t0, tokens_at(t0), false, block);
+      unpack(job, sequence, h, keys, t0, tokens_at(t0), false, kBlock, block);
       advance_block(block, N, from, next);
     }
   }
@@ -248,7 +259,7 @@ void backward_keys(const BackwardJob& job, int64_t index, int64_t h, Columns key
     const T* from = segment_states + s * state_size;
     for (int64_t c = 0; c + 1 < blocks; c++) {  // block_states holds those after the first
       const int64_t t0 = first + c * kBlock;
-      unpack(job, sequence, h, keys, t0, tokens_at(t0), false, block);
+      unpack(job, sequence, h, keys, t0, tokens_at(t0), false, kBlock, block);
       advance_block(block, N, from, block_states + c * state_size);
       from = block_states + c * state_size;
     }
@@ -256,7 +267,7 @@ void backward_keys(const BackwardJob& job, int64_t index, int64_t h, Columns key
       const int64_t t0 = first + c * kBlock;
       const T* state =
           c ? block_states + (c - 1) * state_size : segment_states + s * state_size;
-      unpack(job, sequence, h, keys, t0, tokens_at(t0), true, block);
+      unpack(job, sequence, h, keys, t0, tokens_at(t0), true, -kBlock, block);
       backward_block(block, N, state, adjoint);
       pack(job, sequence, h, keys, t0, block);
     }

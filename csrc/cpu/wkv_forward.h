@@ -123,23 +123,33 @@ void forward_block(const ForwardBlock<T>& block, int64_t N, int64_t columns,
   if (j < columns) forward_columns<T, 1, true>(block, N, j, state, columns - j);
 }
 
+// Rows of the block into the accumulator's dtype; the next block to come is `next_t` tokens and
+// `next_h` heads from here.
 template <class T>
 void unpack(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns part, int64_t t0,
-            int64_t tokens, ForwardBlock<T>& block) {
+            int64_t tokens, int64_t next_t, int64_t next_h, ForwardBlock<T>& block) {
   const int64_t N = job.N, columns = part.last - part.first;
   block.tokens = tokens;
   load_row(job.u.row(h), job.u.dtype, N, block.u);
+  const auto load = [&](const Tokens& x, int64_t token, int64_t first, int64_t n, T* out) {
+    const char* row = x.row(sequence.b, token, h);
+    if (row) {
+      row += first * size_of(x.dtype);
+      prefetch_row(row + x.distance(next_t, next_h), n * size_of(x.dtype));
+    }
+    load_row(row, x.dtype, n, out);
+  };
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t step = job.reverse ? sequence.length - 1 - (t0 + t) : t0 + t;
-    const int64_t b = sequence.b, token = sequence.begin + step;
+    const int64_t token = sequence.begin + step;
     T* decay = block.decay + t * block.keys;
-    load_row(job.r.row(b, token, h), job.r.dtype, N, block.r + t * block.keys);
-    load_row(job.k.row(b, token, h), job.k.dtype, N, block.k + t * block.keys);
-    load_row(job.w.row(b, token, h), job.w.dtype, N, decay);
+    load(job.r, token, 0, N, block.r + t * block.keys);
+    load(job.k, token, 0, N, block.k + t * block.keys);
+    load(job.w, token, 0, N, decay);
     decay_row(decay, N, decay, static_cast<T*>(nullptr));
-    const char* v = job.v.row(b, token, h);
-    load_row(v ? v + part.first * size_of(job.v.dtype) : v, job.v.dtype, columns,
-             block.v + t * block.columns);
+    load(job.v, token, part.first, columns, block.v + t * block.columns);
+    prefetch_row<true>(job.y.row(sequence.b, token, h) + part.first * size_of(job.y.dtype),
+                       columns * size_of(job.y.dtype));
   }
 }
 
@@ -186,6 +196,7 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
       }
     return;
   }
+  const int64_t step = job.reverse ? -kBlock : kBlock;
   for (int64_t t0 = 0; t0 == 0 || t0 < sequence.length; t0 += kBlock) {
     const int64_t left = sequence.length - t0, tokens = left < kBlock ? left : kBlock;
     for (int64_t h = first; h < last; h++) {
@@ -199,7 +210,9 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
       }
       state.from = state.to, state.from_stride = state.to_stride;
       if (t0 == 0) start(job, sequence, h, part, state);
-      unpack(job, sequence, h, part, t0, tokens, block);
+      const bool last_head = h + 1 == last;
+      unpack(job, sequence, h, part, t0, tokens, last_head ? step : 0,
+             last_head ? first - h : 1, block);
       forward_block(block, N, columns, state);
       pack(job, sequence, h, part, t0, block);
     }

@@ -65,20 +65,25 @@ class _WKVBackward(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
-        given = [i for i, g in enumerate(grad_outputs) if g is not None]
         grads: list[Tensor | None] = [None] * len(saved)
-        if not given:
-            return tuple(grads)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # An alias of each input of its own, so that a path from one input to another in the
             # caller's graph is not walked here as well.
             inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
             outputs = reference.wkv_backward(*inputs)
+            # some depend on nothing: the sixth without initial_state, most without any token
+            paths = [
+                (out, g)
+                for out, g in zip(outputs, grad_outputs)
+                if g is not None and out.requires_grad
+            ]
+            if not paths:
+                return tuple(grads)
             found = torch.autograd.grad(
-                [outputs[i] for i in given],
+                [out for out, _ in paths],
                 [inputs[i] for i in needed],
-                [grad_outputs[i] for i in given],
+                [g for _, g in paths],
                 create_graph=create_graph,
                 allow_unused=True,
             )
