@@ -116,8 +116,7 @@ Shape check_r(const DLTensor* r) {
 }
 
 Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
-  const DType found =
-      check_float(name, x, {shape.B, shape.T, shape.H, shape.N}, dtype, or_dtype);
+  const DType found = check_float(name, x, {shape.B, shape.T, shape.H, shape.N}, dtype, or_dtype);
   return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 

@@ -55,15 +55,12 @@ class Threads {
   }
 };
 
-int64_t work_of(Shape shape) {
-  return (shape.B * shape.T + 1) * shape.H * shape.N * shape.N;
-}
+int64_t work_of(Shape shape) { return (shape.B * shape.T + 1) * shape.H * shape.N * shape.N; }
 
 const KernelsOf& kernels(DType inputs) {
   const Kernels* chosen = select_kernels();
   if (!chosen)
-    throw ArgumentError(
-        "RWKV6_CPU_ISA: expected baseline, avx2 or avx512, one that this CPU has");
+    throw ArgumentError("RWKV6_CPU_ISA: expected baseline, avx2 or avx512, one that this CPU has");
   return inputs == DType::f64 ? chosen->f64 : chosen->f32;
 }
 
@@ -128,7 +125,6 @@ void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
   cut_and_run(Threads(context, work_of(shape)), job, cpu, cpu.forward);
 }
 
-
 void backward(const rwkv6_context* context, const DLTensor* grad_y,
               const DLTensor* grad_final_state, const DLTensor* r, const DLTensor* k,
               const DLTensor* v, const DLTensor* w, const DLTensor* u,
@@ -146,8 +142,8 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
   job.u = heads("u", u, shape, dtype, DType::f32);
   const int64_t rows = initial_state ? initial_state->shape[0] : 0;
   if (initial_state) job.initial = states("initial_state", initial_state, -1, shape, acc, dtype);
-  const std::vector<Sequence> list =
-      sequences(shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none, rows);
+  const std::vector<Sequence> list = sequences(
+      shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none, rows);
   const int64_t n = int64_t(list.size());
   job.sequences = list.data(), job.num_sequences = n;
   if (grad_y) job.grad_y = tokens("grad_y", grad_y, shape, dtype, dtype);
@@ -267,9 +263,8 @@ const char* rwkv6_wkv_inplace(const rwkv6_context* context, const DLTensor* r, c
                               const DLTensor* v, const DLTensor* w, const DLTensor* u,
                               DLTensor* state, const DLTensor* state_map,
                               const DLTensor* cu_seqlens, DLTensor* y) {
-  return rwkv6::message_of([&] {
-    rwkv6::inplace(context, r, k, v, w, u, state, state_map, cu_seqlens, y);
-  });
+  return rwkv6::message_of(
+      [&] { rwkv6::inplace(context, r, k, v, w, u, state, state_map, cu_seqlens, y); });
 }
 
 const char* rwkv6_cpu_isa(void) {

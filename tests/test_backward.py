@@ -159,9 +159,7 @@ def test_gradient_through_a_carried_state():
     """Two pieces with a carried state have the gradient of the whole."""
     call = random_call(T=30, N=8, dtype=torch.float64, states=2).leaves()
     grad_y, grad_state = call.grad_outputs()
-    whole = torch.autograd.grad(
-        wkv(*call.floats()), call.differentiable(), (grad_y, grad_state)
-    )
+    whole = torch.autograd.grad(wkv(*call.floats()), call.differentiable(), (grad_y, grad_state))
     r, k, v, w, u, state = call.floats()
     y = []
     for piece in (slice(0, 11), slice(11, 12), slice(12, 30)):

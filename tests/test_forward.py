@@ -25,9 +25,7 @@ SAMPLES = list(sample_inputs())
 
 
 def check(call, tolerance=1.0):
-    y, state = wkv(
-        *call.floats(), state_map=call.state_map, cu_seqlens=call.cu_seqlens
-    )
+    y, state = wkv(*call.floats(), state_map=call.state_map, cu_seqlens=call.cu_seqlens)
     expected_y, expected_state = reference.wkv(*call.double().args())
     dtype = call.r.dtype
     assert y.dtype == dtype
@@ -45,7 +43,9 @@ def test_the_kernels_are_there():
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_accuracy_with_extreme_decays(dtype, N, T):
     heads = max(2, 256 // N)  # enough elements for a root mean square
-    check(random_call(B=2, T=T, H=heads if T < 100 else 2, N=N, dtype=dtype, extreme=True, states=2))
+    check(
+        random_call(B=2, T=T, H=heads if T < 100 else 2, N=N, dtype=dtype, extreme=True, states=2)
+    )
 
 
 def test_accuracy_at_4096_tokens():
@@ -150,9 +150,7 @@ def test_inputs_are_never_changed():
     call = sample_inputs()["state map"]
     before = [x.clone() for x in call.args() if x is not None]
     wkv(*call.floats(), state_map=call.state_map)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, (x for x in call.args() if x is not None))
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, (x for x in call.args() if x is not None)))
 
 
 def test_outputs_are_fresh_memory():

@@ -6,6 +6,6 @@ has_kernels: bool = _library.load()  # before registration, which builds on what
 
 from torch_rwkv6 import nn, reference, registration  # noqa: E402, F401
 from torch_rwkv6.ops import wkv, wkv_  # noqa: E402
-
 from torch_rwkv6.version import __version__  # noqa: E402
+
 __all__ = ["__version__", "has_kernels", "nn", "reference", "wkv", "wkv_"]

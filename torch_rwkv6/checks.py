@@ -161,9 +161,7 @@ def _check_tensor(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
-        raise TypeError(
-            f"{name}: expected {_names(dtypes)} beside r of {r.dtype}, got {x.dtype}"
-        )
+        raise TypeError(f"{name}: expected {_names(dtypes)} beside r of {r.dtype}, got {x.dtype}")
     if x.shape != shape:
         raise ValueError(
             f"{name}: expected {shape_name} = {tuple(shape)}, got shape {tuple(x.shape)}"

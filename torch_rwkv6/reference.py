@@ -55,6 +55,7 @@ def recurrence_backward(
     of the forward pass; the gradient of w is -exp(w) decay * sum_j S[i][j] G[i][j].
     """
     decay = _decay(w)
+    slope = -torch.exp(w.clamp(max=80.0)) * decay  # d decay / d w
     states = [state]
     for t in range(r.shape[1] - 1):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -70,7 +71,7 @@ def recurrence_backward(
                 (states[t] * g_t[:, :, None, :]).sum(-1) + u * k_t * vg,
                 (grad_state * v_t[:, :, None, :]).sum(-1) + u * r_t * vg,
                 (grad_state * k_t[:, :, :, None]).sum(-2) + ruk * g_t,
-                -torch.exp(w[:, t].clamp(max=80.0)) * decay[:, t] * (states[t] * grad_state).sum(-1),
+                slope[:, t] * (states[t] * grad_state).sum(-1),
             )
         )
         grad_u = grad_u + (r_t * k_t * vg).sum(0)
@@ -95,17 +96,19 @@ def wkv(
     """`torch.ops.rwkv6.wkv` by the recurrence. A state_map entry out of range gives NaN."""
     acc = _accumulate_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
-    inputs = [x.to(acc) for x in (r, k, v, w)]
-    u = u.to(acc)
+    rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
-        y, state = recurrence(*inputs, u, state)
+        y, state = recurrence(rf, kf, vf, wf, uf, state)
         return y.to(r.dtype), state
     outputs = []
     for t, row in enumerate(_sequence_of_token(r.shape[1], cu_seqlens)):
-        y, new = recurrence(*(x[:, t : t + 1] for x in inputs), u, state.index_select(0, row))
+        now = slice(t, t + 1)
+        y, new = recurrence(
+            rf[:, now], kf[:, now], vf[:, now], wf[:, now], uf, state.index_select(0, row)
+        )
         state = state.index_copy(0, row, new)
         outputs.append(y)
-    return (torch.cat(outputs, 1) if outputs else inputs[0].clone()).to(r.dtype), state
+    return (torch.cat(outputs, 1) if outputs else rf.clone()).to(r.dtype), state
 
 
 def wkv_backward(
@@ -127,39 +130,39 @@ def wkv_backward(
     acc = _accumulate_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
     grad_y = torch.zeros_like(r, dtype=acc) if grad_y is None else grad_y.to(acc)
-    grad_state = (
-        torch.zeros_like(state) if grad_final_state is None else grad_final_state.to(acc)
-    )
-    inputs = [x.to(acc) for x in (r, k, v, w)]
-    uf = u.to(acc)
+    grad_state = torch.zeros_like(state) if grad_final_state is None else grad_final_state.to(acc)
+    rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
-        grads = recurrence_backward(grad_y, grad_state, *inputs, uf, state)
-        gr, gk, gv, gw, gu, gs = grads
+        gr, gk, gv, gw, gu, gs = recurrence_backward(grad_y, grad_state, rf, kf, vf, wf, uf, state)
     else:
         rows = _sequence_of_token(r.shape[1], cu_seqlens)
-        states = []
+        states = []  # before each token
         for t, row in enumerate(rows):
+            now = slice(t, t + 1)
             states.append(state.index_select(0, row))
-            _, new = recurrence(*(x[:, t : t + 1] for x in inputs), uf, states[-1])
+            _, new = recurrence(rf[:, now], kf[:, now], vf[:, now], wf[:, now], uf, states[t])
             state = state.index_copy(0, row, new)
-        tokens: list[tuple[Tensor, ...]] = []
-        gu = torch.zeros_like(uf)
-        gs = grad_state
+        tokens = []
+        gu, gs = torch.zeros_like(uf), grad_state
         for t, row in reversed(list(enumerate(rows))):
+            now = slice(t, t + 1)
             *token, gu_t, new = recurrence_backward(
-                grad_y[:, t : t + 1],
+                grad_y[:, now],
                 gs.index_select(0, row),
-                *(x[:, t : t + 1] for x in inputs),
+                rf[:, now],
+                kf[:, now],
+                vf[:, now],
+                wf[:, now],
                 uf,
                 states[t],
             )
             gs = gs.index_copy(0, row, new)
             gu = gu + gu_t
-            tokens.append(tuple(token))
+            tokens.append(token)
         if tokens:
             gr, gk, gv, gw = (torch.cat(g, 1) for g in zip(*reversed(tokens), strict=True))
         else:
-            gr, gk, gv, gw = (torch.zeros_like(x) for x in inputs)
+            gr, gk, gv, gw = (torch.zeros_like(x) for x in (rf, kf, vf, wf))
     return (
         gr.to(r.dtype),
         gk.to(k.dtype),

@@ -77,7 +77,8 @@ int32_t dtype_of(const Tensor& x) {
   return dtype;
 }
 
-// A new contiguous CPU tensor: what torch::stable::empty ends in, without the dispatcher on the way.
+// A new contiguous CPU tensor: what torch::stable::empty ends in, without the dispatcher on the
+// way.
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   constexpr size_t kMaxDim = 4;
   int64_t strides[kMaxDim] = {}, step = 1;
@@ -114,8 +115,8 @@ Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
 const rwkv6_context* context() {
   thread_local rwkv6_context context = {
       [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
-        torch::stable::parallel_for(
-            0, n, 1, [=](int64_t begin, int64_t end) { body(data, begin, end); });
+        torch::stable::parallel_for(0, n, 1,
+                                    [=](int64_t begin, int64_t end) { body(data, begin, end); });
       },
       nullptr, 1};
   context.num_threads = int(torch::stable::get_num_threads());
@@ -176,8 +177,7 @@ Tensor wkv_(const Tensor& r,                     // [B, T, H, N]
             const OptionalTensor& cu_seqlens) {  // [M + 1]
   const Tensor y = empty_for(r);
   check(rwkv6_wkv_inplace(context(), View(r), View(k), View(v), View(w), View(u),
-                          View::output(state), View(state_map), View(cu_seqlens),
-                          View::output(y)));
+                          View::output(state), View(state_map), View(cu_seqlens), View::output(y)));
   return y;
 }
 

@@ -1,5 +1,5 @@
-// Treats denormal numbers as zero while it lives, on this thread only. A dying state would otherwise
-// spend its last steps in numbers that cost a hundred times more to compute with.
+// Treats denormal numbers as zero while it lives, on this thread only. A dying state would
+// otherwise spend its last steps in numbers that cost a hundred times more to compute with.
 // Included by isa.inc inside the namespace of one instruction set.
 
 class FlushDenormals {

@@ -9,15 +9,16 @@
 #define RWKV6_F16_LOAD(p, out) \
   _mm512_storeu_ps(            \
       out, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))))
-#define RWKV6_F16_STORE(in, p)                                              \
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),                        \
-                      _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(in),    \
+#define RWKV6_F16_STORE(in, p)                                           \
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),                     \
+                      _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(in), \
                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #include "isa_includes.h"
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")

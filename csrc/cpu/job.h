@@ -60,12 +60,12 @@ struct Sequence {
 struct ForwardJob {
   const Sequence* sequences;
   int64_t num_sequences, H, N;
-  int64_t parts;    // the N value columns are cut into this many parts
-  bool reverse;     // walk from the last token to the first
+  int64_t parts;  // the N value columns are cut into this many parts
+  bool reverse;   // walk from the last token to the first
   Tokens r, k, v, w, y;
   Heads u;
-  States initial;   // of the accumulator's dtype or r's
-  States final;     // of the accumulator's dtype; may be initial itself; absent: not wanted
+  States initial;  // of the accumulator's dtype or r's
+  States final;    // of the accumulator's dtype; may be initial itself; absent: not wanted
 
   int64_t units() const { return num_sequences * H * parts; }
 };
@@ -85,8 +85,8 @@ struct BackwardJob {
   int64_t units() const { return num_sequences * H * parts; }
 };
 
-// Sums what each sequence contributed, in the order of the sequences: out[s] is the sum of the parts
-// of those that start from state s (or of every one). Its work units are (s, head).
+// Sums what each sequence contributed, in the order of the sequences: out[s] is the sum of the
+// parts of those that start from state s (or of every one). Its work units are (s, head).
 struct SumJob {
   const Sequence* sequences;
   int64_t num_sequences, H, rows, N;

@@ -9,8 +9,8 @@ RWKV6_INLINE float f32_of_f16(uint16_t h) {
   if (magnitude < 0x400) {
     f = float(magnitude) * 0x1p-24f;
   } else {
-    const uint32_t bits = magnitude < 0x7c00 ? (magnitude << 13) + (112u << 23)
-                                             : (magnitude << 13) | 0x7f800000u;
+    const uint32_t bits =
+        magnitude < 0x7c00 ? (magnitude << 13) + (112u << 23) : (magnitude << 13) | 0x7f800000u;
     __builtin_memcpy(&f, &bits, 4);
   }
   uint32_t bits;
@@ -38,7 +38,24 @@ RWKV6_INLINE uint16_t f16_of_f32(float f) {  // to nearest, ties to even
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + odd) >> 13));
 }
 
-// Rows are far apart in memory, where no hardware prefetcher finds the next one: the kernels name it.
+// One vector's width of f16 values to f32 and back.
+RWKV6_INLINE void f16_load(const uint16_t* p, float* out) {
+#ifdef RWKV6_F16_LOAD
+  RWKV6_F16_LOAD(p, out);
+#else
+  for (int64_t i = 0; i < Vec<float>::W; i++) out[i] = f32_of_f16(p[i]);
+#endif
+}
+RWKV6_INLINE void f16_store(const float* in, uint16_t* p) {
+#ifdef RWKV6_F16_STORE
+  RWKV6_F16_STORE(in, p);
+#else
+  for (int64_t i = 0; i < Vec<float>::W; i++) p[i] = f16_of_f32(in[i]);
+#endif
+}
+
+// Rows are far apart in memory, where no hardware prefetcher finds the next one: the kernels name
+// it.
 template <bool Write = false>
 RWKV6_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64)

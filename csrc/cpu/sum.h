@@ -12,8 +12,7 @@ void sum(const SumJob& job, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < job.N; j++) total[j] = T(0);
       for (int64_t m = 0; m < job.num_sequences; m++) {
         if (!job.every && job.sequences[m].initial != s) continue;
-        const T* part =
-            static_cast<const T*>(job.parts) + ((m * job.H + h) * job.rows + i) * job.N;
+        const T* part = static_cast<const T*>(job.parts) + ((m * job.H + h) * job.rows + i) * job.N;
         for (int64_t j = 0; j < job.N; j++) total[j] += part[j];
       }
       const int64_t offset = i * job.out.stride_row * size_of(job.out.dtype);

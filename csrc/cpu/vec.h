@@ -2,7 +2,7 @@
 // Included by isa.inc inside the namespace of one instruction set.
 
 #define RWKV6_INLINE inline __attribute__((always_inline))
-#define RWKV6_UNROLL _Pragma("GCC unroll 16")
+#define RWKV6_UNROLLED(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
 
 typedef float FloatLanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));
 typedef double DoubleLanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));
@@ -61,8 +61,8 @@ struct Vec {
   }
 };
 
-// a * b + c in one rounding where the instruction set has it. Spelled out, for the build forbids the
-// compiler to contract on its own: the same element must get the same bits in every loop.
+// a * b + c in one rounding where the instruction set has it. Spelled out, for the build forbids
+// the compiler to contract on its own: the same element must get the same bits in every loop.
 RWKV6_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #ifdef RWKV6_FMA_F32
   return FloatLanes(RWKV6_FMA_F32(a.x, b.x, c.x));

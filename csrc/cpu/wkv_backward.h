@@ -46,76 +46,77 @@ RWKV6_INLINE void advance_tile(const BackwardBlock<T>& block, int64_t j, const T
   constexpr int Q = kTileVectors;
   constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
   V S[R][Q];
-  RWKV6_UNROLL for (int a = 0; a < R; a++)
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) S[a][q] = V::load(from + a * kKeys + q * V::W);
+  RWKV6_UNROLLED (int a = 0; a < R; a++)
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q] = V::load(from + a * kKeys + q * V::W);
   for (int64_t t = 0; t < block.tokens; t++) {
     V d[Q], k[Q];
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       d[q] = V::load(block.decay + t * kKeys + q * V::W);
       k[q] = V::load(block.k + t * kKeys + q * V::W);
     }
-    RWKV6_UNROLL for (int a = 0; a < R; a++) {
+    RWKV6_UNROLLED (int a = 0; a < R; a++) {
       const V v_j(block.v[t * block.values + j + a]);
-      RWKV6_UNROLL for (int q = 0; q < Q; q++) S[a][q] = fma(d[q], S[a][q], v_j * k[q]);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q] = fma(d[q], S[a][q], v_j * k[q]);
     }
   }
-  RWKV6_UNROLL for (int a = 0; a < R; a++)
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) S[a][q].store(to + a * kKeys + q * V::W);
+  RWKV6_UNROLLED (int a = 0; a < R; a++)
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q].store(to + a * kKeys + q * V::W);
 }
 
 // R rows of S forward and of G backward through the block; adds to grad_r, grad_k and sum_SG.
 template <class T, int R>
-RWKV6_INLINE void backward_tile(const BackwardBlock<T>& block, int64_t j, const T* state, T* adjoint) {
+RWKV6_INLINE void backward_tile(const BackwardBlock<T>& block, int64_t j, const T* state,
+                                T* adjoint) {
   typedef Vec<T> V;
   constexpr int Q = kTileVectors;
   constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
   V M[R][Q];  // S, then G
-  RWKV6_UNROLL for (int a = 0; a < R; a++)
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) M[a][q] = V::load(state + a * kKeys + q * V::W);
+  RWKV6_UNROLLED (int a = 0; a < R; a++)
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) M[a][q] = V::load(state + a * kKeys + q * V::W);
   for (int64_t t = 0; t < block.tokens; t++) {
     V d[Q], k[Q], grad_r[Q];
     T* history = block.history + t * R * kKeys;
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       d[q] = V::load(block.decay + t * kKeys + q * V::W);
       k[q] = V::load(block.k + t * kKeys + q * V::W);
       grad_r[q] = V::load(block.grad_r + t * kKeys + q * V::W);
     }
-    RWKV6_UNROLL for (int a = 0; a < R; a++) {
+    RWKV6_UNROLLED (int a = 0; a < R; a++) {
       const V v_j(block.v[t * block.values + j + a]), dy_j(block.grad_y[t * block.values + j + a]);
-      RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
         M[a][q].store(history + a * kKeys + q * V::W);
         grad_r[q] = fma(dy_j, M[a][q], grad_r[q]);
         M[a][q] = fma(d[q], M[a][q], v_j * k[q]);
       }
     }
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) grad_r[q].store(block.grad_r + t * kKeys + q * V::W);
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) grad_r[q].store(block.grad_r + t * kKeys + q * V::W);
   }
-  RWKV6_UNROLL for (int a = 0; a < R; a++)
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) M[a][q] = V::load(adjoint + a * kKeys + q * V::W);
+  RWKV6_UNROLLED (int a = 0; a < R; a++)
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) M[a][q] = V::load(adjoint + a * kKeys + q * V::W);
   for (int64_t t = block.tokens - 1; t >= 0; t--) {
     V d[Q], r[Q], grad_k[Q], sum_SG[Q];
     const T* history = block.history + t * R * kKeys;
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       d[q] = V::load(block.decay + t * kKeys + q * V::W);
       r[q] = V::load(block.r + t * kKeys + q * V::W);
       grad_k[q] = V::load(block.grad_k + t * kKeys + q * V::W);
       sum_SG[q] = V::load(block.sum_SG + t * kKeys + q * V::W);
     }
-    RWKV6_UNROLL for (int a = 0; a < R; a++) {
+    RWKV6_UNROLLED (int a = 0; a < R; a++) {
       const V v_j(block.v[t * block.values + j + a]), dy_j(block.grad_y[t * block.values + j + a]);
-      RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
         grad_k[q] = fma(v_j, M[a][q], grad_k[q]);
         sum_SG[q] = fma(V::load(history + a * kKeys + q * V::W), M[a][q], sum_SG[q]);
         M[a][q] = fma(d[q], M[a][q], dy_j * r[q]);
       }
     }
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       grad_k[q].store(block.grad_k + t * kKeys + q * V::W);
       sum_SG[q].store(block.sum_SG + t * kKeys + q * V::W);
     }
   }
-  RWKV6_UNROLL for (int a = 0; a < R; a++)
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) M[a][q].store(adjoint + a * kKeys + q * V::W);
+  RWKV6_UNROLLED (int a = 0; a < R; a++)
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) M[a][q].store(adjoint + a * kKeys + q * V::W);
 }
 
 template <class T>
@@ -141,8 +142,8 @@ void backward_block(BackwardBlock<T>& block, int64_t N, const T* state, T* adjoi
   for (int64_t t = block.tokens - 1; t >= 0; t--) {
     V dot(T(0));
     for (int64_t c = 0; c < block.values; c += V::W)
-      dot = fma(V::load(block.v + t * block.values + c), V::load(block.grad_y + t * block.values + c),
-                dot);
+      dot = fma(V::load(block.v + t * block.values + c),
+                V::load(block.grad_y + t * block.values + c), dot);
     const V v_dy(dot.sum());
     for (int64_t c = 0; c < kKeys; c += V::W) {
       const int64_t at = t * kKeys + c;
@@ -156,8 +157,8 @@ void backward_block(BackwardBlock<T>& block, int64_t N, const T* state, T* adjoi
   }
 }
 
-// Rows of the block into the accumulator's dtype: k, v and decay for the state's walk, everything for
-// the way back. The next block to come is `next` tokens from here.
+// Rows of the block into the accumulator's dtype: k, v and decay for the state's walk, everything
+// for the way back. The next block to come is `next` tokens from here.
 template <class T>
 void unpack(const BackwardJob& job, const Sequence& sequence, int64_t h, Columns keys, int64_t t0,
             int64_t tokens, bool everything, int64_t next, BackwardBlock<T>& block) {
@@ -265,8 +266,7 @@ void backward_keys(const BackwardJob& job, int64_t index, int64_t h, Columns key
     }
     for (int64_t c = blocks - 1; c >= 0; c--) {
       const int64_t t0 = first + c * kBlock;
-      const T* state =
-          c ? block_states + (c - 1) * state_size : segment_states + s * state_size;
+      const T* state = c ? block_states + (c - 1) * state_size : segment_states + s * state_size;
       unpack(job, sequence, h, keys, t0, tokens_at(t0), true, -kBlock, block);
       backward_block(block, N, state, adjoint);
       pack(job, sequence, h, keys, t0, block);

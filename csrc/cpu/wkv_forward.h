@@ -37,8 +37,8 @@ struct ForwardBlock {
   }
 };
 
-// Where a head's state comes from (null: zeros) and goes to, at the part's first column. Both may be
-// the same memory.
+// Where a head's state comes from (null: zeros) and goes to, at the part's first column. Both may
+// be the same memory.
 template <class T>
 struct StateMove {
   const T* from;
@@ -55,37 +55,37 @@ RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t 
   typedef Vec<T> V;
   V S[R][Q];
   if (state.from) {
-    RWKV6_UNROLL for (int a = 0; a < R; a++) {
-      RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+    RWKV6_UNROLLED (int a = 0; a < R; a++) {
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
         const T* p = state.from + (i + a) * state.from_stride + j + q * V::W;
         S[a][q] = Partial ? V::load_first(p, columns) : V::load(p);
       }
     }
   } else {
-    RWKV6_UNROLL for (int a = 0; a < R; a++)
-      RWKV6_UNROLL for (int q = 0; q < Q; q++) S[a][q] = V(T(0));
+    RWKV6_UNROLLED (int a = 0; a < R; a++)
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q] = V(T(0));
   }
   const T *r = block.r + i, *k = block.k + i, *decay = block.decay + i, *v = block.v + j;
   T* y = block.y + j;
   for (int64_t t = 0; t < block.tokens; t++) {
     V v_t[Q], y_t[Q];
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       v_t[q] = V::load(v + q * V::W);
       y_t[q] = V::load(y + q * V::W);
     }
-    RWKV6_UNROLL for (int a = 0; a < R; a++) {
+    RWKV6_UNROLLED (int a = 0; a < R; a++) {
       const V r_i(r[a]), k_i(k[a]), d_i(decay[a]);
-      RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
         y_t[q] = fma(r_i, S[a][q], y_t[q]);
         S[a][q] = fma(d_i, S[a][q], k_i * v_t[q]);
       }
     }
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) y_t[q].store(y + q * V::W);
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) y_t[q].store(y + q * V::W);
     r += block.keys, k += block.keys, decay += block.keys;
     v += block.columns, y += block.columns;
   }
-  RWKV6_UNROLL for (int a = 0; a < R; a++) {
-    RWKV6_UNROLL for (int q = 0; q < Q; q++) {
+  RWKV6_UNROLLED (int a = 0; a < R; a++) {
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       T* p = state.to + (i + a) * state.to_stride + j + q * V::W;
       Partial ? S[a][q].store_first(p, columns) : S[a][q].store(p);
     }
@@ -211,8 +211,8 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
       state.from = state.to, state.from_stride = state.to_stride;
       if (t0 == 0) start(job, sequence, h, part, state);
       const bool last_head = h + 1 == last;
-      unpack(job, sequence, h, part, t0, tokens, last_head ? step : 0,
-             last_head ? first - h : 1, block);
+      unpack(job, sequence, h, part, t0, tokens, last_head ? step : 0, last_head ? first - h : 1,
+             block);
       forward_block(block, N, columns, state);
       pack(job, sequence, h, part, t0, block);
     }

@@ -5,10 +5,10 @@ adds the rest, in this order and before anybody's first call.
 """
 
 from torch_rwkv6.registration import (  # noqa: F401
-    schema,  # isort: skip  (defines the operators when the binary is missing)
     autocast,
     autograd,
     fake,
     fallback,
+    schema,  # isort: skip  (defines the operators when the binary is missing)
     vmap,
 )

@@ -33,8 +33,10 @@ def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | 
     """[..., H, ...] mapped along dim -> [..., size * H, ...]."""
     if x is None:
         return None
-    x = x.unsqueeze(heads).expand(*x.shape[:heads], size, *x.shape[heads:]) if dim is None else (
-        x.movedim(dim, heads)
+    x = (
+        x.unsqueeze(heads).expand(*x.shape[:heads], size, *x.shape[heads:])
+        if dim is None
+        else (x.movedim(dim, heads))
     )
     return x.flatten(heads, heads + 1)
 
@@ -67,8 +69,8 @@ def _batched(op: Any, names: tuple[str, ...], out_heads: tuple[int, ...]) -> Any
             outputs = tuple(torch.stack(out) for out in zip(*slices, strict=True))
             return outputs, (0,) * len(outputs)
         folded = [
-            x if _HEADS[n] is None else _fold(x, dim, _HEADS[n], size)
-            for n, x, dim in zip(names, args, in_dims, strict=True)
+            x if heads is None else _fold(x, dim, heads, size)
+            for heads, x, dim in zip(map(_HEADS.get, names), args, in_dims, strict=True)
         ]
         outputs = tuple(
             # the sixth gradient is empty where there is no initial_state

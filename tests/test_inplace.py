@@ -1,0 +1,106 @@
+"""wkv_: decode, prefill in pieces and state pools, in place; nothing else is touched."""
+
+import pytest
+import torch
+from samples import FLOAT_DTYPES, random_call
+
+from torch_rwkv6 import wkv, wkv_
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("N", [1, 8, 20, 64, 256])
+def test_equals_wkv(N, dtype):
+    call = random_call(T=19, N=N, dtype=dtype, states=2, extreme=True)
+    *inputs, state = call.floats()
+    expected_y, expected_state = wkv(*inputs, state)
+    assert torch.equal(wkv_(*inputs, state), expected_y)
+    assert torch.equal(state, expected_state)
+
+
+def test_any_split_gives_the_same_bits():
+    call = random_call(B=2, T=70, H=3, N=24, states=2)
+    r, k, v, w, u, start = call.floats()
+    whole = start.clone()
+    expected = wkv_(r, k, v, w, u, whole)
+    for cuts in ([0, 70], [0, 1, 70], [0, 16, 32, 48, 70], [0, 5, 6, 40, 40, 70], range(71)):
+        state = start.clone()
+        y = [
+            wkv_(r[:, a:b], k[:, a:b], v[:, a:b], w[:, a:b], u, state)
+            for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
+        torch.testing.assert_close(torch.cat(y, 1), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_pool_of_states(index_dtype):
+    """Rows by state_map; -1 is padding; the rows nobody names stay as they are."""
+    call = random_call(B=4, T=3, N=8, states=6, state_map=[4, -1, 0, -7], index_dtype=index_dtype)
+    *inputs, pool = call.floats()
+    before = pool.clone()
+    y = wkv_(*inputs, pool, state_map=call.state_map)
+    for b, slot in ((0, 4), (2, 0)):
+        row = [x[b : b + 1] for x in inputs[:4]]
+        expected_y, expected_state = wkv(*row, inputs[4], before[slot : slot + 1])
+        assert torch.equal(y[b : b + 1], expected_y)
+        assert torch.equal(pool[slot], expected_state[0])
+    assert (y[[1, 3]] == 0).all()
+    assert torch.equal(pool[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+
+
+def test_packed_sequences_in_a_pool():
+    call = random_call(B=1, T=9, N=8, states=5, cu_seqlens=[0, 4, 4, 6, 9], state_map=[3, 1, -1, 0])
+    *inputs, pool = call.floats()
+    before = pool.clone()
+    y = wkv_(*inputs, pool, state_map=call.state_map, cu_seqlens=call.cu_seqlens)
+    for first, last, slot in ((0, 4, 3), (6, 9, 0)):
+        piece = [x[:, first:last] for x in inputs[:4]]
+        expected_y, expected_state = wkv(*piece, inputs[4], before[slot : slot + 1])
+        assert torch.equal(y[:, first:last], expected_y)
+        assert torch.equal(pool[slot], expected_state[0])
+    assert (y[:, 4:6] == 0).all()
+    assert torch.equal(pool[[1, 2, 4]], before[[1, 2, 4]])
+
+
+def test_state_in_a_larger_buffer_is_updated_in_place():
+    call = random_call(B=2, T=4, H=3, N=12, states=2)
+    *inputs, state = call.floats()
+    buffer = torch.full((2, 5, 3, 14, 20), 7.0)
+    view = buffer[:, 2, :, 1:13, 4:16]
+    view.copy_(state)
+    expected_y, expected_state = wkv(*inputs, state)
+    assert torch.equal(wkv_(*inputs, view), expected_y)
+    assert torch.equal(view, expected_state)
+    view.fill_(7.0)
+    assert (buffer == 7.0).all()
+
+
+@pytest.mark.parametrize("bad", ["shape", "state_map", "repeated", "cu_seqlens", "overlap"])
+def test_a_refused_call_changes_nothing(bad):
+    call = random_call(B=2, T=3, states=3, state_map=[0, 1])
+    r, k, v, w, u, state = call.floats()
+    state_map, cu_seqlens = call.state_map, None
+    if bad == "shape":
+        k = k[:, 1:]
+    elif bad == "state_map":
+        state_map = torch.tensor([0, 3])
+    elif bad == "repeated":
+        state_map = torch.tensor([1, 1])
+    elif bad == "cu_seqlens":
+        r, k, v, w = (x[:1] for x in (r, k, v, w))
+        cu_seqlens = torch.tensor([0, 2, 1])
+    else:
+        state = state[:1].expand(3, -1, -1, -1)
+    before = state.clone()
+    with pytest.raises((ValueError, RuntimeError)):
+        wkv_(r, k, v, w, u, state, state_map=state_map, cu_seqlens=cu_seqlens)
+    assert torch.equal(state, before)
+
+
+def test_version_counter_moves():
+    for mode in (torch.no_grad, torch.inference_mode):
+        call = random_call(states=2)
+        before = call.initial_state._version
+        with mode():
+            wkv_(*call.floats())
+        assert call.initial_state._version == before + 1

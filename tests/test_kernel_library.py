@@ -1,0 +1,234 @@
+"""The C interface by itself: NumPy arrays as DLTensors through ctypes, no torch operator."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from samples import random_call
+
+import torch_rwkv6
+
+LIBRARY = Path(torch_rwkv6.__file__).with_name("librwkv6.so")
+K_CPU, K_CUDA = 1, 2
+CODES = {"f": 2, "i": 0}
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+@pytest.fixture(scope="module")
+def library():
+    lib = ctypes.CDLL(str(LIBRARY))
+    for function in (lib.rwkv6_wkv_forward, lib.rwkv6_wkv_backward, lib.rwkv6_wkv_inplace):
+        function.restype = ctypes.c_char_p
+    lib.rwkv6_cpu_isa.restype = ctypes.c_char_p
+    return lib
+
+
+def dl(x: np.ndarray | None, *, strides=True, offset=0, **changes):
+    """A pointer to a DLTensor of x's memory, or NULL."""
+    if x is None:
+        return None
+    shape = (ctypes.c_int64 * x.ndim)(*x.shape)
+    steps = (ctypes.c_int64 * x.ndim)(*(s // x.itemsize for s in x.strides))
+    tensor = DLTensor(
+        x.ctypes.data - offset, K_CPU, 0, x.ndim, CODES[x.dtype.kind], x.itemsize * 8, 1,
+        shape, steps if strides else None, offset,
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(tensor, name, value)
+    return ctypes.byref(tensor)
+
+
+def arrays(**options):
+    call = random_call(**({"B": 2, "T": 6, "H": 2, "N": 5, "states": 2} | options))
+    return [x.numpy() for x in call.floats()]
+
+
+@pytest.mark.parametrize("strides", [True, False], ids=["strides", "compact"])
+def test_forward_on_numpy_arrays(library, strides):
+    inputs = arrays()
+    y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
+    error = library.rwkv6_wkv_forward(
+        None, *(dl(x, strides=strides) for x in inputs), None, None, dl(y), dl(state)
+    )
+    assert error is None
+    expected_y, expected_state = oracle.wkv(*(x.astype(np.float64) for x in inputs))
+    np.testing.assert_allclose(y, expected_y, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(state, expected_state, rtol=2e-5, atol=2e-5)
+
+
+def test_byte_offset(library):
+    inputs = arrays()
+    y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
+    other_y, other_state = np.empty_like(y), np.empty_like(state)
+    library.rwkv6_wkv_forward(None, *map(dl, inputs), None, None, dl(y), dl(state))
+    library.rwkv6_wkv_forward(
+        None, *(dl(x, offset=4096) for x in inputs), None, None, dl(other_y), dl(other_state)
+    )
+    assert np.array_equal(y, other_y)
+    assert np.array_equal(state, other_state)
+
+
+PARALLEL_FOR = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_int64,
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), ctypes.c_void_p,
+)  # fmt: skip
+
+
+class Context(ctypes.Structure):
+    _fields_ = [
+        ("parallel_for", PARALLEL_FOR),
+        ("pool", ctypes.c_void_p),
+        ("num_threads", ctypes.c_int),
+    ]
+
+
+def test_work_is_cut_for_the_callers_threads_also_within_one_head(library):
+    inputs = arrays(B=1, T=100, H=1, N=256, states=1)
+    pieces = []
+
+    def parallel_for(pool, n, body, data):
+        pieces.append(n)
+        for i in reversed(range(n)):  # any order
+            body(data, i, i + 1)
+
+    context = Context(PARALLEL_FOR(parallel_for), None, 4)
+    y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
+    expected_y, expected_state = np.empty_like(y), np.empty_like(state)
+    arguments = [*map(dl, inputs), None, None]
+    library.rwkv6_wkv_forward(None, *arguments, dl(expected_y), dl(expected_state))
+    error = library.rwkv6_wkv_forward(ctypes.byref(context), *arguments, dl(y), dl(state))
+    assert error is None
+    assert max(pieces) >= 4
+    assert np.array_equal(y, expected_y)
+    assert np.array_equal(state, expected_state)
+
+
+# which argument of r, k, v, w, u, initial_state, y, final_state is changed, how, and the message
+BAD = [
+    (0, {"device_type": K_CUDA}, "r: expected a CPU tensor, got DLPack device type 2"),
+    (1, {"data": None}, "k: its data pointer is NULL"),
+    (1, {"ndim": 3}, r"k: expected shape [2, 6, 2, 5] (-1: any), got [2, 6, 2]"),
+    (2, {"bits": 16}, "v: expected float32, got float16"),
+    (2, {"lanes": 4}, "v: expected float64, float32, bfloat16 or float16"),
+    (3, {"code": 1}, "w: expected float64, float32, bfloat16 or float16"),
+    (4, {"ndim": 1}, "u: expected shape [2, 5]"),
+    (5, {"bits": 64}, "initial_state: expected float32, got float64"),
+    (6, {"bits": 64}, "y: expected float32, got float64"),
+    (7, {"ndim": 2}, "final_state: expected shape [2, 2, 5, 5]"),
+]
+
+
+@pytest.mark.parametrize(("index", "change", "message"), BAD)
+def test_messages_and_untouched_outputs(library, index, change, message):
+    inputs = arrays()
+    outputs = [np.full_like(inputs[0], 7), np.full_like(inputs[5], 7)]
+    tensors = [dl(x, **(change if i == index else {})) for i, x in enumerate(inputs + outputs)]
+    error = library.rwkv6_wkv_forward(None, *tensors[:6], None, None, *tensors[6:])
+    assert error is not None
+    assert message in error.decode()
+    assert all((x == 7).all() for x in outputs)
+
+
+@pytest.mark.parametrize("missing", range(5))
+def test_null_arguments(library, missing):
+    inputs = arrays()
+    outputs = [np.empty_like(inputs[0]), np.empty_like(inputs[5])]
+    tensors = [None if i == missing else dl(x) for i, x in enumerate(inputs)]
+    error = library.rwkv6_wkv_forward(None, *tensors, None, None, *map(dl, outputs))
+    assert error.decode() == f"{'rkvwu'[missing]}: required, got NULL"
+
+
+def test_outputs_that_overlap_themselves_are_refused(library):
+    inputs = arrays()
+    y = np.lib.stride_tricks.as_strided(np.empty(1000, np.float32), inputs[0].shape, (0, 40, 20, 4))
+    state = np.empty_like(inputs[5])
+    error = library.rwkv6_wkv_forward(None, *map(dl, inputs), None, None, dl(y), dl(state))
+    assert b"y: it is written to, but its elements overlap" in error
+
+
+def test_64_bit_offsets(library):
+    """Row 2**31 and more elements into an array: read and written where it lies."""
+    N, far = 4, 2**31 + 64  # of float32: 17 GB of addresses, of which a few pages are touched
+    span = np.lib.stride_tricks.as_strided
+    sparse = np.zeros(2 * far, np.float32)  # untouched pages cost nothing
+    rng = np.random.default_rng(0)
+    small = [rng.standard_normal((1, 2, 1, N)).astype(np.float32) for _ in range(4)]
+    u, state = rng.standard_normal((1, N)).astype(np.float32), np.empty((1, 1, N, N), np.float32)
+
+    def spread(x, base):
+        view = span(sparse[base:], x.shape, (4, 4 * far, 4, 4))
+        view[...] = x
+        return view
+
+    wide = [spread(x, i * 16) for i, x in enumerate(small)]
+    y = span(sparse[128:], (1, 2, 1, N), (4, 4 * (far - 1), 4, 4))
+    expected_y, expected_state = oracle.wkv(
+        *(x.astype(np.float64) for x in small), u.astype(np.float64), np.zeros((1, 1, N, N))
+    )
+    arguments = [*map(dl, wide), dl(u), None, None, None]
+    assert library.rwkv6_wkv_forward(None, *arguments, dl(y), dl(state)) is None
+    np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state, expected_state, rtol=1e-5, atol=1e-5)
+
+
+ON_ONE_ISA = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import ctypes, torch, torch_rwkv6
+from samples import FLOAT_DTYPES, random_call, relative_rms
+from torch_rwkv6 import reference
+lib = ctypes.CDLL(sys.argv[2])
+lib.rwkv6_cpu_isa.restype = ctypes.c_char_p
+for dtype in FLOAT_DTYPES:
+    limit = {torch.float64: 1e-13, torch.float32: 5e-6}.get(dtype, 2.5e-3)
+    for N in (1, 7, 16, 20, 64, 100):
+        call = random_call(B=2, T=40, H=8, N=N, dtype=dtype, extreme=True, states=2).leaves()
+        grads = call.grad_outputs()
+        outputs = torch_rwkv6.wkv(*call.floats())
+        found = [*outputs, *torch.autograd.grad(outputs, call.differentiable(), grads)]
+        exact = call.double()
+        expected = [
+            *reference.wkv(*exact.args()),
+            *reference.wkv_backward(*(g.double() for g in grads), *exact.args()),
+        ]
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert relative_rms(a, b) <= (1.5 if N < 8 else 1) * limit, (dtype, N, i)
+print(lib.rwkv6_cpu_isa().decode())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_this_cpu(isa):
+    result = subprocess.run(
+        [sys.executable, "-c", ON_ONE_ISA, str(Path(__file__).parent), str(LIBRARY)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RWKV6_CPU_ISA": isa},
+    )
+    if "one that this CPU has" in result.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert result.stdout == f"{isa}\n", result.stderr
+
+
+def test_links_no_framework_and_no_openmp():
+    needed = subprocess.run(["ldd", str(LIBRARY)], capture_output=True, text=True).stdout
+    assert not any(name in needed for name in ("torch", "c10", "python", "omp", "iomp"))
