@@ -1,10 +1,13 @@
+import os
 import sys
 from pathlib import Path
 
+# One thread a test process, which run side by side; also for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

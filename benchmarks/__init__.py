@@ -1,0 +1,1 @@
+"""Speed, as ratios in one interleaved run: python -m benchmarks --help."""
