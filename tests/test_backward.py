@@ -249,6 +249,7 @@ print((after - before) * 1024 - outputs, inputs)
 """
 
 
+@pytest.mark.memory
 def test_backward_needs_no_more_extra_memory_than_its_inputs():
     out = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=os.environ

@@ -58,6 +58,26 @@ def test_the_model_has_learnt_its_text(weights: dict[str, torch.Tensor]) -> None
     assert loss < 2.0  # bytes drawn at random: ln 256 = 5.5
 
 
+def check_splits(model: RWKV6) -> None:
+    """One piece, token by token and pieces of any length, two texts at a time: the same logits."""
+    tokens = torch.tensor([list(PROMPT), list(PROMPT[::-1])])  # [2, T]
+    with torch.no_grad():
+        whole, last = model(tokens)
+        for lengths in ([1] * len(PROMPT), [7, 1, 0, len(PROMPT) - 8], [len(PROMPT) - 1, 1]):
+            state, pieces = None, []
+            for piece in tokens.split(lengths, 1):
+                logits, state = model(piece, state)
+                pieces.append(logits)
+            torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-4)
+            torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
+        alone, _ = model(tokens[1:])
+    torch.testing.assert_close(alone, whole[1:], rtol=0, atol=1e-4)
+
+
+def test_any_split_of_trained_weights(weights: dict[str, torch.Tensor]) -> None:
+    check_splits(RWKV6.from_state_dict(weights))
+
+
 def test_bfloat16_and_decoding_agree_with_float32(weights: dict[str, torch.Tensor]) -> None:
     text = torch.tensor([list(PROMPT)])
     with torch.no_grad():
@@ -85,3 +105,4 @@ def test_rwkv_cpp_checkpoint() -> None:
     assert np.corrcoef(logits, expected)[0, 1] > 0.99999
     exact = numpy_rwkv6.logits({n: x.numpy() for n, x in weights.items()}, b'"in')[-1]
     np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-4)
+    check_splits(model)

@@ -165,6 +165,7 @@ def test_outputs_that_overlap_themselves_are_refused(library):
     assert b"y: it is written to, but its elements overlap" in error
 
 
+@pytest.mark.memory
 def test_64_bit_offsets(library):
     """Row 2**31 and more elements into an array: read and written where it lies."""
     N, far = 4, 2**31 + 64  # of float32: 17 GB of addresses, of which a few pages are touched
