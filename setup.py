@@ -31,9 +31,9 @@ COMPILE_ARGS = [
 LINK_ARGS: list[str] = []
 if SANITIZE:
     COMPILE_ARGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-O1"]
+    LINK_ARGS += [f"-fsanitize={SANITIZE}"]
 else:
     COMPILE_ARGS += ["-g0"]
-    LINK_ARGS += [f"-fsanitize={SANITIZE}"]
 if sys.platform == "darwin":
     LIBRARY_NAME, BESIDE = "-Wl,-install_name,@rpath/librwkv6.so", "@loader_path"
 else:
