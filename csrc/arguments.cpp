@@ -146,6 +146,24 @@ void check_writable(const char* name, const DLTensor* x) {
   }
 }
 
+void check_apart(const char* name, const DLTensor* x, const char* input_name,
+                 const DLTensor* input) {
+  struct Range {
+    const char *begin, *end;
+    bool dense;
+  };
+  const auto range = [](const DLTensor* tensor) {
+    int64_t extent = 1;
+    for (int i = 0; i < tensor->ndim; i++) extent += (tensor->shape[i] - 1) * stride(tensor, i);
+    const char* begin = data(tensor);
+    return Range{begin, begin + extent * (tensor->dtype.bits / 8), extent == elements(tensor)};
+  };
+  if (!elements(x) || !elements(input)) return;
+  const Range a = range(x), b = range(input);
+  if (a.dense && b.dense && a.begin < b.end && b.begin < a.end)
+    fail(name, ": it is updated in place, but shares memory with ", input_name);
+}
+
 std::vector<Sequence> sequences(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens,
                                 StateUse use, int64_t rows) {
   std::vector<Sequence> result;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "arguments.h"
 #include "cpu/select.h"
@@ -121,9 +122,28 @@ void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
   job.y = tokens("y", y, shape, dtype, dtype);
   check_writable("y", y);
   check_writable("state", state);
+  for (const auto& [name, x] : {std::pair("r", r), {"k", k}, {"v", v}, {"w", w}, {"u", u}})
+    check_apart("state", state, name, x);
   const KernelsOf& cpu = kernels(dtype);
   cut_and_run(Threads(context, work_of(shape)), job, cpu, cpu.forward);
 }
+
+// The sequences sorted into groups, in their own order within each: those of group s are
+// members[first[s]] to members[first[s + 1]].
+struct Groups {
+  std::vector<int64_t> first, members;
+
+  template <class F>
+  Groups(const std::vector<Sequence>& list, int64_t groups, const F& group_of)
+      : first(size_t(groups) + 1, 0), members(groups ? list.size() : 0) {
+    if (!groups) return;
+    for (const Sequence& sequence : list) first[size_t(group_of(sequence)) + 1]++;
+    for (size_t s = 1; s < first.size(); s++) first[s] += first[s - 1];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (size_t m = 0; m < list.size(); m++)
+      members[size_t(next[size_t(group_of(list[m]))]++)] = int64_t(m);
+  }
+};
 
 void backward(const rwkv6_context* context, const DLTensor* grad_y,
               const DLTensor* grad_final_state, const DLTensor* r, const DLTensor* k,
@@ -191,7 +211,11 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
   adjoint.u = job.u;
   adjoint.y = grad_v_rows;
   adjoint.initial = job.grad_final;
-  std::unique_ptr<char[]> per_sequence;  // [n, H, N, N]
+  // All memory first: nothing is written yet if there is too little of it.
+  const Groups every(list, 1, [](const Sequence&) { return int64_t(0); });
+  const Groups by_state(list, rows, [](const Sequence& sequence) { return sequence.initial; });
+  const std::unique_ptr<char[]> grad_u_parts = workspace(n * shape.H * shape.N);  // [n, H, N]
+  std::unique_ptr<char[]> per_sequence;                                           // [n, H, N, N]
   if (one_to_one) {
     adjoint.final = grad_initial;
   } else if (initial_state) {
@@ -200,19 +224,19 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
   }
   cut_and_run(threads, adjoint, cpu, cpu.forward);
 
-  const std::unique_ptr<char[]> grad_u_parts = workspace(n * shape.H * shape.N);  // [n, H, N]
   job.grad_u = grad_u_parts.get();
   cut_and_run(threads, job, cpu, cpu.backward);
 
   SumJob sum = {};
-  sum.sequences = list.data(), sum.num_sequences = n;
   sum.H = shape.H, sum.N = shape.N;
-  sum.every = true, sum.S = 1, sum.rows = 1;
+  sum.S = 1, sum.rows = 1;
+  sum.first = every.first.data(), sum.members = every.members.data();
   sum.parts = grad_u_parts.get();
   sum.out = {grad_u_rows.data, grad_u_rows.dtype, 0, grad_u_rows.stride_h, shape.N};
   run(threads, sum, cpu.sum);
   if (per_sequence) {
-    sum.every = false, sum.S = rows, sum.rows = shape.N;
+    sum.S = rows, sum.rows = shape.N;
+    sum.first = by_state.first.data(), sum.members = by_state.members.data();
     sum.parts = per_sequence.get();
     sum.out = grad_initial;
     run(threads, sum, cpu.sum);
@@ -228,8 +252,10 @@ const char* message_of(const F& f) {
     return nullptr;
   } catch (const ArgumentError& error) {
     message = error.what();
-  } catch (const std::exception& error) {
-    message = std::string("rwkv6: ") + error.what();  // std::bad_alloc says "std::bad_alloc"
+  } catch (const std::bad_alloc&) {
+    return "rwkv6: out of memory";
+  } catch (...) {
+    return "rwkv6: unexpected failure";
   }
   return message.c_str();
 }

@@ -66,6 +66,25 @@ def test_dynamic_batch_and_tokens_compile_once():
     assert counter.frame_count == 1
 
 
+def test_packed_offsets_computed_in_the_graph():
+    """The number of sequences is known only when the compiled code runs."""
+
+    def f(tokens, r, k, v, w, u):
+        cu_seqlens = (tokens == 0).nonzero().squeeze(1)
+        return wkv(r, k, v, w, u, cu_seqlens=cu_seqlens)
+
+    call = random_call(B=1, T=9)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        for starts in ([0, 4], [0, 2, 7]):
+            tokens = torch.ones(10, dtype=torch.long)
+            tokens[[*starts, 9]] = 0
+            for a, b in zip(
+                compiled(tokens, *call.floats()[:5]), f(tokens, *call.floats()[:5]), strict=True
+            ):
+                assert torch.equal(a, b)
+
+
 def test_inplace_functionalises():
     def step(r, k, v, w, u, state):
         y = wkv_(r, k, v, w, u, state)

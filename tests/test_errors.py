@@ -137,6 +137,20 @@ def test_messages_hold_no_build_paths():
     assert ".cpp" not in str(caught.value)
 
 
+def test_layouts_that_are_not_dense():
+    call = random_call(states=2)
+    with pytest.raises(TypeError, match=r"k: expected a dense tensor, got layout torch\.sparse"):
+        wkv(call.r, call.k.to_sparse(), call.v, call.w, call.u)
+    with pytest.raises(TypeError, match="state: expected a dense tensor"):
+        wkv_(*call.floats()[:5], call.initial_state.to_sparse())
+
+
+def test_outputs_too_large_for_memory():
+    x = torch.zeros(1, 1, 1, 64).expand(2**16, 2**12, 64, 64)  # y: 4 TiB
+    with pytest.raises(RuntimeError, match=r"out of memory for an output of shape \[65536, 4096"):
+        wkv(x, x, x, x, torch.zeros(64, 64))
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

@@ -106,3 +106,25 @@ def test_version_counter_moves():
         with mode():
             wkv_(*call.floats())
         assert call.initial_state._version == before + 1
+
+
+def test_a_refused_call_does_not_disturb_autograd():
+    call = random_call(states=2)
+    x, state = torch.ones_like(call.initial_state).requires_grad_(), call.initial_state
+    loss = (x * state).sum()  # saves state
+    with torch.no_grad(), pytest.raises(RuntimeError, match="state_map"):
+        wkv_(*call.floats(), state_map=torch.tensor([0, 9]))
+    loss.backward()
+    assert torch.equal(x.grad, state)
+
+
+@pytest.mark.parametrize("name", ["r", "v", "u"])
+def test_a_state_that_shares_memory_with_an_input_is_refused(name):
+    call = random_call(B=2, T=1, H=2, N=4)
+    buffer = torch.randn(2 * 2 * 4 * 4)
+    x = getattr(call, name)
+    setattr(call, name, buffer[: x.numel()].view(x.shape))
+    before = buffer.clone()
+    with pytest.raises(RuntimeError, match=f"state: .*shares memory with {name}"):
+        wkv_(call.r, call.k, call.v, call.w, call.u, buffer.view(2, 2, 4, 4))
+    assert torch.equal(buffer, before)

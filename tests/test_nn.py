@@ -510,3 +510,9 @@ def test_states_that_do_not_fit() -> None:
         model(tokens, state._replace(ffn_shift=state.ffn_shift[:1]))
     with pytest.raises(TypeError, match=r"state\.wkv: expected torch.float32, got torch.bfloat16"):
         model(tokens, state._replace(wkv=state.wkv.bfloat16()))
+    with pytest.raises(TypeError, match=r"state\.att_shift: expected a torch.Tensor, got NoneType"):
+        model(tokens, state._replace(att_shift=None))
+    with pytest.raises(TypeError, match=r"state\.ffn_shift: expected floating-point values"):
+        model(tokens, state._replace(ffn_shift=state.ffn_shift.to(torch.complex64)))
+    with pytest.raises(ValueError, match=r"state\.wkv: expected device cpu, got meta"):
+        model(tokens, state._replace(wkv=state.wkv.to("meta")))

@@ -224,3 +224,82 @@ def test_saved_tensors_overwritten_in_place_are_noticed():
         wkv_(*call.floats()[:5], state)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def reverse_functional(f, r):
+    torch.func.grad(lambda r: f(r)[0].sum())(r)
+
+
+def forward_dual(f, r):
+    with torch.autograd.forward_ad.dual_level():
+        f(torch.autograd.forward_ad.make_dual(r, torch.ones_like(r)))
+
+
+BAD = {
+    "cu_seqlens falls": {"cu_seqlens": torch.tensor([0, 3, 2, 5])},
+    "cu_seqlens ends early": {"cu_seqlens": torch.tensor([0, 3])},
+    "state_map": {"initial_state": torch.zeros(2, 2, 4, 4), "state_map": torch.tensor([2])},
+    "u": {"u": torch.zeros(1, 4)},
+    "k": {"k": torch.zeros(1, 5, 1, 4)},
+}
+
+
+@pytest.mark.parametrize("derivative", [reverse_functional, forward_dual])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_raises_inside_transforms_as_well(name, derivative):
+    call = random_call(B=1, T=5)
+    keywords = {"k": call.k, "v": call.v, "w": call.w, "u": call.u} | BAD[name]
+    with pytest.raises((RuntimeError, ValueError), match=name.split()[0]):
+        derivative(lambda r: torch.ops.rwkv6.wkv(r, **keywords), call.r)
+
+
+def test_without_tokens_the_state_is_a_copy_also_inside_transforms():
+    call = random_call(T=0, states=2)
+    start = call.initial_state
+    (_, state), _ = torch.func.vjp(lambda r: wkv(r, *call.floats()[1:]), call.r)
+    assert torch.equal(state, start)
+    assert state.data_ptr() != start.data_ptr()
+    with torch.autograd.forward_ad.dual_level():
+        r = torch.autograd.forward_ad.make_dual(call.r, torch.ones_like(call.r))
+        _, state = wkv(r, *call.floats()[1:])
+        assert state.data_ptr() != start.data_ptr()
+
+
+@pytest.mark.parametrize("w", [6.0, 7.5, 79.0, torch.inf, -1e9])
+def test_second_derivatives_of_extreme_decays_are_finite(w):
+    call = random_call(T=4, N=3)
+    floats = [100 * x for x in (call.r, call.k, call.v)] + [torch.full_like(call.w, w), call.u]
+    floats = [x.requires_grad_() for x in floats]
+    y, state = wkv(*floats)
+    first = torch.autograd.grad((100 * y).sum() + state.sum(), floats, create_graph=True)
+    second = torch.autograd.grad(
+        sum(g.sum() for g in first), floats, allow_unused=True, materialize_grads=True
+    )
+    assert all(g.isfinite().all() for g in (*first, *second))
+
+
+@pytest.mark.parametrize("mapped", ["r", "state_map"])
+def test_vmap_over_nothing(mapped):
+    call = random_call(states=2, state_map=[0, 1])
+    args, dims = list(call.args()), [None] * 8
+    i = {"r": 0, "state_map": 6}[mapped]
+    args[i], dims[i] = args[i].new_empty((0, *args[i].shape)), 0
+    y, state = torch.vmap(torch.ops.rwkv6.wkv, in_dims=tuple(dims))(*args)
+    assert y.shape == (0, 2, 5, 2, 4)
+    assert state.shape == (0, 2, 2, 4, 4)
+
+
+def test_vmap_of_the_inplace_operator_changes_nothing_when_it_is_refused():
+    call = random_call(states=2)
+    states = torch.zeros(3, 2, 2, 4, 4)
+    maps = torch.tensor([[0, 1], [0, 7], [0, 1]])
+    with pytest.raises(RuntimeError, match="state_map"):
+        torch.vmap(lambda s, m: wkv_(*call.floats()[:5], s, state_map=m))(states, maps)
+    assert (states == 0).all()
+
+
+def test_vmap_of_the_inplace_operator_over_an_expanded_state_is_refused():
+    call = random_call(states=2)
+    states = torch.zeros(1, 2, 2, 4, 4).expand(3, -1, -1, -1, -1)
+    with pytest.raises(RuntimeError, match="expanded state"):
+        torch.vmap(lambda s: wkv_(*call.floats()[:5], s))(states)

@@ -1,6 +1,6 @@
-"""Argument checks shared by the Python functions and the fake implementations.
+"""Argument checks shared by everything in Python that computes without the kernel library.
 
-They look at shapes, dtypes and devices only, never at values: so they run on fake tensors and
+All but `check_values` look at shapes, dtypes and devices only: so they run on fake tensors and
 disappear from compiled code. The kernel library repeats them for callers that come another way.
 """
 
@@ -58,6 +58,11 @@ def check_wkv_(
             f"state: expected one row per sequence ({sequences}) or a state_map that names the "
             f"rows, got {state.shape[0]} rows"
         )
+    if any(size > 1 and stride == 0 for size, stride in zip(state.shape, state.stride())):
+        raise ValueError(
+            "state: it is updated in place, but it is an expanded view whose elements share memory "
+            f"(shape {tuple(state.shape)}, strides {tuple(state.stride())})"
+        )
     if state.shape[3] > 1 and state.stride(3) != 1:
         raise ValueError(
             "state: it is updated in place and its last dimension must be contiguous (stride 1), "
@@ -87,6 +92,50 @@ def check_wkv_backward(
         _check_tensor("grad_final_state", grad_final_state, shape, names, (state_dtype(r),), r)
 
 
+def check_values(
+    tokens: int,
+    rows: int,
+    state_map: Tensor | None,  # [B] or [M]
+    cu_seqlens: Tensor | None,  # [M + 1]
+    negative_skips: bool = False,
+) -> None:
+    """Raises RuntimeError for index values out of range, where a look at them is cheap: on the CPU.
+
+    Args:
+        tokens: T.
+        rows: S, the number of states.
+        negative_skips: as in `wkv_`: negative entries of state_map are padding rows, the others
+            must be distinct.
+    """
+    offsets = _values(cu_seqlens)
+    if offsets is not None and (
+        offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets)
+    ):
+        raise RuntimeError(
+            f"cu_seqlens: expected offsets that rise from 0 to T = {tokens}, got {offsets}"
+        )
+    entries = _values(state_map)
+    if entries is None:
+        return
+    used = [e for e in entries if e >= 0] if negative_skips else entries
+    if any(e < 0 or e >= rows for e in used):
+        raise RuntimeError(f"state_map: expected entries from 0 to {rows - 1}, got {entries}")
+    if negative_skips and len(set(used)) != len(used):
+        raise RuntimeError(
+            f"state_map: two sequences cannot update one row of state in place, got {entries}"
+        )
+
+
+def _values(x: Tensor | None) -> list[int] | None:
+    """The values of a CPU tensor; None where there is none, or only one that a tracer follows."""
+    functorch = torch._C._functorch
+    while x is not None and functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    if type(x) is not Tensor or x.device.type != "cpu" or functorch.is_batchedtensor(x):
+        return None
+    return x.tolist()
+
+
 def state_dtype(r: Tensor) -> torch.dtype:
     """The dtype of the state that belongs to inputs of r's dtype."""
     return torch.float64 if r.dtype == torch.float64 else torch.float32
@@ -97,6 +146,8 @@ def _check_inputs(
 ) -> int:
     if not isinstance(r, Tensor):
         raise TypeError(f"r: expected a torch.Tensor, got {type(r).__name__}")
+    if r.layout != torch.strided:
+        raise TypeError(f"r: expected a dense tensor, got layout {r.layout}")
     if r.dtype not in FLOAT_DTYPES:
         raise TypeError(f"r: expected {_names(FLOAT_DTYPES)}, got {r.dtype}")
     if r.dim() != 4:
@@ -119,9 +170,12 @@ def _check_inputs(
         raise ValueError(
             f"cu_seqlens: packed sequences need B = 1 (all tokens in one row), got B = {r.shape[0]}"
         )
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least one offset (M + 1 of them), got none")
-    return cu_seqlens.shape[0] - 1
+    offsets = cu_seqlens.shape[0]
+    # not an if: the number may be known only when compiled code runs
+    torch._check_value(
+        offsets >= 1, lambda: "cu_seqlens: expected at least one offset (M + 1 of them), got none"
+    )
+    return offsets - 1
 
 
 def _check_state(
@@ -160,6 +214,8 @@ def _check_tensor(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected {_names(dtypes)} beside r of {r.dtype}, got {x.dtype}")
     if x.shape != shape:

@@ -16,9 +16,14 @@ __all__ = ["recurrence", "recurrence_backward", "wkv", "wkv_backward"]
 
 def _decay(w: Tensor) -> Tensor:
     """exp(-exp(w)), differentiable. w, result: [...]."""
-    # exp(-exp(80)) is exactly 0 in every dtype: the clamp changes no value, but keeps the
-    # derivative -exp(w) * decay from becoming inf * 0.
-    return torch.exp(-torch.exp(w.clamp(max=80.0)))
+    return torch.exp(-_rate(w))
+
+
+def _rate(w: Tensor) -> Tensor:
+    """exp(w), as far as it makes a difference. w, result: [...]."""
+    # exp(-exp(7)) is exactly 0 in float64 as well: the clamp changes no decay, but it keeps every
+    # derivative, which is 0 there, from becoming inf * 0.
+    return torch.exp(w.clamp(max=7.0))
 
 
 def recurrence(
@@ -55,7 +60,7 @@ def recurrence_backward(
     of the forward pass; the gradient of w is -exp(w) decay * sum_j S[i][j] G[i][j].
     """
     decay = _decay(w)
-    slope = -torch.exp(w.clamp(max=80.0)) * decay  # d decay / d w
+    slope = -_rate(w) * decay  # d decay / d w
     states = [state]
     for t in range(r.shape[1] - 1):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -98,9 +103,10 @@ def wkv(
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
     rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
-        y, state = recurrence(rf, kf, vf, wf, uf, state)
-        return y.to(r.dtype), state
+        y, new = recurrence(rf, kf, vf, wf, uf, state)
+        return y.to(r.dtype), _fresh(new, state)
     outputs = []
+    start = state
     for t, row in enumerate(_sequence_of_token(r.shape[1], cu_seqlens)):
         now = slice(t, t + 1)
         y, new = recurrence(
@@ -108,7 +114,7 @@ def wkv(
         )
         state = state.index_copy(0, row, new)
         outputs.append(y)
-    return (torch.cat(outputs, 1) if outputs else rf.clone()).to(r.dtype), state
+    return (torch.cat(outputs, 1) if outputs else rf.clone()).to(r.dtype), _fresh(state, start)
 
 
 def wkv_backward(
@@ -169,12 +175,17 @@ def wkv_backward(
         gv.to(v.dtype),
         gw.to(w.dtype),
         gu.to(u.dtype),
-        _grad_initial_state(gs, initial_state, state_map),
+        _grad_initial_state(_fresh(gs, grad_state), initial_state, state_map),
     )
 
 
 def _accumulate_dtype(r: Tensor) -> torch.dtype:
     return torch.float64 if r.dtype == torch.float64 else torch.float32
+
+
+def _fresh(state: Tensor, start: Tensor) -> Tensor:
+    """state [...] in memory of its own: without any token it would be the caller's."""
+    return state.clone() if state is start else state
 
 
 def _initial_states(

@@ -4,6 +4,7 @@
 #include "rwkv6.h"
 
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
 // After rwkv6.h, because torch's copy of dlpack.h refuses to be included in stable-ABI code.
@@ -84,9 +85,13 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[kMaxDim] = {}, step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
-                                                         strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                               aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+    std::string text = "rwkv6: out of memory for an output of shape [";
+    for (size_t i = 0; i < sizes.size(); i++)
+      text += (i ? ", " : "") + std::to_string(sizes.begin()[i]);
+    throw std::runtime_error(text + "]");
+  }
   return Tensor(handle);
 }
 
@@ -103,7 +108,8 @@ Tensor empty_for(const Tensor& x) {
 // [B or M, H, N, N]
 Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
   const auto n = r.sizes();
-  if (n.size() != 4) return empty({0}, aoti_torch_dtype_float32());
+  constexpr int64_t kLargestHeadSize = 256;  // beyond, the library refuses r
+  if (n.size() != 4 || n[3] > kLargestHeadSize) return empty({0}, aoti_torch_dtype_float32());
   int64_t sequences = n[0];
   if (cu_seqlens) sequences = cu_seqlens->numel() ? cu_seqlens->numel() - 1 : 0;
   return empty({sequences, n[2], n[3], n[3]}, r.scalar_type() == ScalarType::Double

@@ -85,14 +85,12 @@ struct BackwardJob {
   int64_t units() const { return num_sequences * H * parts; }
 };
 
-// Sums what each sequence contributed, in the order of the sequences: out[s] is the sum of the
-// parts of those that start from state s (or of every one). Its work units are (s, head).
+// Sums what sequences contributed, in their order: out[s] is the sum of the parts of the sequences
+// members[first[s]] to members[first[s + 1]]. Its work units are (s, head).
 struct SumJob {
-  const Sequence* sequences;
-  int64_t num_sequences, H, rows, N;
-  int64_t S;
-  bool every;
-  const void* parts;  // [num_sequences, H, rows, N] of the accumulator's dtype
+  int64_t S, H, rows, N;
+  const int64_t *first, *members;
+  const void* parts;  // [sequences, H, rows, N] of the accumulator's dtype
   States out;         // [S, H, rows, N]
 
   int64_t units() const { return S * H; }

@@ -15,6 +15,8 @@ class Scratch {
     next_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
   }
 
+  T* begin() { return next_; }
+
   T* take(int64_t n) {
     T* piece = next_;
     next_ += aligned(n);

@@ -10,8 +10,8 @@ void sum(const SumJob& job, int64_t begin, int64_t end) {
     const int64_t s = unit / job.H, h = unit % job.H;
     for (int64_t i = 0; i < job.rows; i++) {
       for (int64_t j = 0; j < job.N; j++) total[j] = T(0);
-      for (int64_t m = 0; m < job.num_sequences; m++) {
-        if (!job.every && job.sequences[m].initial != s) continue;
+      for (int64_t at = job.first[s]; at < job.first[s + 1]; at++) {
+        const int64_t m = job.members[at];
         const T* part = static_cast<const T*>(job.parts) + ((m * job.H + h) * job.rows + i) * job.N;
         for (int64_t j = 0; j < job.N; j++) total[j] += part[j];
       }

@@ -31,6 +31,8 @@ struct BackwardBlock {
   }
 
   BackwardBlock(Scratch<T>& scratch, int64_t values) : values(values), tokens(0) {
+    // keys beyond a part's last are computed with as well, if only to be thrown away
+    memset(scratch.begin(), 0, size_t(scratch_size(values)) * sizeof(T));
     for (T** p : {&u, &grad_u}) *p = scratch.take(kKeys);
     for (T** p : {&r, &k, &decay, &rate, &grad_r, &grad_k, &sum_SG})
       *p = scratch.take(kBlock * kKeys);

@@ -10,31 +10,19 @@ constexpr int64_t kBlock = 16;       // tokens unpacked at a time
 constexpr int64_t kTileVectors = 2;  // vectors of value columns in a tile
 constexpr int64_t kHeadGroup = 8;    // heads that take turns in a block: their rows are neighbours
 
-// The unpacked rows of one block, one head and the columns of one part.
+// The unpacked rows of one block, one head and the columns of one part. It lives on the stack (83
+// KiB of f32, 166 of f64), so that a call that updates a state in place cannot fail half-way for
+// want of memory.
 template <class T>
 struct ForwardBlock {
+  static constexpr int64_t kRows = kBlock * kMaxHeadSize;
   int64_t keys, columns;  // row lengths, whole vectors
-  T *r, *k, *decay, *u;   // [kBlock, keys], u [keys]
-  T *v, *y;               // [kBlock, columns]
   int64_t tokens;
+  alignas(64) T u[kMaxHeadSize];                   // [keys]
+  alignas(64) T r[kRows], k[kRows], decay[kRows];  // [kBlock, keys]
+  alignas(64) T v[kRows], y[kRows];                // [kBlock, columns]
 
   static int64_t padded(int64_t n) { return (n + Vec<T>::W - 1) / Vec<T>::W * Vec<T>::W; }
-
-  static int64_t scratch_size(int64_t N, int64_t columns) {
-    const int64_t keys = padded(N), values = padded(columns);
-    return Scratch<T>::aligned(keys) + 3 * Scratch<T>::aligned(kBlock * keys) +
-           2 * Scratch<T>::aligned(kBlock * values);
-  }
-
-  ForwardBlock(Scratch<T>& scratch, int64_t N, int64_t columns)
-      : keys(padded(N)), columns(padded(columns)) {
-    u = scratch.take(keys);
-    r = scratch.take(kBlock * keys);
-    k = scratch.take(kBlock * keys);
-    decay = scratch.take(kBlock * keys);
-    v = scratch.take(kBlock * this->columns);
-    y = scratch.take(kBlock * this->columns);
-  }
 };
 
 // Where a head's state comes from (null: zeros) and goes to, at the part's first column. Both may
@@ -50,7 +38,7 @@ struct StateMove {
 // R keys by Q vectors of values through the block. A Partial tile has fewer columns than a vector:
 // `columns` of them.
 template <class T, int R, int Q, bool Partial>
-RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t j,
+RWKV6_INLINE void forward_tile(ForwardBlock<T>& block, int64_t i, int64_t j,
                                const StateMove<T>& state, int64_t columns) {
   typedef Vec<T> V;
   V S[R][Q];
@@ -94,7 +82,7 @@ RWKV6_INLINE void forward_tile(const ForwardBlock<T>& block, int64_t i, int64_t 
 
 // All keys of Q vectors of columns.
 template <class T, int Q, bool Partial = false>
-RWKV6_INLINE void forward_columns(const ForwardBlock<T>& block, int64_t N, int64_t j,
+RWKV6_INLINE void forward_columns(ForwardBlock<T>& block, int64_t N, int64_t j,
                                   const StateMove<T>& state, int64_t columns = 0) {
   constexpr int R = RWKV6_TILE_ROWS;
   int64_t i = 0;
@@ -104,8 +92,7 @@ RWKV6_INLINE void forward_columns(const ForwardBlock<T>& block, int64_t N, int64
 
 // One head's y and state through the block.
 template <class T>
-void forward_block(const ForwardBlock<T>& block, int64_t N, int64_t columns,
-                   const StateMove<T>& state) {
+void forward_block(ForwardBlock<T>& block, int64_t N, int64_t columns, const StateMove<T>& state) {
   typedef Vec<T> V;
   for (int64_t t = 0; t < block.tokens; t++) {  // y = (r . (u * k)) v to begin with
     V dot(T(0));
@@ -223,10 +210,9 @@ template <class T>
 void forward(const ForwardJob& job, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t N = job.N, units_per_sequence = job.H * job.parts;
-  const int64_t own = job.final.data ? 0 : kHeadGroup * N * N;
-  Scratch<T> scratch(ForwardBlock<T>::scratch_size(N, N) + Scratch<T>::aligned(own));
-  ForwardBlock<T> block(scratch, N, N);
-  T* own_states = scratch.take(own);
+  ForwardBlock<T> block;
+  block.keys = ForwardBlock<T>::padded(N);
+  Scratch<T> own_states(job.final.data ? 0 : kHeadGroup * N * N);
   while (begin < end) {
     const Sequence& sequence = job.sequences[begin / units_per_sequence];
     const int64_t h = begin % units_per_sequence / job.parts, part = begin % job.parts;
@@ -237,7 +223,7 @@ void forward(const ForwardJob& job, int64_t begin, int64_t end) {
     }
     const Columns columns = columns_of(part, job.parts, N, Vec<T>::W);
     block.columns = ForwardBlock<T>::padded(columns.last - columns.first);
-    forward_heads(job, sequence, h, h + heads, columns, block, own_states);
+    forward_heads(job, sequence, h, h + heads, columns, block, own_states.begin());
     begin += heads;
   }
 }

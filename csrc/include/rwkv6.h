@@ -2,8 +2,9 @@
 //
 // It knows no framework. torch, JAX, NumPy or C++ programs describe their own memory with DLTensor
 // and the library reads and writes it in place. Every function checks its arguments, computes and
-// returns NULL, or returns a message that says what was wrong and leaves all outputs untouched. The
-// message belongs to the calling thread and lasts until its next call. Nothing aborts or throws.
+// returns NULL, or returns a message that says what was wrong and leaves all outputs untouched (but
+// for gradients, when memory runs out half-way). The message belongs to the calling thread and
+// lasts until its next call. Nothing aborts or throws.
 //
 // Shapes: B batch rows, T tokens, H heads, N head size (1 to 256), S states, M packed sequences.
 // Strides are arbitrary as long as the last dimension is contiguous; output tensors must not

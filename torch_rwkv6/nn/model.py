@@ -342,6 +342,15 @@ class RWKV6(nn.Module):
             ("wkv", state.wkv, "[L, B, H, N, N]", wkv_shape),
             ("ffn_shift", state.ffn_shift, "[L, B, D]", shift_shape),
         ):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"state.{name}: expected a torch.Tensor, got {type(x).__name__}")
+            if not x.is_floating_point():
+                raise TypeError(f"state.{name}: expected floating-point values, got {x.dtype}")
+            if x.device != self.emb.weight.device:
+                raise ValueError(
+                    f"state.{name}: expected device {self.emb.weight.device}, got {x.device} "
+                    "(RWKV6State.to moves)"
+                )
             if x.shape != shape:
                 raise ValueError(f"state.{name}: expected {axes} = {shape}, got {tuple(x.shape)}")
         if state.wkv.dtype != wkv_dtype:

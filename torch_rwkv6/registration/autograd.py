@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from torch_rwkv6 import reference
+from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
 
 _wkv = torch.ops.rwkv6.wkv.default
@@ -104,7 +105,7 @@ def wkv(
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
     inputs = (r, k, v, w, u, initial_state)
     if _needs_reference(inputs):
-        return reference.wkv(*inputs, state_map, cu_seqlens)
+        return fallback.wkv(*inputs, state_map, cu_seqlens)
     if _needs_grad(inputs):
         return _WKV.apply(*inputs, state_map, cu_seqlens)
     with torch._C._AutoDispatchBelowAutograd():
@@ -125,7 +126,7 @@ def wkv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (grad_y, grad_final_state, r, k, v, w, u, initial_state)
     if _needs_reference(inputs):
-        return reference.wkv_backward(*inputs, state_map, cu_seqlens)
+        return fallback.wkv_backward(*inputs, state_map, cu_seqlens)
     if _needs_grad(inputs):
         return _WKVBackward.apply(*inputs, state_map, cu_seqlens)
     with torch._C._AutoDispatchBelowAutograd():
@@ -143,7 +144,12 @@ def wkv_(
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> Tensor:  # [B, T, H, N]
     inputs = (r, k, v, w, u, state)
-    if _needs_grad(inputs) or _needs_reference(inputs):
+    if _needs_reference(inputs):
+        raise RuntimeError(
+            "rwkv6::wkv_ overwrites its state and has no derivative: inside forward-mode AD and "
+            "torch.func transforms other than vmap use rwkv6::wkv"
+        )
+    if _needs_grad(inputs):
         raise RuntimeError(
             "rwkv6::wkv_ overwrites its state and has no derivative: call it under "
             "torch.no_grad() or torch.inference_mode(), or use rwkv6::wkv"
@@ -163,10 +169,11 @@ def _bump_version(
     state_map: Tensor | None = None,  # [B] or [M]
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> Tensor:  # [B, T, H, N]
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    y = _wkv_.redispatch(below, r, k, v, w, u, state, state_map, cu_seqlens)
     # lets autograd notice that a tensor saved for a backward pass was overwritten since
     torch.autograd.graph.increment_version(state)
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
-    return _wkv_.redispatch(below, r, k, v, w, u, state, state_map, cu_seqlens)
+    return y
 
 
 for _function in (wkv, wkv_backward, wkv_):

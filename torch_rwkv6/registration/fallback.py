@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_rwkv6 import reference
-from torch_rwkv6.checks import check_wkv, check_wkv_, check_wkv_backward
+from torch_rwkv6.checks import check_values, check_wkv, check_wkv_, check_wkv_backward
 from torch_rwkv6.registration.schema import library
 
 
@@ -24,10 +24,8 @@ def wkv(
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
     check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
     rows = 1 if initial_state is None else initial_state.shape[0]
-    _check_values(r.shape[1], rows, state_map, cu_seqlens, negative_skips=False)
-    y, state = reference.wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
-    # where no token came the recurrence hands the caller's own tensor back
-    return y, state.clone() if r.shape[1] == 0 else state
+    check_values(r.shape[1], rows, state_map, cu_seqlens)
+    return reference.wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
 
 
 def wkv_backward(
@@ -45,10 +43,8 @@ def wkv_backward(
     inputs = (r, k, v, w, u, initial_state, state_map, cu_seqlens)
     check_wkv_backward(grad_y, grad_final_state, *inputs)
     rows = 1 if initial_state is None else initial_state.shape[0]
-    _check_values(r.shape[1], rows, state_map, cu_seqlens, negative_skips=False)
-    *grads, grad_state = reference.wkv_backward(grad_y, grad_final_state, *inputs)
-    gr, gk, gv, gw, gu = grads
-    return gr, gk, gv, gw, gu, grad_state.clone() if r.shape[1] == 0 else grad_state
+    check_values(r.shape[1], rows, state_map, cu_seqlens)
+    return reference.wkv_backward(grad_y, grad_final_state, *inputs)
 
 
 def wkv_(
@@ -62,7 +58,7 @@ def wkv_(
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> Tensor:  # [B, T, H, N]
     check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
-    _check_values(r.shape[1], state.shape[0], state_map, cu_seqlens, negative_skips=True)
+    check_values(r.shape[1], state.shape[0], state_map, cu_seqlens, negative_skips=True)
     if state_map is None:
         y, final_state = reference.wkv(r, k, v, w, u, state, None, cu_seqlens)
         state.copy_(final_state)
@@ -74,31 +70,6 @@ def wkv_(
         return y.masked_fill(skipped[:, None, None, None], 0)
     padding = skipped.repeat_interleave(cu_seqlens.diff())  # [T]
     return y.masked_fill(padding[None, :, None, None], 0)
-
-
-def _check_values(
-    tokens: int,
-    rows: int,
-    state_map: Tensor | None,  # [B] or [M]
-    cu_seqlens: Tensor | None,  # [M + 1]
-    negative_skips: bool,
-) -> None:
-    """Raises RuntimeError for bad values, as the kernels do; on the CPU, where a look is cheap."""
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
-            raise RuntimeError(
-                f"cu_seqlens: expected offsets that rise from 0 to T = {tokens}, got {offsets}"
-            )
-    if state_map is not None and state_map.device.type == "cpu":
-        entries = state_map.tolist()
-        used = [e for e in entries if e >= 0] if negative_skips else entries
-        if any(e < 0 or e >= rows for e in used):
-            raise RuntimeError(f"state_map: expected entries from 0 to {rows - 1}, got {entries}")
-        if negative_skips and len(set(used)) != len(used):
-            raise RuntimeError(
-                f"state_map: two sequences cannot update one row of state in place, got {entries}"
-            )
 
 
 for _function in (wkv, wkv_backward, wkv_):

@@ -41,6 +41,20 @@ def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | 
     return x.flatten(heads, heads + 1)
 
 
+def _empty(
+    op: Any, args: tuple[Tensor | None, ...], in_dims: tuple[int | None, ...]
+) -> tuple[Tensor, ...]:
+    """The outputs of a mapped dimension of size 0: shapes from the fake implementation."""
+    device = next(x.device for x in args if x is not None)
+    slices = []
+    for x, dim in zip(args, in_dims, strict=True):
+        shape = () if x is None else [n for d, n in enumerate(x.shape) if d != dim]
+        slices.append(None if x is None else torch.empty(shape, dtype=x.dtype, device="meta"))
+    return tuple(
+        torch.empty((0, *out.shape), dtype=out.dtype, device=device) for out in op(*slices)
+    )
+
+
 def _unfold(x: Tensor, heads: int, size: int) -> Tensor:
     """[..., size * H, ...] -> [size, ..., H, ...]."""
     return x.unflatten(heads, (size, x.shape[heads] // size)).movedim(heads, 0)
@@ -58,6 +72,9 @@ def _batched(op: Any, names: tuple[str, ...], out_heads: tuple[int, ...]) -> Any
         # defaults may be left out of the call
         args = args + (None,) * (len(names) - len(args))
         in_dims = tuple(in_dims) + (None,) * (len(names) - len(in_dims))
+        if size == 0:
+            outputs = _empty(op, args, in_dims)
+            return outputs, (0,) * len(outputs)
         if any(
             x is not None and dim is not None and _HEADS[n] is None
             for n, x, dim in zip(names, args, in_dims, strict=True)
@@ -98,12 +115,22 @@ def _wkv_rule(
             "vmap over rwkv6::wkv_ with a state that is not mapped: all slices would update the "
             "same state in place. Map the state as well, or use rwkv6::wkv"
         )
-    # slice by slice: folding would update a copy of the state
-    args = (r, k, v, w, u, state, *index)
+    if info.batch_size > 1 and state.stride(in_dims[5]) == 0:
+        raise RuntimeError(
+            "vmap over rwkv6::wkv_ with an expanded state: all slices would update the same "
+            "memory. Clone the state first"
+        )
+    # On a copy, so that the state is untouched when a slice is refused.
+    new = state.clone()
+    args = (r, k, v, w, u, new, *index)
     y = [
         torch.ops.rwkv6.wkv_(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
+    state.copy_(new)
+    if not y:
+        shape = [n for d, n in enumerate(r.shape) if d != in_dims[0]]
+        return r.new_empty((0, *shape)), 0
     return torch.stack(y), 0
 
 
