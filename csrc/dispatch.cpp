@@ -77,55 +77,76 @@ void cut_and_run(const Threads& threads, Job& job, const KernelsOf& cpu,
   run(threads, job, kernel);
 }
 
+// What every entry point is given, checked.
+struct Inputs {
+  Shape shape;
+  DType dtype, acc;  // of the inputs, of the accumulator and the states
+  Tokens r, k, v, w;
+  Heads u;
+
+  Inputs(const DLTensor* r, const DLTensor* k, const DLTensor* v, const DLTensor* w,
+         const DLTensor* u)
+      : shape(check_r(r)),
+        dtype(dtype_of("r", r)),
+        acc(state_dtype(dtype)),
+        r(tokens("r", r, shape, dtype, dtype)),
+        k(tokens("k", k, shape, dtype, dtype)),
+        v(tokens("v", v, shape, dtype, dtype)),
+        w(tokens("w", w, shape, dtype, DType::f32)),
+        u(heads("u", u, shape, dtype, DType::f32)) {}
+
+  // A [B, T, H, N] tensor of the inputs' dtype.
+  Tokens like_r(const char* name, const DLTensor* x) const {
+    return tokens(name, x, shape, dtype, dtype);
+  }
+
+  template <class Job>  // a ForwardJob or a BackwardJob
+  Job job(const std::vector<Sequence>& list) const {
+    Job job = {};
+    job.sequences = list.data(), job.num_sequences = int64_t(list.size());
+    job.H = shape.H, job.N = shape.N;
+    job.r = r, job.k = k, job.v = v, job.w = w, job.u = u;
+    return job;
+  }
+};
+
 void forward(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
              const DLTensor* w, const DLTensor* u, const DLTensor* initial_state,
              const DLTensor* state_map, const DLTensor* cu_seqlens, DLTensor* y,
              DLTensor* final_state) {
-  const Shape shape = check_r(r);
-  const DType dtype = dtype_of("r", r), acc = state_dtype(dtype);
-  ForwardJob job = {};
-  job.H = shape.H, job.N = shape.N;
-  job.r = tokens("r", r, shape, dtype, dtype);
-  job.k = tokens("k", k, shape, dtype, dtype);
-  job.v = tokens("v", v, shape, dtype, dtype);
-  job.w = tokens("w", w, shape, dtype, DType::f32);
-  job.u = heads("u", u, shape, dtype, DType::f32);
-  if (initial_state) job.initial = states("initial_state", initial_state, -1, shape, acc, dtype);
+  const Inputs in(r, k, v, w, u);
+  States initial;
+  if (initial_state)
+    initial = states("initial_state", initial_state, -1, in.shape, in.acc, in.dtype);
   const std::vector<Sequence> list =
-      sequences(shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none,
+      sequences(in.shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none,
                 initial_state ? initial_state->shape[0] : 0);
-  job.sequences = list.data(), job.num_sequences = int64_t(list.size());
-  job.y = tokens("y", y, shape, dtype, dtype);
-  job.final = states("final_state", final_state, job.num_sequences, shape, acc, acc);
+  ForwardJob job = in.job<ForwardJob>(list);
+  job.initial = initial;
+  job.y = in.like_r("y", y);
+  job.final = states("final_state", final_state, job.num_sequences, in.shape, in.acc, in.acc);
   check_writable("y", y);
   check_writable("final_state", final_state);
-  const KernelsOf& cpu = kernels(dtype);
-  cut_and_run(Threads(context, work_of(shape)), job, cpu, cpu.forward);
+  const KernelsOf& cpu = kernels(in.dtype);
+  cut_and_run(Threads(context, work_of(in.shape)), job, cpu, cpu.forward);
 }
 
 void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
              const DLTensor* w, const DLTensor* u, DLTensor* state, const DLTensor* state_map,
              const DLTensor* cu_seqlens, DLTensor* y) {
-  const Shape shape = check_r(r);
-  const DType dtype = dtype_of("r", r), acc = state_dtype(dtype);
-  ForwardJob job = {};
-  job.H = shape.H, job.N = shape.N;
-  job.r = tokens("r", r, shape, dtype, dtype);
-  job.k = tokens("k", k, shape, dtype, dtype);
-  job.v = tokens("v", v, shape, dtype, dtype);
-  job.w = tokens("w", w, shape, dtype, DType::f32);
-  job.u = heads("u", u, shape, dtype, DType::f32);
-  job.initial = job.final = states("state", state, -1, shape, acc, acc);
+  const Inputs in(r, k, v, w, u);
+  const States rows = states("state", state, -1, in.shape, in.acc, in.acc);
   const std::vector<Sequence> list =
-      sequences(shape, state_map, cu_seqlens, StateUse::update, state->shape[0]);
-  job.sequences = list.data(), job.num_sequences = int64_t(list.size());
-  job.y = tokens("y", y, shape, dtype, dtype);
+      sequences(in.shape, state_map, cu_seqlens, StateUse::update, state->shape[0]);
+  ForwardJob job = in.job<ForwardJob>(list);
+  job.initial = job.final = rows;
+  job.y = in.like_r("y", y);
   check_writable("y", y);
   check_writable("state", state);
   for (const auto& [name, x] : {std::pair("r", r), {"k", k}, {"v", v}, {"w", w}, {"u", u}})
     check_apart("state", state, name, x);
-  const KernelsOf& cpu = kernels(dtype);
-  cut_and_run(Threads(context, work_of(shape)), job, cpu, cpu.forward);
+  const KernelsOf& cpu = kernels(in.dtype);
+  cut_and_run(Threads(context, work_of(in.shape)), job, cpu, cpu.forward);
 }
 
 // The sequences sorted into groups, in their own order within each: those of group s are
@@ -151,28 +172,24 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
               const DLTensor* initial_state, const DLTensor* state_map, const DLTensor* cu_seqlens,
               DLTensor* grad_r, DLTensor* grad_k, DLTensor* grad_v, DLTensor* grad_w,
               DLTensor* grad_u, DLTensor* grad_initial_state) {
-  const Shape shape = check_r(r);
-  const DType dtype = dtype_of("r", r), acc = state_dtype(dtype);
-  BackwardJob job = {};
-  job.H = shape.H, job.N = shape.N;
-  job.r = tokens("r", r, shape, dtype, dtype);
-  job.k = tokens("k", k, shape, dtype, dtype);
-  job.v = tokens("v", v, shape, dtype, dtype);
-  job.w = tokens("w", w, shape, dtype, DType::f32);
-  job.u = heads("u", u, shape, dtype, DType::f32);
+  const Inputs in(r, k, v, w, u);
+  const Shape shape = in.shape;
+  const DType acc = in.acc;
   const int64_t rows = initial_state ? initial_state->shape[0] : 0;
-  if (initial_state) job.initial = states("initial_state", initial_state, -1, shape, acc, dtype);
+  States initial;
+  if (initial_state) initial = states("initial_state", initial_state, -1, shape, acc, in.dtype);
   const std::vector<Sequence> list = sequences(
       shape, state_map, cu_seqlens, initial_state ? StateUse::read : StateUse::none, rows);
   const int64_t n = int64_t(list.size());
-  job.sequences = list.data(), job.num_sequences = n;
-  if (grad_y) job.grad_y = tokens("grad_y", grad_y, shape, dtype, dtype);
+  BackwardJob job = in.job<BackwardJob>(list);
+  job.initial = initial;
+  if (grad_y) job.grad_y = in.like_r("grad_y", grad_y);
   if (grad_final_state)
     job.grad_final = states("grad_final_state", grad_final_state, n, shape, acc, acc);
-  job.grad_r = tokens("grad_r", grad_r, shape, dtype, dtype);
-  job.grad_k = tokens("grad_k", grad_k, shape, dtype, dtype);
+  job.grad_r = in.like_r("grad_r", grad_r);
+  job.grad_k = in.like_r("grad_k", grad_k);
   job.grad_w = tokens("grad_w", grad_w, shape, job.w.dtype, job.w.dtype);
-  const Tokens grad_v_rows = tokens("grad_v", grad_v, shape, dtype, dtype);
+  const Tokens grad_v_rows = in.like_r("grad_v", grad_v);
   const Heads grad_u_rows = heads("grad_u", grad_u, shape, job.u.dtype, job.u.dtype);
   States grad_initial;
   if (initial_state)
@@ -187,7 +204,7 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
   check_writable("grad_u", grad_u);
   if (initial_state) check_writable("grad_initial_state", grad_initial_state);
 
-  const KernelsOf& cpu = kernels(dtype);
+  const KernelsOf& cpu = kernels(in.dtype);
   const Threads threads(context, work_of(shape));
   const int64_t state_size = shape.N * shape.N;
   const auto workspace = [&](int64_t elements) {
@@ -203,12 +220,9 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
     one_to_one = one_to_one && list[size_t(m)].initial == m;
     back[size_t(m)].initial = m;
   }
-  ForwardJob adjoint = {};
-  adjoint.sequences = back.data(), adjoint.num_sequences = n;
-  adjoint.H = shape.H, adjoint.N = shape.N;
+  ForwardJob adjoint = in.job<ForwardJob>(back);
   adjoint.reverse = true;
-  adjoint.r = job.k, adjoint.k = job.r, adjoint.v = job.grad_y, adjoint.w = job.w;
-  adjoint.u = job.u;
+  adjoint.r = in.k, adjoint.k = in.r, adjoint.v = job.grad_y;
   adjoint.y = grad_v_rows;
   adjoint.initial = job.grad_final;
   // All memory first: nothing is written yet if there is too little of it.
