@@ -45,6 +45,27 @@ def test_gradients_arrive_in_the_inputs_dtype():
         assert relative_rms(a, b) < 2e-2
 
 
+def test_inputs_of_different_dtypes_become_one():
+    call = random_call(states=2, N=16)
+    r, k, v, w, u, state = call.floats()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = wkv(r.bfloat16(), k, v.half().float(), w.bfloat16(), u, state)
+        same = wkv(r, k, v.half().float(), w.bfloat16().float(), u, state)
+        wkv_(r.bfloat16(), k, v, w, u, state)
+    assert all(torch.equal(a, b) for a, b in zip(mixed, same, strict=True))
+
+
+def test_bad_input_is_still_named():
+    call = random_call(states=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="k: expected the shape of r"):
+            wkv(call.r, call.k[1:], call.v, call.w, call.u)
+        with pytest.raises(TypeError, match="state: "):
+            wkv_(*call.floats()[:5], call.initial_state.bfloat16())
+        with pytest.raises(TypeError, match=r"r: expected a torch\.Tensor"):
+            wkv(None, call.k, call.v, call.w, call.u)
+
+
 def test_double_precision_is_left_alone():
     call = random_call(dtype=torch.float64, states=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):

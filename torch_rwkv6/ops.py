@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_rwkv6.checks import check_wkv, check_wkv_
+from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
 __all__ = ["wkv", "wkv_"]
 
@@ -60,7 +61,8 @@ def wkv(
         RuntimeError: state_map or cu_seqlens hold values out of range. (On a GPU, where reading
             them would stall the stream, such a sequence gets NaN instead.)
     """
-    check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
+    if not _autocast_casts(r):
+        check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
     return torch.ops.rwkv6.wkv.default(r, k, v, w, u, initial_state, state_map, cu_seqlens)
 
 
@@ -95,5 +97,13 @@ def wkv_(
         RuntimeError: values out of range, repeated rows, or a call that autograd would have to
             record; state is then unchanged.
     """
-    check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
+    if not _autocast_casts(r):
+        check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
     return torch.ops.rwkv6.wkv_.default(r, k, v, w, u, state, state_map, cu_seqlens)
+
+
+def _autocast_casts(r: Tensor) -> bool:
+    """Whether autocast is going to give the arguments their dtypes; it checks them afterwards."""
+    if not isinstance(r, Tensor) or r.device.type not in DEVICE_KEYS:
+        return False
+    return torch.is_autocast_enabled(r.device.type)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_rwkv6.checks import check_wkv, check_wkv_
 from torch_rwkv6.registration.schema import library
 
 DEVICE_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def _rule(op: Any, device_type: str) -> Callable[..., Any]:
+def _rule(op: Any, check: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     def kernel(
         r: Tensor,  # [B, T, H, N]
         k: Tensor,  # [B, T, H, N]
@@ -32,8 +33,9 @@ def _rule(op: Any, device_type: str) -> Callable[..., Any]:
         with torch.amp.autocast(device_type, enabled=False):
             r, k, v = (_cast(x, low) for x in (r, k, v))
             w, u = _cast(w, torch.float32), _cast(u, torch.float32)
-            if op is torch.ops.rwkv6.wkv.default and state is not None:
+            if check is check_wkv and state is not None:
                 state = _cast(state, torch.float32)  # wkv_ must write into the caller's own
+            check(r, k, v, w, u, state, state_map, cu_seqlens)
             return op(r, k, v, w, u, state, state_map, cu_seqlens)
 
     return kernel
@@ -45,6 +47,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 for _device_type, _key in DEVICE_KEYS.items():
-    for _name in ("wkv", "wkv_"):
+    for _name, _check in (("wkv", check_wkv), ("wkv_", check_wkv_)):
         _op = getattr(torch.ops.rwkv6, _name).default
-        library.impl(_name, _rule(_op, _device_type), _key)
+        library.impl(_name, _rule(_op, _check, _device_type), _key)
