@@ -65,7 +65,9 @@ def wkv_(
         return y
     skipped = state_map < 0
     y, final_state = reference.wkv(r, k, v, w, u, state, state_map.clamp(min=0), cu_seqlens)
-    state[state_map[~skipped]] = final_state[~skipped]
+    # where values were not looked at: a row that does not exist gave NaN and is written nowhere
+    written = ~skipped & (state_map < state.shape[0])
+    state[state_map[written]] = final_state[written]
     if cu_seqlens is None:
         return y.masked_fill(skipped[:, None, None, None], 0)
     padding = skipped.repeat_interleave(cu_seqlens.diff())  # [T]
