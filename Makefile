@@ -38,9 +38,9 @@ sanitize: .venv/installed
 	cp -r torch_rwkv6 tests csrc setup.py pyproject.toml README.md LICENSE build/sanitize
 	cd build/sanitize && RWKV6_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py \
 		-q build_ext --inplace
-	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not memory" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -m "not memory" \
 		$(SANITIZED_TESTS)
 
 wheel: .venv/installed
