@@ -110,8 +110,8 @@ Shape check_r(const DLTensor* r) {
   const DType dtype = dtype_of("r", r);
   check_float("r", r, {-1, -1, -1, -1}, dtype, dtype);
   const Shape shape{r->shape[0], r->shape[1], r->shape[2], r->shape[3]};
-  if (shape.N < 1 || shape.N > kLargestHeadSize)
-    fail("r: expected a head size N from 1 to ", kLargestHeadSize, ", got ", shape.N);
+  if (shape.N < 1 || shape.N > kMaxHeadSize)
+    fail("r: expected a head size N from 1 to ", kMaxHeadSize, ", got ", shape.N);
   return shape;
 }
 

@@ -10,7 +10,7 @@
 
 namespace rwkv6 {
 
-constexpr int64_t kLargestHeadSize = 256;
+static_assert(kMaxHeadSize == RWKV6_MAX_HEAD_SIZE, "the kernels' scratch is sized by it");
 
 // A caller's mistake; its text is the message the entry point returns.
 struct ArgumentError : std::runtime_error {

@@ -1,7 +1,5 @@
 // The entry points: check the arguments, choose the kernels, cut the work, run it.
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <utility>

@@ -108,8 +108,8 @@ Tensor empty_for(const Tensor& x) {
 // [B or M, H, N, N]
 Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
   const auto n = r.sizes();
-  constexpr int64_t kLargestHeadSize = 256;  // beyond, the library refuses r
-  if (n.size() != 4 || n[3] > kLargestHeadSize) return empty({0}, aoti_torch_dtype_float32());
+  if (n.size() != 4 || n[3] > RWKV6_MAX_HEAD_SIZE)  // the library is going to refuse r
+    return empty({0}, aoti_torch_dtype_float32());
   int64_t sequences = n[0];
   if (cu_seqlens) sequences = cu_seqlens->numel() ? cu_seqlens->numel() - 1 : 0;
   return empty({sequences, n[2], n[3], n[3]}, r.scalar_type() == ScalarType::Double

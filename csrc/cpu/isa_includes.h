@@ -17,7 +17,3 @@
 
 #define RWKV6_NAME_OF(x) #x
 #define RWKV6_NAME(x) RWKV6_NAME_OF(x)
-
-namespace rwkv6 {
-constexpr int64_t kMaxHeadSize = 256;
-}

@@ -6,6 +6,8 @@
 
 namespace rwkv6 {
 
+constexpr int64_t kMaxHeadSize = 256;
+
 enum class DType : uint8_t { f64, f32, bf16, f16 };
 
 inline int64_t size_of(DType dtype) {

@@ -23,6 +23,9 @@
 extern "C" {
 #endif
 
+// The largest head size N.
+enum { RWKV6_MAX_HEAD_SIZE = 256 };
+
 // What the caller's framework lends to a call. A NULL context computes on the calling thread.
 typedef struct {
   // Runs body(data, begin, end) so that the ranges cover [0, n) once, in any order and on any
