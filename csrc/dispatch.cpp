@@ -13,6 +13,9 @@ namespace {
 // Below this many multiply-adds waking other threads costs more than it saves (about 10 us).
 constexpr int64_t kWorthThreads = 1 << 18;
 
+// The backward of fewer heads than this, over all sequences, is cut in two.
+constexpr int64_t kFewHeads = 4;
+
 class Threads {
   const rwkv6_context* context_;
 
@@ -68,11 +71,9 @@ void run(const Threads& threads, const Job& job, void (*kernel)(const Job&, int6
   threads.run(job.units(), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
-template <class Job>  // a ForwardJob or a BackwardJob
-void cut_and_run(const Threads& threads, Job& job, const KernelsOf& cpu,
-                 void (*kernel)(const Job&, int64_t, int64_t)) {
+void cut_and_run(const Threads& threads, ForwardJob& job, const KernelsOf& cpu) {
   job.parts = threads.parts(job.num_sequences * job.H, job.N, cpu.columns);
-  run(threads, job, kernel);
+  run(threads, job, cpu.forward);
 }
 
 // What every entry point is given, checked.
@@ -126,7 +127,7 @@ void forward(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
   check_writable("y", y);
   check_writable("final_state", final_state);
   const KernelsOf& cpu = kernels(in.dtype);
-  cut_and_run(Threads(context, work_of(in.shape)), job, cpu, cpu.forward);
+  cut_and_run(Threads(context, work_of(in.shape)), job, cpu);
 }
 
 void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
@@ -144,23 +145,22 @@ void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
   for (const auto& [name, x] : {std::pair("r", r), {"k", k}, {"v", v}, {"w", w}, {"u", u}})
     check_apart("state", state, name, x);
   const KernelsOf& cpu = kernels(in.dtype);
-  cut_and_run(Threads(context, work_of(in.shape)), job, cpu, cpu.forward);
+  cut_and_run(Threads(context, work_of(in.shape)), job, cpu);
 }
 
-// The sequences sorted into groups, in their own order within each: those of group s are
+// 0 to n - 1 sorted into groups, in their own order within each: those of group s are
 // members[first[s]] to members[first[s + 1]].
 struct Groups {
   std::vector<int64_t> first, members;
 
   template <class F>
-  Groups(const std::vector<Sequence>& list, int64_t groups, const F& group_of)
-      : first(size_t(groups) + 1, 0), members(groups ? list.size() : 0) {
+  Groups(int64_t n, int64_t groups, const F& group_of)
+      : first(size_t(groups) + 1, 0), members(size_t(groups ? n : 0)) {
     if (!groups) return;
-    for (const Sequence& sequence : list) first[size_t(group_of(sequence)) + 1]++;
+    for (int64_t m = 0; m < n; m++) first[size_t(group_of(m)) + 1]++;
     for (size_t s = 1; s < first.size(); s++) first[s] += first[s - 1];
     std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (size_t m = 0; m < list.size(); m++)
-      members[size_t(next[size_t(group_of(list[m]))]++)] = int64_t(m);
+    for (int64_t m = 0; m < n; m++) members[size_t(next[size_t(group_of(m))]++)] = m;
   }
 };
 
@@ -187,7 +187,7 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
   job.grad_r = in.like_r("grad_r", grad_r);
   job.grad_k = in.like_r("grad_k", grad_k);
   job.grad_w = tokens("grad_w", grad_w, shape, job.w.dtype, job.w.dtype);
-  const Tokens grad_v_rows = in.like_r("grad_v", grad_v);
+  job.grad_v = in.like_r("grad_v", grad_v);
   const Heads grad_u_rows = heads("grad_u", grad_u, shape, job.u.dtype, job.u.dtype);
   States grad_initial;
   if (initial_state)
@@ -209,50 +209,56 @@ void backward(const rwkv6_context* context, const DLTensor* grad_y,
     return std::unique_ptr<char[]>(new char[size_t(elements * size_of(acc))]);
   };
 
-  // The gradient of v is WKV6 itself, walked from the last token to the first with r and k in each
-  // other's place and grad_y for v: its state is the adjoint of the state, from grad_final_state to
-  // the gradient of the initial state.
-  std::vector<Sequence> back = list;
-  bool one_to_one = initial_state && rows == n && grad_initial.dtype == acc;
-  for (int64_t m = 0; m < n; m++) {
-    one_to_one = one_to_one && list[size_t(m)].initial == m;
-    back[size_t(m)].initial = m;
-  }
-  ForwardJob adjoint = in.job<ForwardJob>(back);
-  adjoint.reverse = true;
-  adjoint.r = in.k, adjoint.k = in.r, adjoint.v = job.grad_y;
-  adjoint.y = grad_v_rows;
-  adjoint.initial = job.grad_final;
+  // With few heads the value columns are cut in two, whatever the number of threads: the terms of
+  // the two add up to the same bits everywhere.
+  job.parts = n * shape.H < kFewHeads && shape.N > cpu.columns ? 2 : 1;
   // All memory first: nothing is written yet if there is too little of it.
-  const Groups every(list, 1, [](const Sequence&) { return int64_t(0); });
-  const Groups by_state(list, rows, [](const Sequence& sequence) { return sequence.initial; });
-  const std::unique_ptr<char[]> grad_u_parts = workspace(n * shape.H * shape.N);  // [n, H, N]
-  std::unique_ptr<char[]> per_sequence;                                           // [n, H, N, N]
+  const int64_t members = n * job.parts, token_size = shape.H * shape.N;
+  const Groups every(members, 1, [](int64_t) { return int64_t(0); });
+  const Groups by_state(n, rows, [&](int64_t m) { return list[size_t(m)].initial; });
+  const Groups by_token(job.parts == 1 ? 0 : job.parts * shape.T, shape.T,
+                        [&](int64_t m) { return m % shape.T; });
+  const std::unique_ptr<char[]> grad_u_parts = workspace(members * token_size);
+  job.grad_u = grad_u_parts.get();
+
+  bool one_to_one = initial_state && rows == n && grad_initial.dtype == acc;
+  for (int64_t m = 0; m < n; m++) one_to_one = one_to_one && list[size_t(m)].initial == m;
+  std::unique_ptr<char[]> per_sequence;  // [n, H, N, N]
   if (one_to_one) {
-    adjoint.final = grad_initial;
+    job.grad_initial = grad_initial;
   } else if (initial_state) {
     per_sequence = workspace(n * shape.H * state_size);
-    adjoint.final = {per_sequence.get(), acc, shape.H * state_size, state_size, shape.N};
+    job.grad_initial = {per_sequence.get(), acc, shape.H * state_size, state_size, shape.N};
   }
-  cut_and_run(threads, adjoint, cpu, cpu.forward);
-
-  job.grad_u = grad_u_parts.get();
-  cut_and_run(threads, job, cpu, cpu.backward);
+  const Tokens grads[] = {job.grad_r, job.grad_k, job.grad_w};
+  std::unique_ptr<char[]> terms[3];  // [B, parts, T, H, N]
+  if (job.parts > 1) {
+    job.part_stride = shape.T * token_size;
+    Tokens* targets[] = {&job.grad_r, &job.grad_k, &job.grad_w};
+    for (int x = 0; x < 3; x++) {
+      terms[x] = workspace(shape.B * job.parts * job.part_stride);
+      *targets[x] = {terms[x].get(), acc, job.parts * job.part_stride, token_size, shape.N};
+    }
+  }
+  run(threads, job, cpu.backward);
 
   SumJob sum = {};
   sum.H = shape.H, sum.N = shape.N;
-  sum.S = 1, sum.rows = 1;
-  sum.first = every.first.data(), sum.members = every.members.data();
-  sum.parts = grad_u_parts.get();
-  sum.out = {grad_u_rows.data, grad_u_rows.dtype, 0, grad_u_rows.stride_h, shape.N};
-  run(threads, sum, cpu.sum);
-  if (per_sequence) {
-    sum.S = rows, sum.rows = shape.N;
-    sum.first = by_state.first.data(), sum.members = by_state.members.data();
-    sum.parts = per_sequence.get();
-    sum.out = grad_initial;
+  sum.rows = 1;
+  const auto add = [&](const Groups& groups, const void* parts, const States& out) {
+    sum.S = int64_t(groups.first.size()) - 1;
+    sum.first = groups.first.data(), sum.members = groups.members.data();
+    sum.parts = parts;
+    sum.out = out;
     run(threads, sum, cpu.sum);
-  }
+  };
+  add(every, job.grad_u, {grad_u_rows.data, grad_u_rows.dtype, 0, grad_u_rows.stride_h, 0});
+  for (int x = 0; x < 3 && job.parts > 1; x++)
+    for (int64_t b = 0; b < shape.B; b++)
+      add(by_token, terms[x].get() + b * job.parts * job.part_stride * size_of(acc),
+          {grads[x].row(b, 0, 0), grads[x].dtype, grads[x].stride_t, grads[x].stride_h, 0});
+  sum.rows = shape.N;
+  if (per_sequence) add(by_state, per_sequence.get(), grad_initial);
 }
 
 // Runs f; NULL, or the message of what it threw.

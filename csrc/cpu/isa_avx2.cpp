@@ -3,14 +3,15 @@
 #define RWKV6_ISA avx2
 #define RWKV6_VECTOR_BYTES 32
 #define RWKV6_TILE_ROWS 4
+#define RWKV6_TILE_VECTORS 1
 #define RWKV6_FMA_F32 _mm256_fmadd_ps
 #define RWKV6_FMA_F64 _mm256_fmadd_pd
-#define RWKV6_F16_LOAD(p, out) \
-  _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))
-#define RWKV6_F16_STORE(in, p)       \
-  _mm_storeu_si128(                  \
-      reinterpret_cast<__m128i*>(p), \
-      _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#define RWKV6_MIN_F32 _mm256_min_ps
+#define RWKV6_MAX_F32 _mm256_max_ps
+#define RWKV6_F16_LOAD(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
+#define RWKV6_F16_STORE(p, x)                     \
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), \
+                   _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #include "isa_includes.h"
 
 #if defined(__clang__)

@@ -3,16 +3,19 @@
 #define RWKV6_ISA avx512
 #define RWKV6_VECTOR_BYTES 64
 #define RWKV6_TILE_ROWS 8
+#define RWKV6_TILE_VECTORS 2
 #define RWKV6_FMA_F32 _mm512_fmadd_ps
 #define RWKV6_FMA_F64 _mm512_fmadd_pd
 // the masked forms, because GCC 12 warns about the "undefined" third operand of the plain ones
-#define RWKV6_F16_LOAD(p, out) \
-  _mm512_storeu_ps(            \
-      out, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))))
-#define RWKV6_F16_STORE(in, p)                                           \
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),                     \
-                      _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(in), \
-                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#define RWKV6_MIN_F32(a, b) _mm512_maskz_min_ps(0xffff, a, b)
+#define RWKV6_MAX_F32(a, b) _mm512_maskz_max_ps(0xffff, a, b)
+#define RWKV6_SCALE_F32(p, n) _mm512_maskz_scalef_ps(0xffff, p, n)
+#define RWKV6_F16_LOAD(p) \
+  _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+#define RWKV6_F16_STORE(p, x)        \
+  _mm256_storeu_si256(               \
+      reinterpret_cast<__m256i*>(p), \
+      _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #include "isa_includes.h"
 
 #if defined(__clang__)

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)

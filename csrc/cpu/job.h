@@ -57,42 +57,45 @@ struct Sequence {
   int64_t final;    // row of the final states, -1: a padding row, y is zero
 };
 
-// One forward walk. Its work units are (sequence, head, part of the value columns), all
-// independent.
+// The walk through the sequences. Its work units are (sequence, head, part of the value columns),
+// all independent.
 struct ForwardJob {
   const Sequence* sequences;
   int64_t num_sequences, H, N;
   int64_t parts;  // the N value columns are cut into this many parts
-  bool reverse;   // walk from the last token to the first
   Tokens r, k, v, w, y;
   Heads u;
   States initial;  // of the accumulator's dtype or r's
-  States final;    // of the accumulator's dtype; may be initial itself; absent: not wanted
+  States final;    // of the accumulator's dtype; may be initial itself
 
   int64_t units() const { return num_sequences * H * parts; }
 };
 
-// The part of the backward walk that needs the states and their adjoints side by side: gradients of
-// r, k, w and u. Its work units are (sequence, head, part of the keys), all independent.
+// The gradients. Its work units are (sequence, head, part of the value columns), all independent;
+// each part contributes a term to the gradients of r, k, w and u.
 struct BackwardJob {
   const Sequence* sequences;
   int64_t num_sequences, H, N;
-  int64_t parts;  // the N keys are cut into this many parts
+  int64_t parts;  // the N value columns are cut into this many parts
   Tokens grad_y, r, k, v, w;
   Heads u;
   States initial, grad_final;  // of the accumulator's dtype; initial also of r's
-  Tokens grad_r, grad_k, grad_w;
-  void* grad_u;  // [num_sequences, H, N] of the accumulator's dtype, per sequence
+  Tokens grad_v;
+  Tokens grad_r, grad_k,
+      grad_w;  // a part writes its own, `part_stride` elements from the one before
+  int64_t part_stride;
+  void* grad_u;         // [num_sequences, parts, H, N] of the accumulator's dtype
+  States grad_initial;  // per sequence; absent: not wanted
 
   int64_t units() const { return num_sequences * H * parts; }
 };
 
-// Sums what sequences contributed, in their order: out[s] is the sum of the parts of the sequences
-// members[first[s]] to members[first[s + 1]]. Its work units are (s, head).
+// Sums what several computed, in their order: out[s] is the sum of the parts of members[first[s]]
+// to members[first[s + 1]]. Its work units are (s, head).
 struct SumJob {
   int64_t S, H, rows, N;
   const int64_t *first, *members;
-  const void* parts;  // [sequences, H, rows, N] of the accumulator's dtype
+  const void* parts;  // [members, H, rows, N] of the accumulator's dtype
   States out;         // [S, H, rows, N]
 
   int64_t units() const { return S * H; }

@@ -38,146 +38,189 @@ RWKV6_INLINE uint16_t f16_of_f32(float f) {  // to nearest, ties to even
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + odd) >> 13));
 }
 
-// One vector's width of f16 values to f32 and back.
-RWKV6_INLINE void f16_load(const uint16_t* p, float* out) {
-#ifdef RWKV6_F16_LOAD
-  RWKV6_F16_LOAD(p, out);
-#else
-  for (int64_t i = 0; i < Vec<float>::W; i++) out[i] = f32_of_f16(p[i]);
-#endif
+// One vector's width of T from memory of another format, and to it.
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+template <class T>
+RWKV6_INLINE Vec<T> load_as(const T* p) {
+  return Vec<T>::load(p);
 }
-RWKV6_INLINE void f16_store(const float* in, uint16_t* p) {
-#ifdef RWKV6_F16_STORE
-  RWKV6_F16_STORE(in, p);
+template <class T>
+RWKV6_INLINE Vec<T> load_as(const BF16* p) {
+  Uint16Lanes bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (FloatLanes)(__builtin_convertvector(bits, Uint32Lanes) << 16);
+}
+template <class T>
+RWKV6_INLINE Vec<T> load_as(const F16* p) {
+#ifdef RWKV6_F16_LOAD
+  return FloatLanes(RWKV6_F16_LOAD(p));
 #else
-  for (int64_t i = 0; i < Vec<float>::W; i++) p[i] = f16_of_f32(in[i]);
+  Vec<T> v;
+  for (int64_t i = 0; i < Vec<T>::W; i++) v.x[i] = f32_of_f16(p[i].bits);
+  return v;
 #endif
 }
 
-// Rows are far apart in memory, where no hardware prefetcher finds the next one: the kernels name
-// it.
-template <bool Write = false>
-RWKV6_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(static_cast<const char*>(row) + i, Write);
+template <class T>
+RWKV6_INLINE void store_as(Vec<T> v, T* p) {
+  v.store(p);
+}
+RWKV6_INLINE void store_as(Vec<float> v, BF16* p) {
+  const Uint32Lanes bits = (Uint32Lanes)v.x;
+  const Uint32Lanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+  const Uint32Lanes good = v.x == v.x ? rounded : rounded * 0 + 0x7fc0;
+  const Uint16Lanes halves = __builtin_convertvector(good, Uint16Lanes);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+RWKV6_INLINE void store_as(Vec<float> v, F16* p) {
+#ifdef RWKV6_F16_STORE
+  RWKV6_F16_STORE(p, v.x);
+#else
+  for (int64_t i = 0; i < Vec<float>::W; i++) p[i].bits = f16_of_f32(v.x[i]);
+#endif
+}
+
+// n values in whole vectors.
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return (n + Vec<T>::W - 1) / Vec<T>::W * Vec<T>::W;
+}
+
+template <class T, class X>
+RWKV6_INLINE void load_values(const void* row, int64_t n, T* out) {
+  const X* p = static_cast<const X*>(row);
+  int64_t i = 0;
+  for (; i + Vec<T>::W <= n; i += Vec<T>::W) load_as<T>(p + i).store(out + i);
+  if (i < n) {
+    X last[Vec<T>::W] = {};
+    memcpy(last, p + i, size_t(n - i) * sizeof(X));
+    load_as<T>(last).store(out + i);
+  }
+}
+template <class T, class X>
+RWKV6_INLINE void store_values(const T* in, int64_t n, void* row) {
+  X* p = static_cast<X*>(row);
+  int64_t i = 0;
+  for (; i + Vec<T>::W <= n; i += Vec<T>::W) store_as(Vec<T>::load(in + i), p + i);
+  if (i < n) {
+    X last[Vec<T>::W];
+    store_as(Vec<T>::load(in + i), last);
+    memcpy(p + i, last, size_t(n - i) * sizeof(X));
+  }
 }
 
 // Reads n values and pads with zeros up to a multiple of the vector width. A null row is zeros.
-template <class T>
-RWKV6_INLINE void load_row(const void* row, DType dtype, int64_t n, T* out) {
-  constexpr int64_t W = Vec<T>::W;
-  const int64_t padded = (n + W - 1) / W * W;
-  int64_t i = 0;
-  if (!row) {
-    n = 0;
-  } else if (dtype == DType::f64) {
-    const double* p = static_cast<const double*>(row);
-    for (; i < n; i++) out[i] = T(p[i]);
-  } else if (dtype == DType::f32) {
-    const float* p = static_cast<const float*>(row);
-    if constexpr (sizeof(T) == 4) {
-      for (; i + W <= n; i += W) Vec<T>::load(p + i).store(out + i);
-    }
-    for (; i < n; i++) out[i] = T(p[i]);
-  } else if (dtype == DType::bf16) {
-    const uint16_t* p = static_cast<const uint16_t*>(row);
-    if constexpr (sizeof(T) == 4) {
-      for (; i + W <= n; i += W) {
-        Uint16Lanes halves;
-        __builtin_memcpy(&halves, p + i, sizeof halves);
-        Vec<T>((FloatLanes)(__builtin_convertvector(halves, Uint32Lanes) << 16)).store(out + i);
-      }
-    }
-    for (; i < n; i++) {
-      const uint32_t bits = uint32_t(p[i]) << 16;
-      float f;
-      __builtin_memcpy(&f, &bits, 4);
-      out[i] = T(f);
-    }
-  } else {
-    const uint16_t* p = static_cast<const uint16_t*>(row);
-    if constexpr (sizeof(T) == 4) {
-      for (; i + W <= n; i += W) f16_load(p + i, out + i);
-    }
-    for (; i < n; i++) out[i] = T(f32_of_f16(p[i]));
-  }
-  for (i = n; i < padded; i++) out[i] = T(0);
+RWKV6_INLINE void load_row(const void* row, DType dtype, int64_t n, float* out) {
+  if (!row)
+    for (int64_t i = 0; i < n; i += Vec<float>::W) Vec<float>(0.f).store(out + i);
+  else if (dtype == DType::f32)
+    load_values<float, float>(row, n, out);
+  else if (dtype == DType::bf16)
+    load_values<float, BF16>(row, n, out);
+  else
+    load_values<float, F16>(row, n, out);
+}
+RWKV6_INLINE void load_row(const void* row, DType dtype, int64_t n, double* out) {
+  if (row && dtype == DType::f64) return load_values<double, double>(row, n, out);
+  for (int64_t i = 0; i < n; i += Vec<double>::W) Vec<double>(0.).store(out + i);
+  if (row)  // w and u may be f32 beside f64
+    for (int64_t i = 0; i < n; i++) out[i] = double(static_cast<const float*>(row)[i]);
 }
 
-template <class T>
-void store_row(const T* in, int64_t n, DType dtype, void* row) {
-  int64_t i = 0;
-  if (dtype == DType::f64) {
-    double* p = static_cast<double*>(row);
-    for (; i < n; i++) p[i] = double(in[i]);
-  } else if (dtype == DType::f32) {
-    float* p = static_cast<float*>(row);
-    for (; i < n; i++) p[i] = float(in[i]);
-  } else if (dtype == DType::bf16) {
-    uint16_t* p = static_cast<uint16_t*>(row);
-    for (; i < n; i++) {
-      const float f = float(in[i]);
-      uint32_t bits;
-      __builtin_memcpy(&bits, &f, 4);
-      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
-      p[i] = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-    }
-  } else {
-    uint16_t* p = static_cast<uint16_t*>(row);
-    if constexpr (sizeof(T) == 4) {
-      constexpr int64_t W = Vec<T>::W;
-      for (; i + W <= n; i += W) f16_store(in + i, p + i);
-    }
-    for (; i < n; i++) p[i] = f16_of_f32(float(in[i]));
-  }
+// Writes n values; `in` is there up to a multiple of the vector width.
+RWKV6_INLINE void store_row(const float* in, int64_t n, DType dtype, void* row) {
+  if (dtype == DType::f32)
+    store_values<float, float>(in, n, row);
+  else if (dtype == DType::bf16)
+    store_values<float, BF16>(in, n, row);
+  else
+    store_values<float, F16>(in, n, row);
+}
+RWKV6_INLINE void store_row(const double* in, int64_t n, DType dtype, void* row) {
+  if (dtype == DType::f64) return store_values<double, double>(in, n, row);
+  for (int64_t i = 0; i < n; i++) static_cast<float*>(row)[i] = float(in[i]);
 }
 
-// exp(x) of f32 lanes for x in [-87.3, 88]: 2^n * e^f with |f| <= ln(2) / 2. NaN gives garbage.
-RWKV6_INLINE Vec<float> exp_lanes(Vec<float> x) {
+// p * 2^n for whole n, p in [0.7, 1.5]; 0 where that is no normal number. n may be from -126 on,
+// where the instruction set has a scaling of its own also below.
+RWKV6_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {
+#ifdef RWKV6_SCALE_F32
+  return FloatLanes(RWKV6_SCALE_F32(p.x, n.x));
+#else
+  return (FloatLanes)((Int32Lanes)p.x + (__builtin_convertvector(n.x, Int32Lanes) << 23));
+#endif
+}
+
+// x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be. The C
+// chains of dependent instructions are interleaved, since one alone would wait at every step.
+template <int C>
+RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
   typedef Vec<float> V;
-  const V magic(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const V shifted = fma(x, V(1.44269504f), magic);
-  const V n = shifted + V(-12582912.f);
-  const V f = fma(n, V(1.42860677e-6f), fma(n, V(-0.693148613f), x));  // ln 2 in two pieces
-  // minimax for the relative error over |f| <= ln(2) / 2: 3.1e-9
-  V p(0.0013814540579915047f);
-  p = fma(p, f, V(0.00836874544620514f));
-  p = fma(p, f, V(0.04166838899254799f));
-  p = fma(p, f, V(0.1666652113199234f));
-  p = fma(p, f, V(0.4999999403953552f));
-  p = fma(p * f, f, f) + V(1.f);
-  return (FloatLanes)((Int32Lanes)p.x + ((Int32Lanes)shifted.x << 23));
+  const V magic(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  V n[C], p[C];
+  RWKV6_UNROLLED (int t = 0; t < C; t++) n[t] = x[t] + magic;
+  RWKV6_UNROLLED (int t = 0; t < C; t++) n[t] = n[t] - magic;
+  RWKV6_UNROLLED (int t = 0; t < C; t++) x[t] = x[t] - n[t];
+  // minimax over |x| <= 1/2 with value 1 at 0: relative error 9.1e-8
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(V(0.00132647273f), x[t], V(0.00967151299f));
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(0.0555073358f));
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(0.240222424f));
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(0.693147004f));
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(1.f));
+  RWKV6_UNROLLED (int t = 0; t < C; t++) x[t] = scale(p[t], n[t]);
 }
 
-// decay[i] = exp(-exp(w[i])) and, where wanted, rate[i] = exp(w[i]), for n values padded to W; the
-// padding gets decay 1. Every w is good: decay is 1 up to -87 and 0 from 80 on, where also
-// rate * decay, the derivative, is an exact 0. rate stops at exp(80), so that it stays finite.
-RWKV6_INLINE void decay_row(const float* w, int64_t n, float* decay, float* rate) {
+// rate = exp(w) and decay = exp(-exp(w)) of one vector of each of C tokens. Every w is good: decay
+// is 1 up to -17 and 0 from 80 on at the latest, where also rate * decay, the derivative, is an
+// exact 0. rate stays within [exp(-87), exp(80)].
+template <int C>
+RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
+                              Vec<float> (&decay)[C]) {
   typedef Vec<float> V;
-  const FloatLanes low = V(-87.f).x, high = V(80.f).x, zero = V(0.f).x, one = V(1.f).x;
-  for (int64_t i = 0; i < n; i += V::W) {
-    const FloatLanes x = V::load(w + i).x;
-    const FloatLanes bounded = x < low ? low : x > high ? high : x;
-    FloatLanes e = exp_lanes(bounded).x;
-    e = x < low ? zero : e;
-    const FloatLanes minus = -e;
-    FloatLanes d = exp_lanes(minus < low ? low : minus).x;
-    d = minus < low ? zero : d;
-    d = x == x ? d : x;  // NaN stays NaN
-    V(d).store(decay + i);
-    if (rate) V(e).store(rate + i);
-  }
-  for (int64_t i = n; i % V::W; i++) decay[i] = one[0];
+  RWKV6_UNROLLED (int t = 0; t < C; t++)
+    rate[t] = at_most(V(80.f), at_least(V(-87.f), w[t])) * V(1.44269504f);
+  exp2_lanes(rate);
+  RWKV6_UNROLLED (int t = 0; t < C; t++) decay[t] = rate[t] * V(-1.44269504f);
+#ifdef RWKV6_SCALE_F32
+  exp2_lanes(decay);
+#else
+  V bounded[C];
+  RWKV6_UNROLLED (int t = 0; t < C; t++) bounded[t] = at_least(V(-126.f), decay[t]);
+  exp2_lanes(bounded);
+  RWKV6_UNROLLED (int t = 0; t < C; t++)
+    decay[t] = FloatLanes(decay[t].x < V(-126.f).x ? V(0.f).x : bounded[t].x);
+#endif
 }
 
-RWKV6_INLINE void decay_row(const double* w, int64_t n, double* decay, double* rate) {
-  for (int64_t i = 0; i < n; i++) {
-    const double e = std::exp(w[i] > 80 ? 80 : w[i]);
-    decay[i] = std::exp(-e);
-    if (rate) rate[i] = e;
-  }
-  for (int64_t i = n; i % Vec<double>::W; i++) {
-    decay[i] = 1;
-    if (rate) rate[i] = 0;
-  }
+template <int C>
+RWKV6_INLINE void decay_lanes(const Vec<double> (&w)[C], Vec<double> (&rate)[C],
+                              Vec<double> (&decay)[C]) {
+  for (int t = 0; t < C; t++)
+    for (int i = 0; i < Vec<double>::W; i++) {
+      rate[t].x[i] = std::exp(w[t].x[i] > 80 ? 80 : w[t].x[i]);
+      decay[t].x[i] = std::exp(-rate[t].x[i]);
+    }
+}
+
+// decay = exp(-exp(w)) of a row of n values, in whole vectors.
+template <class T>
+RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay) {
+  typedef Vec<T> V;
+  int64_t i = 0;
+  const auto next = [&](auto count) {
+    constexpr int Q = count;
+    V x[Q], rate[Q], d[Q];
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) x[q] = V::load(w + i + q * V::W);
+    decay_lanes(x, rate, d);
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) d[q].store(decay + i + q * V::W);
+    i += Q * V::W;
+  };
+  while (i + 4 * V::W <= n) next(std::integral_constant<int, 4>());
+  while (i < n) next(std::integral_constant<int, 1>());
 }

@@ -22,6 +22,11 @@ struct LanesOf<double> {
 };
 
 template <class T>
+struct DTypeOf {
+  static constexpr DType value = sizeof(T) == 8 ? DType::f64 : DType::f32;
+};
+
+template <class T>
 struct Vec {
   typedef typename LanesOf<T>::type Lanes;
   static constexpr int64_t W = RWKV6_VECTOR_BYTES / sizeof(T);
@@ -41,24 +46,14 @@ struct Vec {
   // The first n lanes of memory, the others zero; and back.
   static RWKV6_INLINE Vec load_first(const T* p, int64_t n) {
     T lanes[W] = {};
-    for (int64_t i = 0; i < n; i++) lanes[i] = p[i];
+    memcpy(lanes, p, size_t(n) * sizeof(T));
     return load(lanes);
   }
-  RWKV6_INLINE void store_first(T* p, int64_t n) const {
-    T lanes[W];
-    store(lanes);
-    for (int64_t i = 0; i < n; i++) p[i] = lanes[i];
-  }
+  RWKV6_INLINE void store_first(T* p, int64_t n) const { memcpy(p, &x, size_t(n) * sizeof(T)); }
 
   friend RWKV6_INLINE Vec operator*(Vec a, Vec b) { return a.x * b.x; }
   friend RWKV6_INLINE Vec operator+(Vec a, Vec b) { return a.x + b.x; }
-  RWKV6_INLINE T sum() const {  // of all lanes, in a fixed order
-    T lanes[W];
-    store(lanes);
-    for (int64_t half = W / 2; half; half /= 2)
-      for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
-  }
+  friend RWKV6_INLINE Vec operator-(Vec a, Vec b) { return a.x - b.x; }
 };
 
 // a * b + c in one rounding where the instruction set has it. Spelled out, for the build forbids
@@ -76,4 +71,66 @@ RWKV6_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #else
   return a * b + c;
 #endif
+}
+
+// low and high bound x; a NaN stays one.
+RWKV6_INLINE Vec<float> at_least(Vec<float> low, Vec<float> x) {
+#ifdef RWKV6_MAX_F32
+  return FloatLanes(RWKV6_MAX_F32(low.x, x.x));
+#else
+  return FloatLanes(low.x > x.x ? low.x : x.x);
+#endif
+}
+RWKV6_INLINE Vec<float> at_most(Vec<float> high, Vec<float> x) {
+#ifdef RWKV6_MIN_F32
+  return FloatLanes(RWKV6_MIN_F32(high.x, x.x));
+#else
+  return FloatLanes(high.x < x.x ? high.x : x.x);
+#endif
+}
+
+template <int... lanes>
+struct Shuffle {  // lanes of a, and from W on those of b
+  template <class Lanes>
+  static RWKV6_INLINE Lanes of(Lanes a, Lanes b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, lanes...);
+#else
+    typedef std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t> Index;
+    typedef Index Indices __attribute__((vector_size(sizeof(Lanes))));
+    return __builtin_shuffle(a, b, Indices{lanes...});
+#endif
+  }
+};
+
+// Each run of 2 * half lanes of a, then of b, folded into one of half as many: its two halves
+// added.
+template <int half, class V, int... lane>
+RWKV6_INLINE V fold(V a, V b, std::integer_sequence<int, lane...>) {
+  return V(Shuffle<(lane / half * 2 * half + lane % half)...>::of(a.x, b.x)) +
+         V(Shuffle<(lane / half * 2 * half + lane % half + half)...>::of(a.x, b.x));
+}
+
+// Lane i of the result: the sum of all lanes of v[i], in a fixed order; 0 from v[n] on.
+template <int n, int half, class V>
+RWKV6_INLINE V sums_from(const V* v) {
+  V folded[(n + 1) / 2];
+  RWKV6_UNROLLED (int i = 0; i < (n + 1) / 2; i++)
+    folded[i] = fold<half>(v[2 * i], 2 * i + 1 < n ? v[2 * i + 1] : V(0),
+                           std::make_integer_sequence<int, int(V::W)>());
+  if constexpr (half == 1)
+    return folded[0];
+  else
+    return sums_from<(n + 1) / 2, half / 2>(folded);
+}
+// out[i]: the sum of all lanes of v[i]. out has room for n rounded up to whole vectors.
+template <int n, class T>
+RWKV6_INLINE void store_sums(const Vec<T>* v, T* out) {
+  constexpr int W = Vec<T>::W;
+  if constexpr (n > W) {
+    store_sums<W>(v, out);
+    store_sums<n - W>(v + W, out + W);
+  } else {
+    sums_from<n, W / 2>(v).store(out);
+  }
 }

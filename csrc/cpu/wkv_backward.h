@@ -1,309 +1,440 @@
-// WKV6 backward: gradients of r, k, w and u. (That of v is a forward walk: see dispatch.cpp.)
+// WKV6 backward, in chunks of C tokens.
 //
 // With S_t the state before token t and G_t the gradient of the state after it,
 //   dr_t[i] = sum_j S_t[i][j] dy_t[j] + u[i] k_t[i] (v_t . dy_t)
 //   dk_t[i] = sum_j G_t[i][j] v_t[j]  + u[i] r_t[i] (v_t . dy_t)
-//   dw_t[i] = -exp(w_t[i]) decay_t[i] sum_j S_t[i][j] G_t[i][j]
+//   dv_t[j] = sum_i G_t[i][j] k_t[i]  + (sum_i r_t[i] u[i] k_t[i]) dy_t[j]
+//   dw_t[i] = -exp(w_t[i]) q_t[i],   q_t[i] = d_t[i] sum_j S_t[i][j] G_t[i][j]
 //   du[i]   = sum_t r_t[i] k_t[i] (v_t . dy_t)
-//   G_{t-1} = decay_t G_t + r_t dy_t
-// no term of which cancels another. Keys are independent of each other, so vectors run along the
-// keys and every sum over j is a plain chain of additions. S and G are kept transposed, [j][keys].
+// Seen from the inputs, all of it is a sum over pairs of a source s (a token's k v, or the state
+// the chunk starts from) and a later target t (a token's r dy, or the gradient of the state the
+// chunk ends with), whose weight is the product of the decays between them; the path of a pair
+// crosses the tokens strictly between, and q_t is the sum of the pairs whose path crosses t. That
+// is how q is computed here: sums of what belongs together, where a difference of cumulative sums
+// would cancel. The pairs within a chunk are met on the levels of a binary tree, those of
+// neighbouring blocks of m tokens at a time: decays then only enter as products of numbers in [0,
+// 1], from a token to the border of its block.
 //
-// States are recomputed from checkpoints: one per segment of about sqrt(T) tokens, and within a
-// segment one per block. In a block a tile of S walks forward in registers, leaving its history in
-// the first-level cache, and the tile of G meets it on the way back.
+// States are recomputed: the walk there leaves one a segment behind, then segment by segment, from
+// the last to the first, one a chunk, which the walk back meets. S and G are kept transposed, with
+// the values as rows. Heads take turns chunk by chunk, because their rows are neighbours in memory.
 // Included by isa.inc inside the namespace of one instruction set.
 
-// The unpacked rows of one block for some keys: [kBlock, kKeys] each, u [kKeys], v and grad_y
-// [kBlock, values].
+constexpr int64_t kBackwardChunk = 16;
+constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
+constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
+
+// One chunk of one head: rows [C, kPitch], of which the first `keys` or `values` are in use. Short
+// chunks are filled with tokens that leave everything as it is.
 template <class T>
-struct BackwardBlock {
-  static constexpr int64_t kKeys = kTileVectors * Vec<T>::W;  // keys handled at a time
-  int64_t values, tokens;
-  T *r, *k, *decay, *rate, *u, *v, *grad_y;
-  T *grad_r, *grad_k, *sum_SG, *grad_u;
-  T* history;  // [kBlock, RWKV6_TILE_ROWS, kKeys]
-
-  static int64_t scratch_size(int64_t values) {
-    return 2 * Scratch<T>::aligned(kKeys) + 7 * Scratch<T>::aligned(kBlock * kKeys) +
-           2 * Scratch<T>::aligned(kBlock * values) +
-           Scratch<T>::aligned(kBlock * RWKV6_TILE_ROWS * kKeys);
-  }
-
-  BackwardBlock(Scratch<T>& scratch, int64_t values) : values(values), tokens(0) {
-    // keys beyond a part's last are computed with as well, if only to be thrown away
-    memset(scratch.begin(), 0, size_t(scratch_size(values)) * sizeof(T));
-    for (T** p : {&u, &grad_u}) *p = scratch.take(kKeys);
-    for (T** p : {&r, &k, &decay, &rate, &grad_r, &grad_k, &sum_SG})
-      *p = scratch.take(kBlock * kKeys);
-    for (T** p : {&v, &grad_y}) *p = scratch.take(kBlock * values);
-    history = scratch.take(kBlock * RWKV6_TILE_ROWS * kKeys);
-  }
+struct BackwardChunk {
+  static constexpr int C = kBackwardChunk;
+  static constexpr int64_t kPitch = kMaxHeadSize + 64 / sizeof(T);
+  struct Rows {
+    alignas(64) T row[C][kPitch];
+    alignas(64) char apart[7 * 64];  // the same row of two Rows must not agree modulo 4 KiB
+  };
+  Rows v, grad_y, grad_v;  // [C, values]
+  // [C, keys]. Of a token t in a block of the level so far: F is the product of the decays from the
+  // block's start to t, G that from t to the block's end, both without t; R = r F, K = k G; all[b]
+  // is the product over the block that starts at b.
+  Rows R, K, F, G, all, rate;  // rate = exp(w)
+  Rows grad_r, grad_k, q, sums;
+  alignas(64) T A[C][C], M[C][C];  // [t][s]: the weight of v_s in y_t; dy_t . v_s
+  alignas(64) T u[kPitch], grad_u[kPitch];
 };
 
-// R rows of the transposed state S, [R][kKeys], to the end of the block.
-template <class T, int R>
-RWKV6_INLINE void advance_tile(const BackwardBlock<T>& block, int64_t j, const T* from, T* to) {
+// Decays of the chunk's tokens from w, in their place; all[t] becomes the decay of token t.
+template <class T, class Length>
+void backward_decays(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   typedef Vec<T> V;
-  constexpr int Q = kTileVectors;
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  V S[R][Q];
-  RWKV6_UNROLLED (int a = 0; a < R; a++)
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q] = V::load(from + a * kKeys + q * V::W);
-  for (int64_t t = 0; t < block.tokens; t++) {
-    V d[Q], k[Q];
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      d[q] = V::load(block.decay + t * kKeys + q * V::W);
-      k[q] = V::load(block.k + t * kKeys + q * V::W);
-    }
-    RWKV6_UNROLLED (int a = 0; a < R; a++) {
-      const V v_j(block.v[t * block.values + j + a]);
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q] = fma(d[q], S[a][q], v_j * k[q]);
-    }
-  }
-  RWKV6_UNROLLED (int a = 0; a < R; a++)
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) S[a][q].store(to + a * kKeys + q * V::W);
-}
-
-// R rows of S forward and of G backward through the block; adds to grad_r, grad_k and sum_SG.
-template <class T, int R>
-RWKV6_INLINE void backward_tile(const BackwardBlock<T>& block, int64_t j, const T* state,
-                                T* adjoint) {
-  typedef Vec<T> V;
-  constexpr int Q = kTileVectors;
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  V M[R][Q];  // S, then G
-  RWKV6_UNROLLED (int a = 0; a < R; a++)
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) M[a][q] = V::load(state + a * kKeys + q * V::W);
-  for (int64_t t = 0; t < block.tokens; t++) {
-    V d[Q], k[Q], grad_r[Q];
-    T* history = block.history + t * R * kKeys;
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      d[q] = V::load(block.decay + t * kKeys + q * V::W);
-      k[q] = V::load(block.k + t * kKeys + q * V::W);
-      grad_r[q] = V::load(block.grad_r + t * kKeys + q * V::W);
-    }
-    RWKV6_UNROLLED (int a = 0; a < R; a++) {
-      const V v_j(block.v[t * block.values + j + a]), dy_j(block.grad_y[t * block.values + j + a]);
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-        M[a][q].store(history + a * kKeys + q * V::W);
-        grad_r[q] = fma(dy_j, M[a][q], grad_r[q]);
-        M[a][q] = fma(d[q], M[a][q], v_j * k[q]);
+  constexpr int C = BackwardChunk<T>::C;
+  for (int64_t i = 0; i < keys; i += V::W)
+    for (int t0 = 0; t0 < C; t0 += 4) {
+      V w[4], rate[4], decay[4];
+      RWKV6_UNROLLED (int t = 0; t < 4; t++) w[t] = V::load(c.all.row[t0 + t] + i);
+      decay_lanes(w, rate, decay);
+      RWKV6_UNROLLED (int t = 0; t < 4; t++) {
+        const bool there = t0 + t < tokens;
+        (there ? decay[t] : V(T(1))).store(c.all.row[t0 + t] + i);
+        rate[t].store(c.rate.row[t0 + t] + i);
       }
     }
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) grad_r[q].store(block.grad_r + t * kKeys + q * V::W);
-  }
-  RWKV6_UNROLLED (int a = 0; a < R; a++)
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) M[a][q] = V::load(adjoint + a * kKeys + q * V::W);
-  for (int64_t t = block.tokens - 1; t >= 0; t--) {
-    V d[Q], r[Q], grad_k[Q], sum_SG[Q];
-    const T* history = block.history + t * R * kKeys;
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      d[q] = V::load(block.decay + t * kKeys + q * V::W);
-      r[q] = V::load(block.r + t * kKeys + q * V::W);
-      grad_k[q] = V::load(block.grad_k + t * kKeys + q * V::W);
-      sum_SG[q] = V::load(block.sum_SG + t * kKeys + q * V::W);
-    }
-    RWKV6_UNROLLED (int a = 0; a < R; a++) {
-      const V v_j(block.v[t * block.values + j + a]), dy_j(block.grad_y[t * block.values + j + a]);
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-        grad_k[q] = fma(v_j, M[a][q], grad_k[q]);
-        sum_SG[q] = fma(V::load(history + a * kKeys + q * V::W), M[a][q], sum_SG[q]);
-        M[a][q] = fma(d[q], M[a][q], dy_j * r[q]);
-      }
-    }
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      grad_k[q].store(block.grad_k + t * kKeys + q * V::W);
-      sum_SG[q].store(block.sum_SG + t * kKeys + q * V::W);
-    }
-  }
-  RWKV6_UNROLLED (int a = 0; a < R; a++)
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) M[a][q].store(adjoint + a * kKeys + q * V::W);
 }
 
-template <class T>
-void advance_block(const BackwardBlock<T>& block, int64_t N, const T* from, T* to) {
-  constexpr int R = RWKV6_TILE_ROWS;
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  int64_t j = 0;
-  for (; j + R <= N; j += R) advance_tile<T, R>(block, j, from + j * kKeys, to + j * kKeys);
-  for (; j < N; j++) advance_tile<T, 1>(block, j, from + j * kKeys, to + j * kKeys);
-}
-
-// Leaves the block's gradients in it and adds its share to grad_u; G moves to the block's start.
-template <class T>
-void backward_block(BackwardBlock<T>& block, int64_t N, const T* state, T* adjoint) {
+// Pairs of a token with itself, weighted with u.
+template <class T, class Length>
+void backward_diagonal(Length keys, BackwardChunk<T>& c) {
   typedef Vec<T> V;
-  constexpr int R = RWKV6_TILE_ROWS;
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  for (T* sums : {block.grad_r, block.grad_k, block.sum_SG})
-    memset(sums, 0, size_t(block.tokens * kKeys) * sizeof(T));
-  int64_t j = 0;
-  for (; j + R <= N; j += R) backward_tile<T, R>(block, j, state + j * kKeys, adjoint + j * kKeys);
-  for (; j < N; j++) backward_tile<T, 1>(block, j, state + j * kKeys, adjoint + j * kKeys);
-  for (int64_t t = block.tokens - 1; t >= 0; t--) {
-    V dot(T(0));
-    for (int64_t c = 0; c < block.values; c += V::W)
-      dot = fma(V::load(block.v + t * block.values + c),
-                V::load(block.grad_y + t * block.values + c), dot);
-    const V v_dy(dot.sum());
-    for (int64_t c = 0; c < kKeys; c += V::W) {
-      const int64_t at = t * kKeys + c;
-      const V r = V::load(block.r + at), k = V::load(block.k + at), u = V::load(block.u + c);
-      fma(u * k, v_dy, V::load(block.grad_r + at)).store(block.grad_r + at);
-      fma(u * r, v_dy, V::load(block.grad_k + at)).store(block.grad_k + at);
-      fma(r * k, v_dy, V::load(block.grad_u + c)).store(block.grad_u + c);
-      const V slope = V::load(block.rate + at) * V::load(block.decay + at) * V(T(-1));
-      (slope * V::load(block.sum_SG + at)).store(block.sum_SG + at);  // now the gradient of w
+  constexpr int C = BackwardChunk<T>::C;
+  for (int t0 = 0; t0 < C; t0 += 4) {
+    V A[4];  // sum_i r u k
+    for (V& a : A) a = V(T(0));
+    for (int64_t i = 0; i < keys; i += V::W) {
+      const V u = V::load(c.u + i);
+      V grad_u = V::load(c.grad_u + i);
+      RWKV6_UNROLLED (int a = 0; a < 4; a++) {
+        const int t = t0 + a;
+        const V r = V::load(c.R.row[t] + i), k = V::load(c.K.row[t] + i), m(c.M[t][t]);
+        const V u_k = u * k;
+        A[a] = fma(r, u_k, A[a]);
+        grad_u = fma(r * m, k, grad_u);
+        (m * u_k).store(c.grad_r.row[t] + i);
+        (m * u * r).store(c.grad_k.row[t] + i);
+      }
+      grad_u.store(c.grad_u + i);
+    }
+    T lanes[V::W < 4 ? 4 : V::W];
+    store_sums<4>(A, lanes);
+    for (int a = 0; a < 4; a++) c.A[t0 + a][t0 + a] = lanes[a];
+  }
+}
+
+// Pairs of a source in the left and a target in the right block of m tokens, for all pairs of
+// neighbouring blocks, which become one. F and G start as 1, at m = 1, and q as 0.
+template <int m, class T, class Length>
+void backward_level(Length keys, BackwardChunk<T>& c) {
+  typedef Vec<T> V;
+  typedef BackwardChunk<T> Chunk;
+  constexpr int D = m < 4 ? m : 4;
+  for (int left = 0; left < Chunk::C; left += 2 * m) {
+    const int right = left + m;
+    for (int t = right; t < right + m; t += D)
+      for (int s = left; s < right; s += D) {
+        T weights[D * D];
+        dots<D, D>(keys, Chunk::kPitch, c.R.row[t], c.K.row[s], weights);
+        for (int a = 0; a < D; a++) memcpy(&c.A[t + a][s], weights + a * D, sizeof(T) * D);
+      }
+    for (int64_t i = 0; i < keys; i += V::W) {
+      const V all_left = V::load(c.all.row[left] + i), all_right = V::load(c.all.row[right] + i);
+      V r[m], k[m];
+      RWKV6_UNROLLED (int a = 0; a < m; a++) {
+        r[a] = V::load(c.R.row[right + a] + i);
+        k[a] = V::load(c.K.row[left + a] + i);
+      }
+      V later(T(0));  // of the pairs whose target lies behind t
+      RWKV6_UNROLLED (int t = m - 1; t >= 0; t--) {
+        V sum = V(c.M[right + t][left]) * k[0];
+        RWKV6_UNROLLED (int s = 1; s < m; s++) sum = fma(V(c.M[right + t][left + s]), k[s], sum);
+        const int at = right + t;
+        const V F = m == 1 ? V(T(1)) : V::load(c.F.row[at] + i);
+        fma(F, sum, V::load(c.grad_r.row[at] + i)).store(c.grad_r.row[at] + i);
+        if (m == 2)
+          later.store(c.q.row[at] + i);
+        else if (t < m - 1)
+          (V::load(c.q.row[at] + i) + later).store(c.q.row[at] + i);
+        later = fma(r[t], sum, later);
+        if (m == 1) V(T(1)).store(c.F.row[left] + i);
+        (F * all_left).store(c.F.row[at] + i);
+        (r[t] * all_left).store(c.R.row[at] + i);
+      }
+      V earlier(T(0));  // of the pairs whose source lies before s
+      RWKV6_UNROLLED (int s = 0; s < m; s++) {
+        V sum = V(c.M[right][left + s]) * r[0];
+        RWKV6_UNROLLED (int t = 1; t < m; t++) sum = fma(V(c.M[right + t][left + s]), r[t], sum);
+        const int at = left + s;
+        const V G = m == 1 ? V(T(1)) : V::load(c.G.row[at] + i);
+        fma(G, sum, V::load(c.grad_k.row[at] + i)).store(c.grad_k.row[at] + i);
+        if (m == 2)
+          earlier.store(c.q.row[at] + i);
+        else if (s)
+          (V::load(c.q.row[at] + i) + earlier).store(c.q.row[at] + i);
+        earlier = fma(k[s], sum, earlier);
+        if (m == 1) V(T(1)).store(c.G.row[right] + i);
+        (G * all_right).store(c.G.row[at] + i);
+        (k[s] * all_right).store(c.K.row[at] + i);
+      }
+      (all_left * all_right).store(c.all.row[left] + i);
     }
   }
 }
 
-// Rows of the block into the accumulator's dtype: k, v and decay for the state's walk, everything
-// for the way back. The next block to come is `next` tokens from here.
-template <class T>
-void unpack(const BackwardJob& job, const Sequence& sequence, int64_t h, Columns keys, int64_t t0,
-            int64_t tokens, bool everything, int64_t next, BackwardBlock<T>& block) {
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  const Columns values = {0, job.N};
-  const auto load = [&](const Tokens& x, int64_t token, Columns part, T* out) {
-    const char* row = x.row(sequence.b, token, h);
-    const int64_t n = part.last - part.first;
-    if (row) {
-      row += part.first * size_of(x.dtype);
-      prefetch_row(row + x.distance(next, 0), n * size_of(x.dtype));
+// The gradients of the chunk's tokens, from the state S [values, keys] that it starts from and the
+// gradient G [values, keys] of the state that it ends with, which becomes that of S. G_rows [keys,
+// values] is scratch. q becomes the gradient of w.
+template <class T, class Length>
+void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S, T* G, T* G_rows,
+                    Fetch& fetch) {
+  typedef Vec<T> V;
+  typedef BackwardChunk<T> Chunk;
+  constexpr int C = Chunk::C;
+  constexpr int64_t kPitch = Chunk::kPitch;
+  for (int t = 0; t < C; t += 4)
+    for (int s = 0; s <= t; s += 4) {
+      T products[16];
+      dots<4, 4>(values, kPitch, c.grad_y.row[t], c.v.row[s], products);
+      for (int a = 0; a < 4; a++) memcpy(&c.M[t + a][s], products + 4 * a, sizeof(T) * 4);
     }
-    load_row(row, x.dtype, n, out);
-  };
-  block.tokens = tokens;
-  for (int64_t t = 0; t < tokens; t++) {
-    const int64_t token = sequence.begin + t0 + t;
-    T* decay = block.decay + t * kKeys;
-    load(job.k, token, keys, block.k + t * kKeys);
-    load(job.w, token, keys, decay);
-    decay_row(decay, keys.last - keys.first, decay, block.rate + t * kKeys);
-    load(job.v, token, values, block.v + t * block.values);
-    if (!everything) continue;
-    load(job.r, token, keys, block.r + t * kKeys);
-    load(job.grad_y, token, values, block.grad_y + t * block.values);
-    for (const Tokens* x : {&job.grad_r, &job.grad_k, &job.grad_w})
-      prefetch_row<true>(x->row(sequence.b, token, h) + keys.first * size_of(x->dtype),
-                         (keys.last - keys.first) * size_of(x->dtype));
+  backward_diagonal(keys, c);
+  backward_level<1>(keys, c);
+  backward_level<2>(keys, c);
+  backward_level<4>(keys, c);
+  backward_level<8>(keys, c);
+  static_assert(C == 16);
+
+  for (int64_t j = 0; j < values; j += V::W)  // grad_v, from the targets within the chunk
+    for (int s0 = 0; s0 < C; s0 += 4) {
+      V sum[4];
+      for (V& x : sum) x = V(T(0));
+      for (int t = s0; t < C; t++) {
+        const V dy = V::load(c.grad_y.row[t] + j);
+        RWKV6_UNROLLED (int s = 0; s < 4; s++) sum[s] = fma(V(c.A[t][s0 + s]), dy, sum[s]);
+      }
+      RWKV6_UNROLLED (int s = 0; s < 4; s++) sum[s].store(c.grad_v.row[s0 + s] + j);
+    }
+  transpose(values, keys, G, G_rows);
+  multiply<C, true>(keys, values, kPitch, c.K.row[0], G_rows, c.grad_v.row[0], fetch);
+
+  multiply<C, false>(values, keys, kPitch, c.grad_y.row[0], S, c.sums.row[0], fetch);
+  for (int64_t i = 0; i < keys; i += V::W) {  // from the state as a source
+    V through[4];  // sum_j S G: the path of this pair crosses every token
+    for (V& x : through) x = V(T(0));
+    for (int64_t j = 0; j < values; j += 4)
+      RWKV6_UNROLLED (int a = 0; a < 4; a++)
+        if (j + a < values)
+          through[a] =
+              fma(V::load(S + (j + a) * keys + i), V::load(G + (j + a) * keys + i), through[a]);
+    V later = (through[0] + through[1] + (through[2] + through[3])) * V::load(c.all.row[0] + i);
+    for (int t = C - 1; t >= 0; t--) {
+      const V sum = V::load(c.sums.row[t] + i);
+      fma(V::load(c.F.row[t] + i), sum, V::load(c.grad_r.row[t] + i)).store(c.grad_r.row[t] + i);
+      (V::load(c.q.row[t] + i) + later).store(c.q.row[t] + i);
+      later = fma(V::load(c.R.row[t] + i), sum, later);
+    }
   }
+  multiply<C, false>(values, keys, kPitch, c.v.row[0], G, c.sums.row[0], fetch);
+  for (int64_t i = 0; i < keys; i += V::W) {  // to the gradient of the state as a target
+    V earlier(T(0));
+    for (int t = 0; t < C; t++) {
+      const V sum = V::load(c.sums.row[t] + i);
+      fma(V::load(c.G.row[t] + i), sum, V::load(c.grad_k.row[t] + i)).store(c.grad_k.row[t] + i);
+      const V q = V::load(c.q.row[t] + i) + earlier;
+      (V(T(0)) - V::load(c.rate.row[t] + i) * q).store(c.q.row[t] + i);
+      earlier = fma(V::load(c.K.row[t] + i), sum, earlier);
+    }
+  }
+  update<C>(values, keys, kPitch, c.all.row[0], c.grad_y.row[0], c.R.row[0], G, G, fetch);
 }
 
+// What one thread works with.
 template <class T>
-void pack(const BackwardJob& job, const Sequence& sequence, int64_t h, Columns keys, int64_t t0,
-          const BackwardBlock<T>& block) {
-  const int64_t n = keys.last - keys.first;
-  const auto store_keys = [&](const T* in, const Tokens& x, int64_t t) {
-    char* row = x.row(sequence.b, sequence.begin + t0 + t, h);
-    store_row(in + t * BackwardBlock<T>::kKeys, n, x.dtype, row + keys.first * size_of(x.dtype));
-  };
-  for (int64_t t = 0; t < block.tokens; t++) {
-    store_keys(block.grad_r, job.grad_r, t);
-    store_keys(block.grad_k, job.grad_k, t);
-    store_keys(block.sum_SG, job.grad_w, t);
-  }
-}
-
-// Keys [first, last) of a [key][value] matrix, transposed: out [N][kKeys].
-template <class T>
-void transpose_keys(const char* matrix, const States& states, int64_t N, Columns keys, T* out) {
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  memset(out, 0, size_t(N * kKeys) * sizeof(T));
-  if (!matrix) return;
-  T row[kMaxHeadSize + Vec<T>::W];
-  for (int64_t i = keys.first; i < keys.last; i++) {
-    load_row(matrix + i * states.stride_row * size_of(states.dtype), states.dtype, N, row);
-    for (int64_t j = 0; j < N; j++) out[j * kKeys + i - keys.first] = row[j];
-  }
-}
-
-struct Segments {  // a sequence cut into `count` segments of `blocks` blocks
-  int64_t blocks, count;
-
-  explicit Segments(int64_t length) : blocks(1) {
-    const int64_t all = (length + kBlock - 1) / kBlock;
-    while (blocks * blocks < all) blocks++;
-    count = (all + blocks - 1) / blocks;
-  }
+struct BackwardScratch {
+  BackwardChunk<T> chunk = {};
+  Fetch fetch;
+  T* G_rows;       // [keys, values]
+  T* G;            // [heads, values, keys]
+  T* walking;      // [heads, values, keys]: the state between checkpoints
+  T* states;       // [kBackwardHeads, kSegment / C, values, keys]: before the chunks of a segment
+  T* checkpoints;  // [heads, segments, values, keys]: before each segment
 };
 
-// One sequence, one head, at most kKeys keys.
-template <class T>
-void backward_keys(const BackwardJob& job, int64_t index, int64_t h, Columns keys,
-                   BackwardBlock<T>& block, T* adjoint, T* segment_states, T* block_states) {
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
+// One sequence, heads [first, last), the values of one part.
+template <class T, class Length>
+struct BackwardWalk {
+  static constexpr int C = BackwardChunk<T>::C;
+  static constexpr int64_t kChunks = kSegment / C;
+  const BackwardJob& job;
+  const int64_t index, first, last, part_index;
+  const Columns part;
+  const Length keys, values;
+  BackwardScratch<T>& scratch;
   const Sequence& sequence = job.sequences[index];
-  const int64_t N = job.N, L = sequence.length, state_size = N * kKeys, n = keys.last - keys.first;
-  const Segments segments(L);
-  const auto tokens_at = [&](int64_t t0) { return L - t0 < kBlock ? L - t0 : kBlock; };
+  const int64_t chunks = (sequence.length + C - 1) / C;
+  const int64_t segments = (chunks + kChunks - 1) / kChunks;
 
-  transpose_keys(sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h),
-                 job.initial, N, keys, segment_states);
-  transpose_keys(job.grad_final.matrix(index, h), job.grad_final, N, keys, adjoint);
-  load_row(job.u.row(h) + keys.first * size_of(job.u.dtype), job.u.dtype, n, block.u);
-  memset(block.grad_u, 0, size_t(kKeys) * sizeof(T));
+  T* G(int64_t h) const { return scratch.G + (h - first) * values * keys; }
+  // The state before a chunk: a checkpoint, or a state of the segment in turn.
+  T* state(int64_t h, int64_t chunk) const {
+    const int64_t segment = chunk / kChunks, n = chunk % kChunks;
+    if (n == 0) return scratch.checkpoints + ((h - first) * segments + segment) * values * keys;
+    return scratch.states + ((h - first) % kBackwardHeads * kChunks + n) * values * keys;
+  }
+  T* grad_u(int64_t h) const {
+    return static_cast<T*>(job.grad_u) + ((index * job.parts + part_index) * job.H + h) * job.N;
+  }
+  int64_t tokens(int64_t chunk) const {
+    return sequence.length - chunk * C < C ? sequence.length - chunk * C : C;
+  }
+  char* row(const Tokens& x, int64_t h, int64_t chunk) const {
+    return x.row(sequence.b, sequence.begin + chunk * C, h);
+  }
 
-  for (int64_t s = 0; s + 1 < segments.count; s++) {
-    T* next = segment_states + (s + 1) * state_size;
-    const T* from = segment_states + s * state_size;
-    for (int64_t c = 0; c < segments.blocks; c++, from = next) {
-      const int64_t t0 = (s * segments.blocks + c) * kBlock;
-      unpack(job, sequence, h, keys, t0, tokens_at(t0), false, kBlock, block);
-      advance_block(block, N, from, next);
+  // Where the length is fixed there is one part, and no padding.
+  int64_t width(Columns columns) const {
+    return std::is_same_v<Length, int64_t> ? columns.last - columns.first : int64_t(keys);
+  }
+
+  // The chunk's rows in the accumulator's dtype, zeros behind its last token.
+  void load(const Tokens& x, int64_t h, int64_t chunk, Columns columns,
+            typename BackwardChunk<T>::Rows& rows) const {
+    const char* from = row(x, h, chunk);
+    if (from) from += columns.first * size_of(x.dtype);
+    const int64_t there = tokens(chunk);
+    for (int64_t t = 0; t < C; t++) {
+      load_row(t < there ? from : nullptr, x.dtype, width(columns), rows.row[t]);
+      if (from) from += x.distance(1, 0);
     }
   }
-  for (int64_t s = segments.count - 1; s >= 0; s--) {
-    const int64_t first = s * segments.blocks * kBlock;
-    int64_t blocks = (L - first + kBlock - 1) / kBlock;
-    blocks = blocks < segments.blocks ? blocks : segments.blocks;
-    const T* from = segment_states + s * state_size;
-    for (int64_t c = 0; c + 1 < blocks; c++) {  // block_states holds those after the first
-      const int64_t t0 = first + c * kBlock;
-      unpack(job, sequence, h, keys, t0, tokens_at(t0), false, kBlock, block);
-      advance_block(block, N, from, block_states + c * state_size);
-      from = block_states + c * state_size;
-    }
-    for (int64_t c = blocks - 1; c >= 0; c--) {
-      const int64_t t0 = first + c * kBlock;
-      const T* state = c ? block_states + (c - 1) * state_size : segment_states + s * state_size;
-      unpack(job, sequence, h, keys, t0, tokens_at(t0), true, -kBlock, block);
-      backward_block(block, N, state, adjoint);
-      pack(job, sequence, h, keys, t0, block);
-    }
+
+  void store(const typename BackwardChunk<T>::Rows& rows, const Tokens& x, int64_t h, int64_t chunk,
+             Columns columns, int64_t offset) const {
+    char* to = row(x, h, chunk) + (columns.first + offset) * size_of(x.dtype);
+    for (int64_t t = 0; t < tokens(chunk); t++, to += x.distance(1, 0))
+      store_row(rows.row[t], width(columns), x.dtype, to);
   }
-  memcpy(static_cast<T*>(job.grad_u) + (index * job.H + h) * N + keys.first, block.grad_u,
-         size_t(n) * sizeof(T));
+
+  // The rows of the head that has its turn next will be wanted: of [from, to), else of the first
+  // one's `next_chunk`.
+  void want(std::initializer_list<const Tokens*> tensors, int64_t h, int64_t chunk, int64_t from,
+            int64_t to, int64_t next_chunk) const {
+    scratch.fetch.clear();
+    const bool turn = h + 1 < to;
+    for (const Tokens* x : tensors)
+      scratch.fetch.want(*x, row(*x, turn ? h + 1 : from, turn ? chunk : next_chunk), C, job.N);
+  }
+
+  // The state from before to behind a chunk.
+  void walk_there(int64_t h, int64_t chunk, const T* S, T* to) const {
+    typedef Vec<T> V;
+    BackwardChunk<T>& c = scratch.chunk;
+    load(job.w, h, chunk, {0, job.N}, c.all);
+    load(job.k, h, chunk, {0, job.N}, c.K);
+    load(job.v, h, chunk, part, c.v);
+    backward_decays(keys, tokens(chunk), c);
+    for (int64_t i = 0; i < keys; i += V::W) {
+      V all(T(1));
+      for (int t = C - 1; t >= 0; t--) {
+        (V::load(c.K.row[t] + i) * all).store(c.K.row[t] + i);
+        all = all * V::load(c.all.row[t] + i);
+      }
+      all.store(c.all.row[0] + i);
+    }
+    update<C>(values, keys, c.kPitch, c.all.row[0], c.v.row[0], c.K.row[0], S, to, scratch.fetch);
+  }
+
+  void walk_back(int64_t h, int64_t chunk) const {
+    BackwardChunk<T>& c = scratch.chunk;
+    const Columns all = {0, job.N};
+    load(job.r, h, chunk, all, c.R);
+    load(job.k, h, chunk, all, c.K);
+    load(job.w, h, chunk, all, c.all);
+    load(job.v, h, chunk, part, c.v);
+    load(job.grad_y, h, chunk, part, c.grad_y);
+    load_row(job.u.row(h), job.u.dtype, job.N, c.u);
+    load_row(grad_u(h), DTypeOf<T>::value, job.N, c.grad_u);
+    backward_decays(keys, tokens(chunk), c);
+    backward_chunk(keys, values, c, state(h, chunk), G(h), scratch.G_rows, scratch.fetch);
+    const int64_t offset = part_index * job.part_stride;
+    store(c.grad_r, job.grad_r, h, chunk, all, offset);
+    store(c.grad_k, job.grad_k, h, chunk, all, offset);
+    store(c.q, job.grad_w, h, chunk, all, offset);
+    store(c.grad_v, job.grad_v, h, chunk, part, 0);
+    memcpy(grad_u(h), c.grad_u, sizeof(T) * size_t(job.N));
+  }
+
+  // The part's columns of a [key][value] matrix, transposed: out [values, keys].
+  void load_state(const char* matrix, const States& states, T* out) const {
+    T* rows = scratch.G_rows;
+    memset(rows, 0, sizeof(T) * size_t(keys * values));
+    for (int64_t i = 0; matrix && i < job.N; i++)
+      load_row(matrix + (i * states.stride_row + part.first) * size_of(states.dtype), states.dtype,
+               part.last - part.first, rows + i * values);
+    transpose(keys, values, rows, out);
+  }
+
+  void store_state(const T* transposed, const States& states, char* matrix) const {
+    T* rows = scratch.G_rows;
+    transpose(values, keys, transposed, rows);
+    for (int64_t i = 0; i < job.N; i++)
+      store_row(rows + i * values, part.last - part.first, states.dtype,
+                matrix + (i * states.stride_row + part.first) * size_of(states.dtype));
+  }
+
+  void run() const {
+    for (int64_t h = first; h < last; h++) {
+      load_state(sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h),
+                 job.initial, state(h, 0));
+      load_state(job.grad_final.matrix(index, h), job.grad_final, G(h));
+      memset(grad_u(h), 0, sizeof(T) * size_t(job.N));
+    }
+    // the last segment needs no checkpoint behind it
+    for (int64_t n = 0; n < (segments - 1) * kChunks; n++)
+      for (int64_t h = first; h < last; h++) {
+        want({&job.w, &job.k, &job.v}, h, n, first, last, n + 1);
+        T* between = scratch.walking + (h - first) * values * keys;
+        walk_there(h, n, n % kChunks ? between : state(h, n),
+                   (n + 1) % kChunks ? between : state(h, n + 1));
+      }
+    for (int64_t s = segments - 1; s >= 0; s--) {
+      const int64_t begin = s * kChunks, end = begin + kChunks < chunks ? begin + kChunks : chunks;
+      for (int64_t from = first; from < last; from += kBackwardHeads) {
+        const int64_t to = from + kBackwardHeads < last ? from + kBackwardHeads : last;
+        for (int64_t n = begin; n + 1 < end; n++)
+          for (int64_t h = from; h < to; h++) {
+            want({&job.w, &job.k, &job.v}, h, n, from, to, n + 1);
+            walk_there(h, n, state(h, n), state(h, n + 1));
+          }
+        for (int64_t n = end - 1; n >= begin; n--)
+          for (int64_t h = from; h < to; h++) {
+            want({&job.r, &job.k, &job.v, &job.w, &job.grad_y, &job.grad_r, &job.grad_k,
+                  &job.grad_v, &job.grad_w},
+                 h, n, from, to, n - 1);
+            walk_back(h, n);
+          }
+      }
+    }
+    for (int64_t h = first; h < last && job.grad_initial.data; h++)
+      store_state(G(h), job.grad_initial, job.grad_initial.matrix(index, h));
+  }
+};
+
+template <class T, class Length>
+void backward_units(const BackwardJob& job, int64_t begin, int64_t end, Length keys) {
+  const FlushDenormals flush;
+  const int64_t units_per_sequence = job.H * job.parts;
+  int64_t longest = 1;
+  for (int64_t s = begin / units_per_sequence; s <= (end - 1) / units_per_sequence; s++)
+    longest = job.sequences[s].length > longest ? job.sequences[s].length : longest;
+  const int64_t segments = (longest + kSegment - 1) / kSegment, matrix = keys * keys;
+  const int64_t heads = end - begin < kHeadGroup ? end - begin : kHeadGroup;
+  const int64_t states = kBackwardHeads * kSegment / kBackwardChunk;
+  const std::unique_ptr<BackwardScratch<T>> scratch(new BackwardScratch<T>);
+  Scratch<T> memory((1 + 2 * heads + states + heads * segments) * Scratch<T>::aligned(matrix));
+  scratch->G_rows = memory.take(matrix);
+  scratch->G = memory.take(heads * matrix);
+  scratch->walking = memory.take(heads * matrix);
+  scratch->states = memory.take(states * matrix);
+  scratch->checkpoints = memory.take(heads * segments * matrix);
+  while (begin < end) {
+    const int64_t index = begin / units_per_sequence, unit = begin % units_per_sequence;
+    const int64_t h = unit / job.parts, part = unit % job.parts;
+    int64_t count = 1;
+    if (job.parts == 1) {
+      count = job.H - h < heads ? job.H - h : heads;
+      count = end - begin < count ? end - begin : count;
+    }
+    const Columns columns = columns_of(part, job.parts, job.N, Vec<T>::W);
+    const Length values(padded<T>(columns.last - columns.first));
+    BackwardWalk<T, Length>{job, index, h, h + count, part, columns, keys, values, *scratch}.run();
+    begin += count;
+  }
 }
+
+// A length that the compiler knows; constructed like one that it does not.
+template <int64_t N>
+struct Fixed : std::integral_constant<int64_t, N> {
+  explicit Fixed(int64_t) {}
+};
 
 template <class T>
 void backward(const BackwardJob& job, int64_t begin, int64_t end) {
-  const FlushDenormals flush;
-  constexpr int64_t kKeys = BackwardBlock<T>::kKeys;
-  const int64_t N = job.N, units_per_sequence = job.H * job.parts;
-  const int64_t values = ForwardBlock<T>::padded(N), state_size = N * kKeys;
   if (begin == end) return;
-  int64_t longest = 0;
-  for (int64_t s = begin / units_per_sequence; s <= (end - 1) / units_per_sequence; s++)
-    longest = job.sequences[s].length > longest ? job.sequences[s].length : longest;
-  const Segments most(longest);
-  const int64_t checkpoints = (most.count > 1 ? most.count : 1) + most.blocks;
-  Scratch<T> scratch(BackwardBlock<T>::scratch_size(values) +
-                     (checkpoints + 1) * Scratch<T>::aligned(state_size));
-  BackwardBlock<T> block(scratch, values);
-  T* adjoint = scratch.take(state_size);
-  T* block_states = scratch.take(most.blocks * state_size);
-  T* segment_states = scratch.take((checkpoints - most.blocks) * state_size);
-  for (int64_t unit = begin; unit < end; unit++) {
-    const int64_t index = unit / units_per_sequence;
-    const int64_t h = unit % units_per_sequence / job.parts, part = unit % job.parts;
-    const Columns all = columns_of(part, job.parts, N, Vec<T>::W);
-    for (int64_t first = all.first; first < all.last; first += kKeys) {
-      const int64_t last = first + kKeys < all.last ? first + kKeys : all.last;
-      backward_keys(job, index, h, Columns{first, last}, block, adjoint, segment_states,
-                    block_states);
-    }
+  if constexpr (sizeof(T) == 4) {
+    if (job.parts == 1) switch (job.N) {
+        case 32: return backward_units<T>(job, begin, end, Fixed<32>(32));
+        case 64: return backward_units<T>(job, begin, end, Fixed<64>(64));
+        case 128: return backward_units<T>(job, begin, end, Fixed<128>(128));
+      }
   }
+  backward_units<T>(job, begin, end, padded<T>(job.N));
 }
