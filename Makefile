@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC))
+CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*)
 PYTEST := $(BIN)/python -m pytest -n auto -q
 
-.PHONY: demo test lint format bench sanitize wheel clean
+.PHONY: demo test lint format bench sanitize test-neon test-clang wheel clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out runs/demo
@@ -42,6 +42,30 @@ sanitize: .venv/installed
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -m "not memory" \
 		$(SANITIZED_TESTS)
+
+# The kernel library and its tests in C++ (tests/kernel_library), built by another compiler: for
+# AArch64, run in an emulator, and by Clang. Not part of CI; on Debian they need
+#   apt-get install g++-aarch64-linux-gnu qemu-user-static
+#   apt-get install clang
+KERNEL_LIBRARY_TEST = $(wildcard csrc/*.cpp csrc/cpu/*.cpp tests/kernel_library/*.cpp)
+KERNEL_FLAGS = -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Werror -Icsrc -Icsrc/include \
+	-isystem $(wildcard .venv/lib/python*/site-packages/torch/include)
+
+test-neon: build/test-neon
+	qemu-aarch64-static $<
+
+test-clang: build/test-clang
+	for isa in baseline avx2 avx512; do \
+		RWKV6_CPU_ISA=$$isa $< || [ $$? = 2 ] || exit 1; done  # 2: the CPU lacks it
+
+build/test-neon: CXX := aarch64-linux-gnu-g++
+build/test-neon: LDFLAGS := -static
+build/test-clang: CXX := clang++
+build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kernel_library/*)
+	rm -rf $@.objects && mkdir -p $@.objects
+	printf '%s\n' $(KERNEL_LIBRARY_TEST) | xargs -P "$$(nproc)" -I{} sh -c \
+		'$(CXX) $(KERNEL_FLAGS) -c {} -o $@.objects/$$(basename {}).o'
+	$(CXX) $(LDFLAGS) $@.objects/*.o -o $@
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -1,6 +1,7 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 #include <sstream>
 
@@ -132,10 +133,10 @@ States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DT
 }
 
 void check_writable(const char* name, const DLTensor* x) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride either way, size)
   for (int i = 0; i < x->ndim; i++) {
     if (x->shape[i] == 0) return;
-    if (x->shape[i] > 1) dims.emplace_back(stride(x, i), x->shape[i]);
+    if (x->shape[i] > 1) dims.emplace_back(std::abs(stride(x, i)), x->shape[i]);
   }
   std::sort(dims.begin(), dims.end());
   int64_t extent = 1;  // elements spanned by the dimensions so far

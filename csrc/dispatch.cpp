@@ -61,8 +61,7 @@ int64_t work_of(Shape shape) { return (shape.B * shape.T + 1) * shape.H * shape.
 
 const KernelsOf& kernels(DType inputs) {
   const Kernels* chosen = select_kernels();
-  if (!chosen)
-    throw ArgumentError("RWKV6_CPU_ISA: expected baseline, avx2 or avx512, one that this CPU has");
+  if (!chosen) throw ArgumentError(no_kernels_message());
   return inputs == DType::f64 ? chosen->f64 : chosen->f32;
 }
 

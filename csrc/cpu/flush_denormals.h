@@ -16,9 +16,10 @@ class FlushDenormals {
   FlushDenormals() {
     __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
     const uint64_t flush = saved_ | (uint64_t(1) << 24);
-    __asm__ volatile("msr fpcr, %0" : : "r"(flush));
+    // "memory": arithmetic on what is loaded and stored in between stays in between
+    __asm__ volatile("msr fpcr, %0" : : "r"(flush) : "memory");
   }
-  ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+  ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
 #else
  public:
   FlushDenormals() {}

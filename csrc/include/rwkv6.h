@@ -84,8 +84,9 @@ RWKV6_API const char* rwkv6_wkv_inplace(
     const DLTensor* cu_seqlens,  // [M + 1] or NULL
     DLTensor* y);                // [B, T, H, N]
 
-// The instruction set the CPU kernels use in this process: "baseline", "avx2" or "avx512". The
-// environment variable RWKV6_CPU_ISA forces one; NULL if it names one that is not available.
+// The instruction set the CPU kernels use in this process: "baseline", "avx2" or "avx512" on
+// x86-64, "neon" on AArch64, "baseline" elsewhere. The environment variable RWKV6_CPU_ISA forces
+// one; NULL if it names one that is not available.
 RWKV6_API const char* rwkv6_cpu_isa(void);
 
 #ifdef __cplusplus

@@ -1,0 +1,185 @@
+// Forward, backward and in-place against the oracle: every dtype, many sizes, every option.
+#include <optional>
+
+#include "check.h"
+#include "inputs.h"
+
+namespace {
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64: return "f64";
+    case DType::f32: return "f32";
+    case DType::bf16: return "bf16";
+    default: return "f16";
+  }
+}
+
+// Largest relative errors in root mean square. Rounding the exact answer costs 1.66e-3 in bfloat16
+// and 2.1e-4 in float16.
+double limit_of(DType dtype, bool gradient) {
+  switch (dtype) {
+    case DType::f64: return 1e-13;
+    case DType::f32: return gradient ? 5e-6 : 1e-6;
+    case DType::bf16: return 2.5e-3;
+    default: return 3.2e-4;
+  }
+}
+
+DLTensor* dl(std::optional<Tensor>& x) { return x ? x->dl() : nullptr; }
+
+std::string where_of(const Form& form, int64_t N, int64_t T) {
+  return "N " + std::to_string(N) + ", T " + std::to_string(T) + ", " + form.name;
+}
+
+struct Checker {
+  Report& report;
+  const Form& form;
+  Inputs& in;
+  std::string where, entry;
+
+  bool ran(const char* message) {
+    report.check(!message, entry + ", " + where + ": " + (message ? message : ""));
+    return !message;
+  }
+  void close(const Tensor& found, const std::vector<double>& expected, const char* name) {
+    const bool gradient = entry == "backward";
+    const std::string kind = std::string(name_of(in.dtype)) + " " + entry + " " + name;
+    report.close(found.values(), expected, limit_of(found.dtype(), gradient), kind, where);
+    report.check(found.stray_bytes() == 0, kind + ", " + where + ": wrote beside the tensor");
+  }
+
+  void forward() {
+    entry = "forward";
+    Tensor y(in.dtype, in.tokens(), in.layout);
+    Tensor final_state(in.acc, in.states(in.sequences()), in.layout);
+    if (!ran(rwkv6_wkv_forward(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
+                               dl(in.initial), dl(in.map), dl(in.offsets), y.dl(),
+                               final_state.dl())))
+      return;
+    const Outputs expected = wkv(in.exact);
+    close(y, expected.y, "y");
+    close(final_state, expected.final_state, "final_state");
+  }
+
+  void backward() {
+    entry = "backward";
+    std::optional<Tensor> grad_y, grad_final;
+    if (form.grad_y) grad_y = in.normal(in.dtype, in.tokens());
+    if (form.grad_final) grad_final = in.normal(in.acc, in.states(in.sequences()));
+    Tensor r(in.dtype, in.tokens(), in.layout), k(in.dtype, in.tokens(), in.layout),
+        v(in.dtype, in.tokens(), in.layout), w(in.w.dtype(), in.tokens(), in.layout),
+        u(in.u.dtype(), {in.H, in.N}, in.layout);
+    const int64_t state_size = in.H * in.N * in.N;
+    std::optional<Tensor> initial;
+    if (in.initial)
+      initial.emplace(in.initial->dtype(), in.states(in.initial->elements() / state_size),
+                      in.layout);
+    if (!ran(rwkv6_wkv_backward(nullptr, dl(grad_y), dl(grad_final), in.r.dl(), in.k.dl(),
+                                in.v.dl(), in.w.dl(), in.u.dl(), dl(in.initial), dl(in.map),
+                                dl(in.offsets), r.dl(), k.dl(), v.dl(), w.dl(), u.dl(),
+                                dl(initial))))
+      return;
+    const auto values = [](const std::optional<Tensor>& x, int64_t elements) {
+      return x ? x->values() : std::vector<double>(size_t(elements), 0.0);
+    };
+    const Gradients expected = wkv_backward(in.exact, values(grad_y, in.r.elements()),
+                                            values(grad_final, in.sequences() * state_size));
+    close(r, expected.r, "grad_r");
+    close(k, expected.k, "grad_k");
+    close(v, expected.v, "grad_v");
+    close(w, expected.w, "grad_w");
+    close(u, expected.u, "grad_u");
+    if (initial) close(*initial, expected.initial_state, "grad_initial_state");
+  }
+
+  // Rows 3 and 1 of a pool of five, and a padding row between them.
+  void inplace() {
+    entry = "inplace";
+    const size_t M = in.exact.spans.size();
+    std::vector<double> places = {3, -1, 1};
+    places.resize(M);
+    Tensor map(form.index, {int64_t(M)}, Layout::compact, places);
+    Tensor state = in.normal(in.acc, in.states(5));
+    Tensor y(in.dtype, in.tokens(), in.layout);
+    Problem exact = in.exact;
+    exact.initial_state = state.values();
+    for (size_t m = 0; m < M; m++) exact.spans[m].initial = int64_t(places[m]);
+    if (!ran(rwkv6_wkv_inplace(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
+                               state.dl(), map.dl(), dl(in.offsets), y.dl())))
+      return;
+    Outputs expected = wkv(exact);
+    std::vector<double> pool = exact.initial_state;
+    const size_t row = size_t(in.H * in.N * in.N), token_row = size_t(in.H * in.N);
+    for (size_t m = 0; m < M; m++) {
+      const Span& span = exact.spans[m];
+      const auto tokens = expected.y.begin() + int64_t(exact.token(span, 0, 0));
+      if (places[m] < 0)
+        std::fill_n(tokens, size_t(span.length) * token_row, 0.0);
+      else
+        std::copy_n(expected.final_state.begin() + int64_t(m * row), row,
+                    pool.begin() + int64_t(size_t(places[m]) * row));
+    }
+    close(y, expected.y, "y");
+    close(state, pool, "state");
+    const std::vector<double> found = state.values();
+    for (size_t unused : {0, 2, 4})
+      report.check(std::equal(found.begin() + int64_t(unused * row),
+                              found.begin() + int64_t((unused + 1) * row),
+                              exact.initial_state.begin() + int64_t(unused * row)),
+                   "inplace, " + where + ": changed a row that no sequence names");
+  }
+};
+
+// The oracle's gradients are the slopes of the oracle's outputs.
+void test_oracle(Report& report) {
+  Inputs in(kForms[2], DType::f64, 3, 5);
+  for (double& w : in.exact.w) w = std::isfinite(w) && std::fabs(w) < 6 ? w : -1;
+  const std::vector<double> grad_y = in.normal(DType::f64, in.tokens()).values();
+  const std::vector<double> grad_final = in.normal(DType::f64, in.states(3)).values();
+  const auto loss = [&] {
+    const Outputs out = wkv(in.exact);
+    double sum = 0;
+    for (size_t i = 0; i < grad_y.size(); i++) sum += out.y[i] * grad_y[i];
+    for (size_t i = 0; i < grad_final.size(); i++) sum += out.final_state[i] * grad_final[i];
+    return sum;
+  };
+  const Gradients g = wkv_backward(in.exact, grad_y, grad_final);
+  Problem& p = in.exact;
+  const std::pair<std::vector<double>*, const std::vector<double>*> both[] = {
+      {&p.r, &g.r}, {&p.k, &g.k}, {&p.v, &g.v},
+      {&p.w, &g.w}, {&p.u, &g.u}, {&p.initial_state, &g.initial_state}};
+  for (const auto& [x, gradient] : both) {
+    std::vector<double> slopes;
+    for (double& value : *x) {
+      const double before = value, step = 1e-4;
+      value = before + step;
+      const double above = loss();
+      value = before - step;
+      const double below = loss();
+      value = before;
+      slopes.push_back((above - below) / (2 * step));
+    }
+    report.close(*gradient, slopes, 1e-6, "oracle", "against finite differences");
+  }
+}
+
+}  // namespace
+
+void test_accuracy(Report& report) {
+  test_oracle(report);
+  size_t turn = 0;
+  for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16})
+    for (int64_t N : {1, 8, 17, 32, 64, 80, 128, 256})
+      for (int64_t T : {0, 1, 3, 4, 5, 16, 17, 63, 65}) {
+        turn++;  // of the forms, where the head is so large that all of them would take minutes
+        for (const Form& form : kForms) {
+          if (N > 64 && &form != &kForms[turn % std::size(kForms)]) continue;
+          Inputs in(form, dtype, N, T);
+          Checker checker{report, form, in, where_of(form, N, T), ""};
+          checker.forward();
+          checker.backward();
+          checker.inplace();
+        }
+      }
+}
