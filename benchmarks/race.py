@@ -145,8 +145,12 @@ class Worker:
         with contextlib.suppress(Dropout):
             self.ask(forget=True)
 
+    def close(self) -> None:
+        """Tells it to end; `wait` sees that it does."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self.process.stdin.close()
+
     def wait(self) -> None:
-        """For its end, once its standard input is closed."""
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -169,7 +173,7 @@ class Stable:
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers.values():
-            worker.process.stdin.close()
+            worker.close()
         for worker in self.workers.values():
             worker.wait()
         self._folder.cleanup()
@@ -274,14 +278,15 @@ class _Lane:
     turns: int = 1
 
     def turn(self) -> float:
+        """Seconds that it took."""
         time.sleep(PAUSE)
         try:
-            seconds = self.worker.ask(run=self.calls, job=self.job)["seconds"]
+            answer = self.worker.ask(run=self.calls, job=self.job)
         except Dropout as reason:
-            self.result.note, self.turns = str(reason), 0
+            self.result.note = str(reason)
             return TURN
-        self.result.seconds.append(seconds)
-        return seconds
+        self.result.seconds.append(answer["seconds"])
+        return answer["elapsed"]
 
 
 def _take_turns(lanes: list[_Lane], budget: float) -> None:
@@ -295,5 +300,6 @@ def _take_turns(lanes: list[_Lane], budget: float) -> None:
     rounds = max((lane.turns for lane in lanes), default=0)
     for i in range(rounds):
         for lane in lanes:
-            if (i + 1) * lane.turns // rounds > i * lane.turns // rounds:  # spread over the race
+            due = (i + 1) * lane.turns // rounds > i * lane.turns // rounds  # spread over the race
+            if due and not lane.result.note:
                 lane.turn()

@@ -2,7 +2,7 @@
 
     {"prepare": {work}, "job": number, "inputs": folder, "results": folder}
                                    -> {"version", "peak_bytes"}, files NAME.npy in results
-    {"run": calls, "job": number}  -> {"seconds": of one call, on average}
+    {"run": calls, "job": number}  -> {"elapsed", "seconds": for doing the work once}
     {"forget": true}               -> {}, and every job's memory is free
 
 or with {"unsupported" | "missing" | "failed": reason}. A process each keeps packages from clashing,
@@ -44,7 +44,7 @@ def main(target: str, threads: int) -> None:
                 jobs.pop(message["job"], None)  # frees its memory first
                 jobs[message["job"]], answer = _prepare(prepare, message, threads)
             elif "run" in message:
-                answer = {"seconds": _run(jobs[message["job"]], message["run"])}
+                answer = _run(jobs[message["job"]], message["run"])
             else:
                 jobs.clear()
                 answer = {}
@@ -94,11 +94,12 @@ def _prepare(prepare: Any, message: dict[str, Any], threads: int) -> tuple[Job, 
     return job, answer
 
 
-def _run(job: Job, calls: int) -> float:
+def _run(job: Job, calls: int) -> dict[str, float]:
     start = time.perf_counter()
     for _ in range(calls):
         job.call()
-    return (time.perf_counter() - start) / calls / job.repeats
+    elapsed = time.perf_counter() - start
+    return {"elapsed": elapsed, "seconds": elapsed / (calls * job.repeats)}
 
 
 def _reset_peak() -> int | None:
