@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC))
+CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
 
 .PHONY: demo test lint format bench bench-rivals bench-readme sanitize wheel clean

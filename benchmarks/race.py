@@ -6,14 +6,8 @@ further than its times.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import REQUIREMENTS, Contender
+from benchmarks.contenders import Contender
 from benchmarks.exact import checked_heads, exact, make_inputs, of_heads, relative_error
 from benchmarks.work import Arrays, Work
+from benchmarks.workers import Dropout, Worker
 
-ROOT = Path(__file__).parents[1]
 TURN = 0.02  # seconds: a turn is as many calls as fill it
 MOST_TURNS = 30
 MOST_CALLS = 100_000
 PAUSE = 0.005  # between turns, in which waiting threads of the one before go to sleep
-PATIENCE = 900  # seconds for an answer, compiling included
 WRONG = 1e-2  # a contender with a larger error is not timed
 EXTREME_TOKENS = 128  # of the check on extreme decays
 
@@ -85,80 +78,6 @@ class Result:
         return row
 
 
-class Dropout(Exception):  # noqa: N818
-    """The contender does not take part; the message says why."""
-
-    def __init__(self, reason: str, *, declined: bool = False) -> None:
-        super().__init__(reason)
-        self.declined = declined  # it says so itself; otherwise something went wrong
-
-
-class Worker:
-    """The process of one entrant. The entrant's own packages, if any, come first on its path."""
-
-    def __init__(self, entrant: Entrant, rivals: Path, log: Path) -> None:
-        self.log = log
-        threads = entrant.threads
-        package = entrant.contender.package
-        self.install = f'pip install --target {rivals / package} "{REQUIREMENTS.get(package)}"'
-        paths = [str(rivals.absolute() / package)] if package else []
-        paths += [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": str(threads),
-        }
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", entrant.contender.target, str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=os.environ | environment | dict(entrant.contender.environment),
-            )
-
-    def ask(self, **message: Any) -> dict[str, Any]:
-        """The worker's answer; Dropout if there is none or it is a refusal."""
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-            if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
-                self.process.kill()
-                raise Dropout(f"no answer within {PATIENCE} s")
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            last = (self.log.read_text(errors="replace").strip().split("\n") or [""])[-1]
-            raise Dropout(f"ended with exit code {self.process.wait()}: {last[:200]}")
-        answer = json.loads(line)
-        if "missing" in answer:
-            raise Dropout(f"not installed: {self.install}")
-        if "unsupported" in answer:
-            raise Dropout(answer["unsupported"], declined=True)
-        if "failed" in answer:
-            raise Dropout(answer["failed"])
-        return answer
-
-    def forget(self) -> None:
-        """Frees the memory of its jobs."""
-        with contextlib.suppress(Dropout):
-            self.ask(forget=True)
-
-    def close(self) -> None:
-        """Tells it to end; `wait` sees that it does."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
-            self.process.stdin.close()
-
-    def wait(self) -> None:
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
 class Stable:
     """Workers, one for each program and number of threads, kept from race to race."""
 
@@ -183,7 +102,7 @@ class Stable:
         key = (contender.target, contender.environment, entrant.threads)
         if key not in self.workers:
             log = self.folder / f"{len(self.workers)}.log"
-            self.workers[key] = Worker(entrant, self.rivals, log)
+            self.workers[key] = Worker(contender, entrant.threads, self.rivals, log)
         return self.workers[key]
 
     def race(self, entrants: Sequence[Entrant], budget: float) -> list[Result]:

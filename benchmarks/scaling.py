@@ -15,6 +15,7 @@ from benchmarks.race import Entrant, Stable
 from benchmarks.report import RACE_COLUMNS, Column, Report, Table, number, plural, times
 from benchmarks.work import Work
 
+CONTENDERS = (OURS, CHUNKED)
 KINDS = ("forward", "forward + backward")
 HEADS = (1, 4, 32)
 LENGTHS, SHORT_LENGTHS = (1024, 4096, 16384, 65536), (1024, 4096)
@@ -28,25 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     report = Report("scaling", "Nanoseconds per token and head; memory in MB (10^6 bytes).")
-    with Stable(args.rivals) as stable:
-        report.add(_threads(stable, args))
-        report.add(_growth(stable, args))
+    report.add(_threads(args))
+    report.add(_growth(args))
     figure.growth(report.tables[-1].rows, args.out / "scaling.png")
     report.save(args.out)
 
 
-def _threads(stable: Stable, args: argparse.Namespace) -> Table:
+def _threads(args: argparse.Namespace) -> Table:
     tokens = args.tokens or (512 if args.short else 2048)
+    works = [Work(kind, 1, tokens, heads, 64) for kind in KINDS for heads in HEADS]
     rows = []
-    for kind in KINDS:
-        for heads in HEADS:
-            work = Work(kind, 1, tokens, heads, 64)
+    with Stable(args.rivals) as stable:
+        for work in works:
             results = stable.race([Entrant(OURS, work, n) for n in args.threads], args.seconds)
-            row: dict[str, Any] = {"kind": kind, "heads": heads, "T": tokens}
+            row: dict[str, Any] = {"kind": work.kind, "heads": work.H, "T": work.T}
             for result in results:
                 row[f"ns_{result.entrant.threads}"] = result.row(None)["min_ns"]
             first, last = (row[f"ns_{n}"] for n in (args.threads[0], args.threads[-1]))
-            rows.append(row | {"speedup": first / last})
+            rows.append(row | {"speedup": first / last, "version": results[0].version})
     columns = (
         Column("kind", "", left=True),
         Column("heads", "B H"),
@@ -56,18 +56,19 @@ def _threads(stable: Stable, args: argparse.Namespace) -> Table:
     return Table(f"torch_rwkv6, T{tokens} N64, float32, threads", columns, rows)
 
 
-def _growth(stable: Stable, args: argparse.Namespace) -> Table:
+def _growth(args: argparse.Namespace) -> Table:
     lengths = args.lengths or (SHORT_LENGTHS if args.short else LENGTHS)
     threads = args.threads[0]
     rows = []
-    for contender in (OURS, CHUNKED):
+    for contender in CONTENDERS:
         for kind in KINDS:
             for T in lengths:
                 if contender is CHUNKED and CHUNKED_LONGEST < T:
                     continue
                 work = Work(kind, 1, T, 4, 64)
-                # one at a time: with all of them in memory the longest would not fit
-                result = stable.race([Entrant(contender, work, threads)], args.seconds)[0]
+                # a new process each: what one length leaves behind would hide what the next needs
+                with Stable(args.rivals) as stable:
+                    (result,) = stable.race([Entrant(contender, work, threads)], args.seconds)
                 rows.append(_memory(result.row(None), work))
     first = {(row["contender"], row["kind"]): row for row in reversed(rows)}
     for row in rows:

@@ -7,7 +7,7 @@
 
 or with {"unsupported" | "missing" | "failed": reason}. A process each keeps packages from clashing,
 and one contender's waiting threads, memory and settings from another. It ends when its standard
-input does. Run by race.py:
+input does. Run by workers.py:
 
     python -m benchmarks.worker module:function threads
 """

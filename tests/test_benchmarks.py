@@ -25,6 +25,7 @@ from benchmarks.contenders import (  # noqa: E402
     EAGER,
     FMA,
     OURS,
+    REQUIREMENTS,
     RIVALS,
     STATE,
     STREAM,
@@ -48,8 +49,7 @@ def stable(tmp_path: Path):
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A maker of contenders whose module is `text`, in the folder where workers look for it."""
-    monkeypatch.setattr("benchmarks.contenders.REQUIREMENTS", {"rogue": "rogue>=1"})
-    monkeypatch.setattr(race, "REQUIREMENTS", {"rogue": "rogue>=1"})
+    monkeypatch.setitem(REQUIREMENTS, "rogue", "rogue>=1")
 
     def make(text: str) -> Contender:
         # `benchmarks.contenders.rogue`, reached through the package's search path
@@ -305,7 +305,10 @@ def test_commands_write_table_json_and_picture(
     # the compiled contender takes longest to get ready and has a test of its own
     for module in ("op", "backward"):
         monkeypatch.setattr(f"benchmarks.{module}.SHORT_RIVALS", (EAGER, CHUNKED))
+    monkeypatch.setattr("benchmarks.op.LEVELS", ("baseline",))
     monkeypatch.setattr("benchmarks.decode.CONTENDERS", (OURS, EAGER, STATE))
+    monkeypatch.setattr("benchmarks.scaling.CONTENDERS", (OURS,))
+    monkeypatch.setattr("benchmarks.scaling.KINDS", ("forward + backward",))
     options = ["--short", "--threads", "1", "--seconds", "0.01", "--out", str(tmp_path)]
     command_line.main([*arguments, *options])
     (name,) = names
