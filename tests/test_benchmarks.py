@@ -347,6 +347,14 @@ def test_readme_takes_its_tables_from_the_figures(tmp_path: Path) -> None:
         readme.run(Namespace(out=tmp_path, file=page))
 
 
+def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text())
+    readme.run(Namespace(out=ROOT / "docs/benchmarks", file=page))
+    assert page.read_text() == (ROOT / "README.md").read_text()
+    assert "<!-- benchmark op 0 -->\n| forward" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
