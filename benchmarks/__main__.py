@@ -58,7 +58,7 @@ def common_options() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["all"]:
+    if arguments[:1] == ["all"] and not {"-h", "--help"} & set(arguments):
         for name in MEASURED:
             print(f"\n== {name}", flush=True)
             main([name, *arguments[1:]])
