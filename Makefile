@@ -3,10 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*)
+CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*) \
+	benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
 
-.PHONY: demo test lint format bench sanitize test-neon test-clang wheel clean
+.PHONY: demo test lint format bench bench-rivals bench-readme sanitize test-neon test-clang \
+	wheel clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out runs/demo
@@ -27,8 +29,16 @@ format: .venv/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: .venv/built
-	$(BIN)/python -m benchmarks overhead
-	$(BIN)/python -m benchmarks op
+	$(BIN)/python -m benchmarks all --short
+
+# What to race against from PyPI (JAX, rwkv-ops, ggml: 0.9 GB); bench names what is not there.
+bench-rivals: .venv/installed
+	$(BIN)/python -m benchmarks rivals
+
+# The README's figures, anew: some fifteen minutes of an otherwise idle machine.
+bench-readme: .venv/built bench-rivals
+	$(BIN)/python -m benchmarks all --out docs/benchmarks
+	$(BIN)/python -m benchmarks readme
 
 # The kernels and the binding under AddressSanitizer and UBSan, run by the tests that reach them.
 SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inplace.py \

@@ -1,0 +1,52 @@
+"""Who takes part. A contender is a function (work, inputs, threads) -> Job in a module here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`target` is "module:function" below this package, imported only in the contender's worker."""
+
+    label: str
+    target: str
+    package: str = ""  # a key of REQUIREMENTS where it needs a package that is not ours
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def named(self, more: str) -> Contender:
+        """The same in another role: a row and a process of its own."""
+        return replace(self, label=f"{self.label}, {more}")
+
+    @property
+    def ours(self) -> bool:
+        return self.label.startswith("torch_rwkv6")
+
+
+# What to install for the contenders that come from PyPI, each in a folder of its own.
+REQUIREMENTS = {
+    "jax": "jax>=0.5",
+    "rwkv-ops": "rwkv-ops>=0.11.3",
+    "ggml": "ggml-python>=0.0.45",
+}
+
+OURS = Contender("torch_rwkv6", "ours:prepare")
+C_INTERFACE = Contender("torch_rwkv6, C interface", "c_interface:prepare")
+EAGER = Contender("PyTorch loop", "eager:prepare")
+COMPILED = Contender("PyTorch loop, torch.compile", "compiled:prepare_loop")
+CHUNKED = Contender("PyTorch chunked", "chunked:prepare")
+COMPILED_CHUNKED = Contender("PyTorch chunked, torch.compile", "compiled:prepare_chunked")
+JAX = Contender("JAX lax.scan", "jax_scan:prepare", "jax")
+RWKV_OPS = Contender("rwkv-ops native", "rwkv_ops_native:prepare", "rwkv-ops")
+GGML = Contender("ggml rwkv_wkv6 + decays", "ggml_cpu:prepare", "ggml")
+STREAM = Contender("limit: stream the tensors", "limits:stream")
+STATE = Contender("limit: read + write the state", "limits:state")
+FMA = Contender("limit: 2 N² FMAs a token", "limits:fma")
+
+RIVALS = (EAGER, COMPILED, CHUNKED, COMPILED_CHUNKED, JAX, RWKV_OPS, GGML)
+SHORT_RIVALS = (EAGER, COMPILED, CHUNKED, JAX, RWKV_OPS, GGML)  # the other compiles for a minute
+
+
+def at_level(isa: str) -> Contender:
+    """torch_rwkv6 with its kernels held to one instruction set."""
+    return replace(OURS.named(isa), environment=(("RWKV6_CPU_ISA", isa),))

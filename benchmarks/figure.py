@@ -1,0 +1,82 @@
+"""Pictures of the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Report, number
+
+OURS, OTHERS, LIMITS = "#c44e52", "#8da0b6", "#d9d9d9"
+
+
+def _pyplot():
+    """matplotlib without a screen; None where it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no picture: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _colour(label: str) -> str:
+    return OURS if label.startswith("torch_rwkv6") else LIMITS if "limit" in label else OTHERS
+
+
+def bars(report: Report, folder: Path, key: str = "min_ns", unit: str = "ns") -> None:
+    """One panel for each table so far: a bar for each contender, fastest on top, logarithmic."""
+    if (pyplot := _pyplot()) is None:
+        return
+    tables = [t for t in report.tables if any(row.get(key) for row in t.rows)]
+    height = max(len(t.rows) for t in tables) * 0.28 + 0.9
+    figure, panels = pyplot.subplots(
+        len(tables), 1, figsize=(9, height * len(tables)), squeeze=False, layout="constrained"
+    )
+    for table, axes in zip(tables, panels[:, 0], strict=True):
+        rows = sorted((row for row in table.rows if row.get(key)), key=lambda row: -row[key])
+        labels, values = [row["contender"] for row in rows], [row[key] for row in rows]
+        drawn = axes.barh(labels, values, color=[_colour(label) for label in labels])
+        axes.bar_label(drawn, [f" {number(v)}" for v in values], fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 2, max(values) * 3)
+        axes.set_title(table.title, loc="left", fontsize=10)
+        axes.set_xlabel(unit + ", logarithmic", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(_made(folder) / f"{report.name}.png", dpi=110)
+    pyplot.close(figure)
+
+
+def growth(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and megabytes over the number of tokens, both logarithmic."""
+    if (pyplot := _pyplot()) is None:
+        return
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("min_ns"):
+            lines.setdefault(f"{row['contender']}, {row['kind']}", []).append(row)
+    for label, line in lines.items():
+        tokens = [row["T"] for row in line]
+        seconds = [row["min_ns"] * row["B"] * row["T"] * row["H"] / 1e9 for row in line]
+        style = "-" if label.endswith("backward") else "--"
+        panels[0].plot(tokens, seconds, style, marker="o", color=_colour(label), label=label)
+        memory = [row.get("peak_mb") or float("nan") for row in line]
+        panels[1].plot(tokens, memory, style, marker="o", color=_colour(label))
+    for axes, title in zip(panels, ("seconds", "peak memory, MB"), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(f"{title} over tokens", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=8, frameon=False)
+    figure.savefig(_made(path.parent) / path.name, dpi=110)
+    pyplot.close(figure)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,387 @@
+"""The benchmarks: contenders compute WKV6, wrong ones are not timed, missing ones are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from samples import relative_rms
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks is not installed
+from benchmarks import __main__ as command_line  # noqa: E402
+from benchmarks import exact, race, readme, report, work  # noqa: E402
+from benchmarks.contenders import (  # noqa: E402
+    C_INTERFACE,
+    CHUNKED,
+    COMPILED,
+    EAGER,
+    FMA,
+    OURS,
+    REQUIREMENTS,
+    RIVALS,
+    STATE,
+    STREAM,
+    Contender,
+    chunked,
+    limits,
+)
+from torch_rwkv6 import reference  # noqa: E402
+
+FORWARD = work.Work("forward", 2, 40, 2, 16)
+EVERY_KIND = [replace(FORWARD, kind=kind) for kind in ("forward", "backward", "forward + backward")]
+EVERY_KIND.append(work.Work("decode", 2, 1, 2, 16))
+
+
+@pytest.fixture
+def stable(tmp_path: Path):
+    with race.Stable(tmp_path / "rivals") as stable:
+        yield stable
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A maker of contenders whose module is `text`, in the folder where workers look for it."""
+    monkeypatch.setitem(REQUIREMENTS, "rogue", "rogue>=1")
+
+    def make(text: str) -> Contender:
+        # `benchmarks.contenders.rogue`, reached through the package's search path
+        site = tmp_path / "rivals" / "rogue"
+        site.mkdir(parents=True)
+        (site / "sitecustomize.py").write_text(
+            f"import benchmarks.contenders as c\nc.__path__.append({str(site)!r})\n"
+        )
+        (site / "rogue.py").write_text(text)
+        return Contender("rogue", "rogue:prepare", "rogue")
+
+    return make
+
+
+@pytest.mark.parametrize("extreme", [False, True], ids=["plain", "extreme w"])
+@pytest.mark.parametrize("T", [1, 31, 32, 200])
+def test_chunked_pytorch_is_the_recurrence(T: int, extreme: bool) -> None:
+    call = work.Work("forward + backward", 2, T, 2, 8, extreme=extreme)
+    inputs = {name: torch.from_numpy(a) for name, a in exact.make_inputs(call).items()}
+    args = [inputs[name] for name in ("r", "k", "v", "w", "u", "state")]
+    leaves = [x.requires_grad_() for x in args]
+    y, state = chunked.wkv(*leaves)
+    grads = torch.autograd.grad((y, state), leaves, (inputs["grad_y"], torch.ones_like(state)))
+    doubles = [x.detach().double().requires_grad_() for x in args]
+    right_y, right_state = reference.recurrence(*doubles)
+    right = torch.autograd.grad(
+        (right_y, right_state), doubles, (inputs["grad_y"].double(), torch.ones_like(right_state))
+    )
+    for found, expected in zip((y, state, *grads), (right_y, right_state, *right), strict=True):
+        assert relative_rms(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("call", EVERY_KIND, ids=lambda call: call.kind)
+def test_exact_results_are_those_of_autograd(call: work.Work, monkeypatch) -> None:
+    monkeypatch.setattr(exact, "SEGMENT", 16)  # several segments, the last one shorter
+    inputs = exact.make_inputs(call)
+    x = {name: torch.from_numpy(a).double() for name, a in inputs.items()}
+    leaves = [x[name].requires_grad_() for name in ("r", "k", "v", "w", "u", "state")]
+    y, state = reference.recurrence(*leaves)
+    if call.kind in ("forward", "decode"):
+        right = (y, state)
+    else:
+        right = torch.autograd.grad(y, leaves, x["grad_y"])
+    found = exact.exact(call, inputs)
+    assert tuple(found) == work.OUTPUTS[call.kind]
+    for name, expected in zip(found, right, strict=True):
+        assert relative_rms(torch.from_numpy(found[name]), expected.detach()) < 1e-12
+
+
+def test_heads_are_checked_by_themselves() -> None:
+    many = replace(FORWARD, H=6)
+    inputs = exact.make_inputs(many)
+    assert exact.checked_heads(many) == [0, 1, 4, 5]
+    x = [torch.from_numpy(inputs[n]).double() for n in ("r", "k", "v", "w", "u", "state")]
+    y, state = reference.recurrence(*x)
+    found = exact.exact(many, inputs)
+    assert (
+        exact.relative_error(
+            found, exact.of_heads({"y": y.numpy(), "state": state.numpy()}, [0, 1, 4, 5])
+        )
+        < 1e-12
+    )
+    assert exact.checked_heads(replace(FORWARD, H=1)) == [0]
+
+
+def test_relative_error_is_that_of_the_worst_tensor() -> None:
+    right = {"y": np.ones(4), "state": np.full(4, 2.0)}
+    assert exact.relative_error(
+        {"y": np.ones(4), "state": np.full(4, 2.2)}, right
+    ) == pytest.approx(0.1)
+    assert np.isnan(exact.relative_error({"y": np.full(4, np.nan), "state": right["state"]}, right))
+
+
+@pytest.mark.parametrize("call", EVERY_KIND, ids=lambda call: call.kind)
+def test_our_own_contenders_race(stable: race.Stable, call: work.Work) -> None:
+    contenders = [OURS, EAGER] + ([C_INTERFACE, STATE] if call.kind == "decode" else [CHUNKED])
+    entrants = [race.Entrant(c, call) for c in (*contenders, STREAM)]
+    results = stable.race(entrants, 0.02)
+    for result in results:
+        assert result.note == ""
+        assert len(result.seconds) >= 2
+        assert min(result.seconds) > 0
+    checked = [r for r in results if "limit" not in r.entrant.contender.label]
+    assert all(r.error < 2e-6 and r.extreme_error < 2e-6 for r in checked)
+    rows = [result.row(results[0]) for result in results]
+    assert rows[0]["ratio"] == 1.0
+    per_call = min(results[1].seconds)
+    assert rows[1]["min_ns"] == pytest.approx(per_call * 1e9 / (call.B * call.T * call.H))
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_compiled_contender_is_right(stable: race.Stable) -> None:
+    (result,) = stable.race([race.Entrant(COMPILED, replace(FORWARD, T=3))], 0.02)
+    assert result.note == ""
+    assert result.error < 1e-6
+
+
+def test_bfloat16(stable: race.Stable) -> None:
+    half = replace(FORWARD, dtype="bfloat16")
+    results = stable.race(
+        [race.Entrant(c, half) for c in (OURS.named("bf16"), EAGER, CHUNKED)], 0.02
+    )
+    for result in results:
+        assert 1e-3 < result.error < work.HALF_PROMISE
+
+
+def test_contenders_that_are_not_installed_are_named(stable: race.Stable) -> None:
+    packaged = [rival for rival in RIVALS if rival.package]
+    assert len(packaged) == 3
+    results = stable.race([race.Entrant(rival, FORWARD) for rival in packaged], 0.02)
+    for result, rival in zip(results, packaged, strict=True):
+        if result.seconds:  # it is installed for everybody
+            assert result.error < 1e-5
+        else:
+            assert result.note.startswith("not installed: pip install --target ")
+            assert f"rivals/{rival.package} " in result.note
+
+
+def test_contenders_that_cannot_say_so(stable: race.Stable) -> None:
+    decode = EVERY_KIND[-1]
+    results = stable.race([race.Entrant(CHUNKED, decode), race.Entrant(C_INTERFACE, FORWARD)], 0.02)
+    assert [r.note for r in results] == [
+        "one token is no chunk: see the loop",
+        "measured for decoding in float32 only",
+    ]
+    assert not any(r.seconds for r in results)
+
+
+def test_wrong_results_are_not_timed(stable: race.Stable, broken) -> None:
+    rogue = broken(
+        "from benchmarks.contenders.eager import recurrence, torch_job\n"
+        "def prepare(work, inputs, threads):\n"
+        "    return torch_job(work, inputs, threads, lambda r, k, *x: recurrence(k, r, *x))\n"
+    )
+    (result,) = stable.race([race.Entrant(rogue, FORWARD)], 0.02)
+    assert result.note.startswith("wrong: relative error ")
+    assert result.error > 0.1
+    assert result.seconds == []
+    assert "min_ns" not in result.row(None)
+
+
+@pytest.mark.parametrize(
+    ("body", "note"),
+    [
+        ("raise ValueError('too many heads')", "ValueError: too many heads"),
+        ("import os; print('last words', flush=True); os._exit(3)", "ended with exit code 3: last"),
+    ],
+)
+def test_failures_are_rows_not_ends(stable: race.Stable, broken, body: str, note: str) -> None:
+    rogue = broken(f"def prepare(work, inputs, threads):\n    {body}\n")
+    results = stable.race([race.Entrant(rogue, FORWARD), race.Entrant(EAGER, FORWARD)], 0.02)
+    assert results[0].note.startswith(note)
+    assert results[1].seconds
+
+
+def test_a_broken_promise_of_ours_stops_everything(stable: race.Stable, monkeypatch) -> None:
+    monkeypatch.setitem(work.PROMISES, ("float32", "forward"), 1e-12)
+    with pytest.raises(RuntimeError, match=r"torch_rwkv6, forward, B2 T40 H2 N16.*promised 1e-12"):
+        stable.race([race.Entrant(OURS, FORWARD)], 0.02)
+
+
+def test_a_level_that_the_cpu_lacks_is_a_note(stable: race.Stable) -> None:
+    strange = replace(OURS, environment=(("RWKV6_CPU_ISA", "avx1024"),))
+    (result,) = stable.race([race.Entrant(strange, FORWARD)], 0.02)
+    assert "RWKV6_CPU_ISA" in result.note
+    assert result.seconds == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_limits_touch_everything(threads: int) -> None:
+    library = limits.build()
+    count = 16 * 7
+    sources = [np.random.default_rng(i).random(count, np.float32) for i in range(3)]
+    targets = [np.zeros(count, np.float32) for _ in range(2)]
+    pointers = [
+        (limits.ctypes.c_void_p * len(x))(*(a.ctypes.data for a in x)) for x in (sources, targets)
+    ]
+    library.limits_stream(pointers[0], 3, pointers[1], 2, limits.ctypes.c_int64(count), threads)
+    for target in targets:
+        np.testing.assert_allclose(target, sum(sources), rtol=1e-6)
+    state = np.ones(count, np.float32)
+    library.limits_state(
+        limits.ctypes.c_void_p(state.ctypes.data),
+        limits.ctypes.c_int64(count),
+        limits.ctypes.c_int64(3),
+        limits.ctypes.c_float(0.5),
+        threads,
+    )
+    np.testing.assert_array_equal(state, 0.125)
+    # x = x / 2 + 1 stays near 2 however often: every lane of every chain of every thread
+    total = library.limits_fma(limits.ctypes.c_int64(10**7), threads)
+    one = library.limits_fma(limits.ctypes.c_int64(10**7), 1)
+    assert total == pytest.approx(threads * one, rel=1e-4)
+    assert one > 0
+
+
+def test_limits_are_raced(stable: race.Stable) -> None:
+    results = stable.race([race.Entrant(c, FORWARD) for c in (STREAM, FMA, STATE)], 0.02)
+    assert all(r.seconds and r.error is None and r.note == "" for r in results)
+
+
+def test_peak_memory_counts_what_a_call_needs(stable: race.Stable) -> None:
+    big = work.Work("forward", 1, 4096, 2, 64)
+    (result,) = stable.race([race.Entrant(OURS, big)], 0.02)
+    if result.peak_bytes is None:
+        pytest.skip("only Linux tells")
+    assert big.footprint <= result.peak_bytes < 3 * big.footprint
+
+
+def test_tables() -> None:
+    columns = (
+        report.Column("contender", "", left=True),
+        report.Column("min_ns", "ns min", report.number),
+        report.Column("error", "error", report.short_error),
+        report.Column("note", "", left=True),
+    )
+    rows = [
+        {"contender": "a", "min_ns": 1234.5, "note": ""},
+        {"contender": "long name", "min_ns": 5.678, "note": ""},
+        {"contender": "b", "note": "not installed"},
+    ]
+    table = report.Table("title", columns, rows)
+    assert table.text().split("\n") == [
+        "title",
+        "           ns min  error",
+        "a           1,234      -",
+        "long name    5.68      -",
+        "b               -      -  not installed",
+    ]
+    assert table.markdown().split("\n") == [
+        "| title | ns min |  |",
+        "| --- | ---: | --- |",
+        "| a | 1,234 |  |",
+        "| long name | 5.68 |  |",
+        "| b | - | not installed |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["op", "--shape", "1,40,2,16"], ["op"]),
+        (["backward", "--shape", "1,40,2,16"], ["backward"]),
+        (["decode", "--shape", "2,1,2,16"], ["decode"]),
+        (["scaling", "--tokens", "32", "--lengths", "16", "64"], ["scaling"]),
+    ],
+    ids=lambda x: x[0],
+)
+def test_commands_write_table_json_and_picture(
+    arguments: list[str], names: list[str], tmp_path: Path, capsys, monkeypatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    # the compiled contender takes longest to get ready and has a test of its own
+    for module in ("op", "backward"):
+        monkeypatch.setattr(f"benchmarks.{module}.SHORT_RIVALS", (EAGER, CHUNKED))
+    monkeypatch.setattr("benchmarks.op.LEVELS", ("baseline",))
+    monkeypatch.setattr("benchmarks.decode.CONTENDERS", (OURS, EAGER, STATE))
+    monkeypatch.setattr("benchmarks.scaling.CONTENDERS", (OURS,))
+    monkeypatch.setattr("benchmarks.scaling.KINDS", ("forward + backward",))
+    options = ["--short", "--threads", "1", "--seconds", "0.01", "--out", str(tmp_path)]
+    command_line.main([*arguments, *options])
+    (name,) = names
+    screen = capsys.readouterr().out
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert "torch_rwkv6" in content["machine"]
+    assert any(v.startswith("torch_rwkv6 ") for v in content["versions"])
+    for table in content["tables"]:
+        assert table["title"] in screen
+        assert table["rows"]
+        assert table["markdown"] in (tmp_path / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_takes_its_tables_from_the_figures(tmp_path: Path) -> None:
+    figures = {"machine": "CPU", "versions": ["a 1", "b 2"], "tables": [{"markdown": "| new |"}]}
+    (tmp_path / "op.json").write_text(json.dumps(figures))
+    page = tmp_path / "README.md"
+    page.write_text(
+        "before\n<!-- benchmark op 0 -->\n| old |\n| older |\n<!-- end -->\nbetween\n"
+        "<!-- benchmark op machine -->\n<!-- end -->\nafter\n"
+    )
+    readme.run(Namespace(out=tmp_path, file=page))
+    filled = page.read_text()
+    assert filled == (
+        "before\n<!-- benchmark op 0 -->\n| new |\n<!-- end -->\nbetween\n"
+        "<!-- benchmark op machine -->\nCPU; a 1, b 2\n<!-- end -->\nafter\n"
+    )
+    readme.run(Namespace(out=tmp_path, file=page))
+    assert page.read_text() == filled
+    page.write_text("<!-- benchmark op 7 -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="has no table 7"):
+        readme.run(Namespace(out=tmp_path, file=page))
+    page.write_text("<!-- benchmark other 0 -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match=r"other\.json does not exist"):
+        readme.run(Namespace(out=tmp_path, file=page))
+
+
+@pytest.mark.skipif(
+    not (ROOT / "docs/benchmarks").exists(), reason="no figures yet: make bench-readme"
+)
+def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text())
+    readme.run(Namespace(out=ROOT / "docs/benchmarks", file=page))
+    assert page.read_text() == (ROOT / "README.md").read_text()
+    assert "<!-- benchmark op 0 -->\n| forward" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["swim"], "invalid choice: 'swim'"),
+        (["op", "--shape", "1,2,3"], "argument --shape: invalid"),
+        (["op", "--shape", "1,2,3,0"], "argument --shape: invalid"),
+        (["op", "--threads", "0"], "argument --threads: invalid"),
+        (["rivals", "numpy"], "rivals: numpy: expected some of jax, rwkv-ops, ggml"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        command_line.main(arguments)
+    assert end.value.code != 0
+    assert message in f"{end.value.code}{capsys.readouterr().err}"
+
+
+def test_workers_end_with_the_race(tmp_path: Path) -> None:
+    with race.Stable(tmp_path) as stable:
+        stable.race([race.Entrant(EAGER, FORWARD)], 0.02)
+        (worker,) = stable.workers.values()
+        folder = stable.folder
+        assert worker.process.poll() is None
+    assert worker.process.poll() is not None
+    assert not os.path.exists(folder)
