@@ -1,0 +1,72 @@
+"""What the article's scripts share: their options, their tables and their pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # text_data.py and generate.py
+
+plt.rcParams["figure.constrained_layout.use"] = True
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every script; ``doc`` is the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=(doc or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/article"), help="for the picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls main; what users can put right becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:
+        message = str(error).partition("\n")[0]
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a Markdown table, its columns aligned: the first left, the others right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for first, *others in lines:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("| " + " | ".join((first.ljust(widths[0]), *cells)) + " |")
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """The largest absolute difference, for a table."""
+    return f"{(found - expected).abs().max().item():.1e}"
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Writes the picture as folder/name.png and says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=80, bbox_inches="tight", pil_kwargs={"optimize": True})
+    plt.close(figure)
+    print(f"\npicture: {path}")
