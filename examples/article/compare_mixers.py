@@ -20,7 +20,7 @@ import recall
 import report
 import torch
 from report import plt
-from text_data import read_text
+from text_data import Crops, read_text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
@@ -35,18 +35,6 @@ def recall_batches(size: int, seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield recall.batch(size, RECALL_LENGTH, PAIRS, RECALL_VOCAB, generator)
-
-
-def text_batches(text: bytes, size: int, length: int, seed: int) -> Iterator[Batch]:
-    """Pieces from anywhere in the text."""
-    generator = torch.Generator().manual_seed(seed)
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    if len(data) < length + 1:
-        raise ValueError(f"the text has {len(data)} bytes, expected at least {length + 1}")
-    while True:
-        starts = torch.randint(0, len(data) - length, (size,), generator=generator)
-        pieces = data[starts[:, None] + torch.arange(length + 1)].long()  # [B, T + 1]
-        yield pieces[:, :-1], pieces[:, 1:]
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -104,7 +92,7 @@ def kept_for_backward(model: nn.Module, batch: Batch) -> float:
 def costs(names: list[str], length: int) -> dict[str, dict[str, float]]:
     """What a sequence of this length costs each mixer, by the title of a panel."""
     models = {n: mixers.build(n, 256, LAYERS, WIDTH, HEAD_SIZE, length) for n in names}
-    batch = next(text_batches(bytes(range(256)) * (length // 256 + 2), 1, length, 0))
+    batch = next(iter(Crops(bytes(range(256)) * (length // 256 + 2), 1, length)))
     token = batch[0][:, -1:]
     states = {}
     with torch.inference_mode():
@@ -156,11 +144,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(args.seed)
         model = mixers.build(name, 256, LAYERS, WIDTH, HEAD_SIZE, RECALL_LENGTH)
         sizes[name] = mixers.parameters(model)
-        batches = text_batches(text[:cut], 16, RECALL_LENGTH, args.seed)
+        batches = iter(Crops(text[:cut], 16, RECALL_LENGTH, args.seed))
         curves["text"][name] = train(model, batches, args.text_iterations, args.lr)
         torch.save(model.state_dict(), args.out / f"{name}.pth")
         with torch.inference_mode():
-            unseen = next(text_batches(text[cut:], 512, RECALL_LENGTH, args.seed))
+            unseen = next(iter(Crops(text[cut:], 512, RECALL_LENGTH, args.seed)))
             loss = loss_of(model, unseen).item()
 
         torch.manual_seed(args.seed)

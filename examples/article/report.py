@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,37 +14,20 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # text_data.py and generate.py
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the modules of examples/
+import cli
+from cli import positive, run
+
+__all__ = ["difference", "parser", "plt", "positive", "run", "save", "table"]
 
 plt.rcParams["figure.constrained_layout.use"] = True
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every script; ``doc`` is the script's docstring."""
-    parser = argparse.ArgumentParser(
-        description=(doc or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = cli.parser(doc)
     parser.add_argument("--out", type=Path, default=Path("runs/article"), help="for the picture")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     return parser
-
-
-def run(main: Callable[[], None]) -> None:
-    """Calls main; what users can put right becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except (ImportError, OSError, ValueError) as error:
-        message = str(error).partition("\n")[0]
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -67,6 +49,6 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     """Writes the picture as folder/name.png and says so."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=80, bbox_inches="tight", pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
     plt.close(figure)
     print(f"\npicture: {path}")
