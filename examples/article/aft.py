@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     shown = {name: biases[name] for name in ("AFT-full", "causal AFT")}
     shown |= {"RWKV-4, a slow channel": rwkv4[..., 1], "RWKV-4, a fast one": rwkv4[..., -2]}
     for axes, (name, bias) in zip(panels, shown.items(), strict=True):
-        axes.imshow((bias - bias.amax(1, keepdim=True)).exp(), vmin=0, vmax=1, cmap="magma")
+        weight = (bias - bias.amax(1, keepdim=True)).exp()
+        axes.imshow(weight.numpy(), vmin=0, vmax=1, cmap="magma")
         axes.set(title=name, xlabel="s")
     panels[0].set(ylabel="t")
     figure.suptitle("exp(w[t, s]), every row relative to its largest")

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     _, weights = attention(*random_qkv(24))
-    left.imshow(weights[0, 0], cmap="magma")
+    left.imshow(weights[0, 0].numpy(), cmap="magma")
     left.set(title="causal: no weight on the future", xlabel="token looked at", ylabel="token")
     for name in costs[0]:
         axes = right if name in ("KV cache", "WKV6 state") else middle

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
     figure, (left, *panels) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1, 1.2, 1.2))
     for name in STEPS:
-        left.semilogy(gradient_by_distance(name), label=name)
+        left.semilogy(gradient_by_distance(name).numpy(), label=name)
     left.set(title="untrained: the past fades", xlabel="steps back", ylabel="|d h / d x|")
     left.legend()
     x, _ = latch(1, 60)
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             gates = unroll(name, x, cells[name][0])[1]
         image = torch.stack([step[gate][0] for step in gates], 1)  # [D, T]
-        picture = axes.imshow(image, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        for t in x[0, :, 1].nonzero():
+        picture = axes.imshow(image.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        for t in x[0, :, 1].nonzero()[:, 0].tolist():
             axes.plot(t, -1, "rv", clip_on=False)
         axes.set(title=f"{name}: {gate} gate, 1 keeps {keeps} (marks in red)", xlabel="step")
         figure.colorbar(picture)

@@ -193,12 +193,12 @@ def main(argv: list[str] | None = None) -> None:
         panels, ("4, a channel", "5.2, a head", "6, a head"), (four, five, six)
     ):
         weights = m.weights[len(m.weights) // 2]
-        limit = weights.abs().quantile(0.99)
-        axes.imshow(weights, cmap="RdBu", vmin=-limit, vmax=limit)
+        limit = weights.abs().quantile(0.99).item()
+        axes.imshow(weights.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
         axes.set(title=f"RWKV-{name}", xlabel="value of token s")
     panels[0].set(ylabel="in the output at t")
     for axes, name, m in zip(panels[3:], ("4 and 5.2", "6"), (five, six), strict=True):
-        axes.plot(m.decay[:, :: max(1, m.decay.shape[1] // 6)])
+        axes.plot(m.decay[:, :: max(1, m.decay.shape[1] // 6)].numpy())
         axes.set(title=f"RWKV-{name}: decays", xlabel="token", ylim=(0, 1.02))
     report.save(figure, args.out, "rwkv4_to_6")
 
