@@ -83,7 +83,7 @@ class TestRNN:
         rnn.main(["--iterations", "10", "--out", str(tmp_path)])
         table = rows(capsys.readouterr().out)
         for name in rnn.STEPS:
-            parameters, state, off, *accuracies = table[name]
+            _, _, off, *accuracies = table[name]
             assert float(off) < 1e-6
             assert all(0.4 < float(x) <= 1 for x in accuracies)
         assert table["LSTM"][:2] == ["1280", "32"]

