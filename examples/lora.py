@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import torch
 from cli import run
-from text_data import Crops
-from text_model import TextModel, bits_per_byte, finetuning_parser, read_inputs, trainer
+from text_model import bits_per_byte, finetune, finetuning_parser, read_inputs
 
 from torch_rwkv6.nn import RWKV6
 
@@ -38,11 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     model = get_peft_model(base, config)
 
     before = bits_per_byte(model, test_text, args.length)
-    module = TextModel(model, args.lr, args.steps)
-    data = torch.utils.data.DataLoader(
-        Crops(train_text, args.batch_size, args.length, args.seed), batch_size=None
-    )
-    trainer(args.steps).fit(module, data)
+    finetune(model, train_text, args)
     after = bits_per_byte(model, test_text, args.length)
     trained, of = model.get_nb_trainable_parameters()
 

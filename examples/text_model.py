@@ -21,6 +21,7 @@ from text_data import Crops, read_text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
 # two layers of 64 channels that have learnt the King James Bible
 CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "rwkv6-kjv.pth"
@@ -117,6 +118,14 @@ def trainer(steps: int, **options: Any) -> lightning.Trainer:
         enable_checkpointing=False,
         enable_model_summary=False,
         **{"devices": 1} | options,
+    )
+
+
+def finetune(model: nn.Module, text: bytes, args: argparse.Namespace) -> None:
+    """Trains on pieces of the text, with the options of `finetuning_parser`."""
+    pieces = Crops(text, args.batch_size, args.length, args.seed)
+    trainer(args.steps).fit(
+        TextModel(model, args.lr, args.steps), DataLoader(pieces, batch_size=None)
     )
 
 

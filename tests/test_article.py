@@ -283,6 +283,21 @@ def test_recall_asks_for_what_was_given() -> None:
     assert recall.accuracy(-logits, answers) < 0.2
 
 
+@pytest.mark.parametrize(("name", "low", "high"), [("rwkv6", 0.95, 1.0), ("lstm", 0.3, 0.75)])
+def test_rwkv6_learns_to_recall_where_lstm_guesses(name: str, low: float, high: float) -> None:
+    def batches(size: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield recall.batch(size, 16, 2, 16, generator)
+
+    model = mixers.build(name, 16, 2, 32, 16, 16)
+    compare_mixers.train(model, batches(32, 0), 150, lr=5e-3)
+    tokens, answers = next(batches(512, 1))
+    with torch.no_grad():
+        # one of the two values of a text, at random, is right half of the time
+        assert low < recall.accuracy(model(tokens)[0], answers) <= high
+
+
 def test_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", str(text), "--out", str(tmp_path), "--longest", "128"]
     compare_mixers.main([*arguments, "--text-iterations", "12", "--recall-iterations", "2"])
