@@ -59,7 +59,8 @@ def average(
     """The weighted average of the values, as two matrix products.
 
     The largest k of a channel and the largest bias of a row cancel between the two sums: taking
-    them off first keeps every exponent at 0 or below.
+    them off first keeps every exponent at 0 or below. (What then rounds to 0 is lost: in a causal
+    AFT no key may be more than some 80 below a later one. rwkv4_numpy.py shows the way out.)
     """
     k = (k - k.amax(1, keepdim=True)).exp()
     bias = (bias - bias.amax(1, keepdim=True)).exp()

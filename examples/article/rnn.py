@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             axes.plot(t, -1, "rv", clip_on=False)
         axes.set(title=f"{name}: {gate} gate, 1 keeps {keeps} (marks in red)", xlabel="step")
         figure.colorbar(picture)
+    panels[0].set(ylabel="unit")
     report.save(figure, args.out, "rnn")
 
 

@@ -20,6 +20,7 @@ class RWKV4TimeMix(nn.Module):
 
     Its numerator and denominator are two sums with one decay, that is WKV6 with the values (v, 1)
     and the key exp(k): heads of size 2, of which one key is used (see rwkv4_to_6.py).
+    In float32 no key of a piece may be more than some 80 below a later one: exp(k) is 0 there.
     State: last token, numerator and denominator, and the m that k is taken relative to, [B, D].
     """
 
