@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     report.table(header, [(layers, width, len(weights["head.weight"]), size, kib, f"{rate:.0f}")])
 
     figure, panels = plt.subplots(1, rows, figsize=(13, 3.4))
-    history = np.stack(states, 1)[0]  # [T, 4, D]
+    history = np.stack(states, 1)[0, :, :, :64]  # [T, 4, up to 64 channels]
     for axes, name, values in zip(panels, ROWS, history.transpose(1, 2, 0), strict=True):
         limit = np.quantile(np.abs(values), 0.99)
         picture = axes.imshow(values, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
@@ -225,7 +225,9 @@ def main(argv: list[str] | None = None) -> None:
         axes.set(title=name, xlabel="token (line: end of the prompt)")
         figure.colorbar(picture)
     panels[0].set(ylabel="channel")
-    figure.suptitle("the state of the first layer: all that is kept of the text")
+    figure.suptitle(
+        "the state of the first layer (up to 64 channels): all that is kept of the text"
+    )
     report.save(figure, args.out, "rwkv4_numpy")
 
 
