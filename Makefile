@@ -1,5 +1,6 @@
 # make demo: trains a small RWKV-6 on the King James Bible (about two minutes) and lets it write.
-# make test: runs every test. Both create .venv and build the kernels first.
+# make article: runs examples/article, tables to the screen and pictures to runs/article.
+# make test: runs every test. All create .venv and build the kernels first.
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
@@ -7,12 +8,18 @@ CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*
 	benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
 
-.PHONY: demo test lint format bench bench-rivals bench-readme sanitize test-neon test-clang \
-	wheel clean
+.PHONY: article demo test lint format bench bench-rivals bench-readme sanitize test-neon \
+	test-clang wheel clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out runs/demo
 	$(BIN)/python examples/generate.py runs/demo/model.pth --prompt "In the beginning" --length 600
+
+article: .venv/built
+	for station in rnn attention aft compare_mixers; do \
+		$(BIN)/python examples/article/$$station.py || exit; done
+	$(BIN)/python examples/article/rwkv4_numpy.py runs/article/rwkv4.pth
+	$(BIN)/python examples/article/rwkv4_to_6.py --checkpoint runs/article/rwkv6.pth --layer 1
 
 test: .venv/built
 	$(PYTEST)

@@ -1,0 +1,184 @@
+"""State tuning, LoRA, long documents and DDP, as a user runs them, in a small form."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the examples need torch_rwkv6[examples]")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))  # as running a script does
+import cli  # noqa: E402
+import ddp  # noqa: E402
+import infctx  # noqa: E402
+import lora  # noqa: E402
+import state_tuning  # noqa: E402
+import text_data  # noqa: E402
+import text_model  # noqa: E402
+
+from torch_rwkv6.nn import RWKV6  # noqa: E402
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"and the number is seven, but the number was eight. " * 200)
+    return path
+
+
+def numbers(output: str, *labels: str) -> list[float]:
+    """The number behind each label."""
+    found = [re.search(re.escape(label) + r"[^:]*: ([\d.]+)", output) for label in labels]
+    return [float(match[1]) for match in found]
+
+
+def checkpoint() -> dict[str, torch.Tensor]:
+    weights = torch.load(text_model.CHECKPOINT, weights_only=True)
+    return {name: x.float() for name, x in weights.items()}
+
+
+def test_state_tuning_trains_states_alone(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "state.pth"
+    state_tuning.main(["--data", str(text), "--steps", "25", "--out", str(out)])
+    before, prompted, after = numbers(
+        capsys.readouterr().out, "from zero states", "after a prompt", "from trained states"
+    )
+    assert after < min(before, prompted) - 0.1
+    states = torch.load(out, weights_only=True)
+    assert {n: tuple(x.shape) for n, x in states.items()} == {
+        f"blocks.{i}.att.time_state": (2, 32, 32) for i in range(2)
+    }
+    # the file says all: checkpoint and states together give the figure again
+    model = RWKV6.from_state_dict(checkpoint() | states)
+    test_text = text.read_bytes()[-len(text.read_bytes()) // 10 :]
+    assert text_model.bits_per_byte(model, test_text, 16) == pytest.approx(after, abs=0.01)
+
+
+def test_lora_trains_and_merges(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="the example needs torch_rwkv6[examples]")
+    out = tmp_path / "merged.pth"
+    lora.main(["--data", str(text), "--steps", "25", "--rank", "4", "--out", str(out)])
+    output = capsys.readouterr().out
+    before, after, merged = numbers(output, "checkpoint", "with LoRA", "merged")
+    assert after < before - 0.5
+    assert merged == pytest.approx(after, abs=2e-3)
+    # two layers of 64 and 224 channels: 6 matrices 64 x 64, 224 x 64 and 64 x 224, rank 4
+    assert f"({2 * 4 * (6 * 128 + 2 * 288):,} numbers" in output
+
+    weights, base = torch.load(out, weights_only=True), checkpoint()
+    assert weights.keys() == base.keys()
+    changed = {name for name, x in weights.items() if not torch.equal(x, base[name])}
+    layers = ("att.receptance", "att.key", "att.value", "att.gate", "att.output")
+    layers += ("ffn.key", "ffn.value", "ffn.receptance")
+    assert changed == {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+
+
+class TestInfctx:
+    def gradient(self, window: int, chunk: int = 16) -> tuple[torch.Tensor, float]:
+        model = RWKV6.from_state_dict(checkpoint())
+        tokens = torch.randint(97, 123, (2, 65))
+        loss, _ = infctx.backward_in_chunks(
+            model, tokens[:, :-1], tokens[:, 1:], None, chunk, window
+        )
+        found = infctx.gradient(model)
+        model.zero_grad()
+        expected, _ = text_model.loss_of(model, tokens[:, :-1], tokens[:, 1:])
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        exact = infctx.gradient(model)
+        return found, ((found - exact).norm() / exact.norm()).item()
+
+    def test_a_window_of_all_chunks_gives_the_gradient_of_the_whole(self) -> None:
+        assert self.gradient(window=4)[1] < 1e-5
+        assert self.gradient(window=9, chunk=24)[1] < 1e-5  # the last chunk is shorter
+
+    def test_a_shorter_window_does_not(self) -> None:
+        assert self.gradient(window=1)[1] > 1e-3
+
+    def test_script(self, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        sizes = ["--document", "256", "--chunk", "32", "--batch-size", "2", "--steps", "12"]
+        infctx.main(["--data", str(text), *sizes])
+        output = capsys.readouterr().out
+        first, last = map(float, re.findall(r"([\d.]+) at the", output))
+        assert last < first - 1
+        figures = re.findall(r"([\d.]+) MiB, gradient off by ([\d.e+-]+)", output)
+        (whole, _), (one, cut), (chunks, exact) = [tuple(map(float, x)) for x in figures]
+        assert chunks < 0.4 * whole
+        assert one < 0.4 * whole
+        assert exact < 1e-4 < cut
+
+
+def test_peak_memory_is_that_of_what_lives_at_one_time() -> None:
+    x = torch.zeros(1000, 1000)
+
+    def three_at_a_time() -> None:
+        a = x + 1
+        b = a + 1
+        del a
+        c = b + 1
+        assert (c + 1).sum() > 0
+
+    assert text_model.peak_memory(three_at_a_time) == pytest.approx(12e6, rel=0.01)
+
+
+def test_ddp_gives_the_losses_of_one_process(text: Path) -> None:
+    environment = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    arguments = ["--data", str(text), "--steps", "8", "--batch-size", "4"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "ddp.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"^  \d+: ([\d.]+) ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert len(losses) == 8
+    for single, several in losses:
+        assert float(several) == pytest.approx(float(single), rel=2e-5)
+    assert float(losses[-1][0]) < float(losses[0][0]) - 1
+    assert "MEMBER: 2/2" in done.stderr + done.stdout
+
+
+def test_crops_are_pieces_of_the_text_and_its_next_tokens() -> None:
+    text = bytes(range(100))
+    batches = iter(text_data.Crops(text, 5, 7, seed=3))
+    for tokens, targets in (next(batches), next(batches)):
+        assert tokens.shape == targets.shape == (5, 7)
+        assert torch.equal(tokens + 1, targets)
+    again, _ = next(iter(text_data.Crops(text, 5, 7, seed=3)))
+    assert not torch.equal(again, tokens)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (state_tuning.main, ["--checkpoint", "no-such.pth"], "no such file: no-such.pth"),
+        (state_tuning.main, ["--length", "100000"], "too few for pieces of 100000"),
+        (lora.main, ["--rank", "0"], "--rank: expected at least 1, got 0"),
+        (lora.main, ["--data", "no-such.txt"], "no-such.txt"),
+        (infctx.main, ["--chunk", "-1"], "expected an integer of at least 1, got '-1'"),
+        (ddp.main, ["--batch-size", "3"], "--batch-size: expected a multiple of --processes 2"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_errors_are_one_line_and_exit_code_2(
+    main, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if main is lora.main:
+        pytest.importorskip("peft")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main(arguments))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
