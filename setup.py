@@ -1,9 +1,11 @@
 """Builds the extension; everything else about the package is in pyproject.toml.
 
-Two shared libraries: librwkv6.so holds the kernels behind a C interface (csrc/include/rwkv6.h) and
-knows no framework; _C.abi3.so registers them with torch and uses only its stable ABI.
+Three shared libraries: librwkv6.so holds the kernels behind a C interface (csrc/include/rwkv6.h)
+and knows no framework; _C.abi3.so registers them with torch and uses only its stable ABI;
+_xla.abi3.so offers them to XLA, for JAX and TensorFlow, and is built where jaxlib's headers are.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -40,6 +42,27 @@ else:
     LIBRARY_NAME, BESIDE = "-Wl,-soname,librwkv6.so", "$ORIGIN"
 
 
+def xla_headers() -> Path | None:
+    """The folder of XLA's FFI headers in jaxlib; None where there is none and none is asked for.
+
+    RWKV6_XLA=1 makes their absence an error, RWKV6_XLA=0 leaves the XLA binding out.
+    """
+    wanted = os.environ.get("RWKV6_XLA")
+    if wanted not in (None, "0", "1"):
+        raise SystemExit(f"RWKV6_XLA: expected 0 or 1, got {wanted!r}")
+    spec = importlib.util.find_spec("jaxlib") if wanted != "0" else None
+    if spec and spec.origin:
+        folder = Path(spec.origin).with_name("include")
+        if (folder / "xla/ffi/api/ffi.h").exists():
+            return folder
+    if wanted == "1":
+        raise SystemExit("RWKV6_XLA=1: XLA's FFI headers come with jaxlib, which is not installed")
+    return None
+
+
+XLA_HEADERS = xla_headers()
+
+
 class Build(BuildExtension):
     """Names the kernel library librwkv6.so and links the binding against it."""
 
@@ -53,10 +76,11 @@ class Build(BuildExtension):
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != KERNELS:
+            kernels_folder = os.path.relpath("torch_rwkv6", ext.name.split(".")[0])
             ext.extra_link_args = [
                 *ext.extra_link_args,
                 self.get_ext_fullpath(KERNELS),
-                f"-Wl,-rpath,{BESIDE}",
+                f"-Wl,-rpath,{BESIDE}/{kernels_folder}",
             ]
         super().build_extension(ext)
 
@@ -90,6 +114,21 @@ setup(
             depends=headers(),
             language="c++",
             py_limited_api=True,
+        ),
+        *(
+            [
+                Extension(
+                    "keras_adapter._xla",
+                    sources("bindings/xla.cpp"),
+                    extra_compile_args=[*COMPILE_ARGS, "-isystem", str(XLA_HEADERS)],
+                    extra_link_args=LINK_ARGS,
+                    depends=headers(),
+                    language="c++",
+                    py_limited_api=True,
+                )
+            ]
+            if XLA_HEADERS
+            else []
         ),
     ],
     cmdclass={"build_ext": Build},

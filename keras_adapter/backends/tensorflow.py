@@ -1,0 +1,3 @@
+"""placeholder"""
+from keras_adapter.backends import chunked
+wkv, has_kernels = chunked.wkv, False

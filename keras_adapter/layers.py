@@ -1,0 +1,2 @@
+class RWKV6TimeMix: pass
+class RWKV6ChannelMix: pass
