@@ -141,7 +141,7 @@ def _call_forward(
         # the state is updated in place where nobody needs the old one
         input_output_aliases={5: 1} if len(operands) > 4 else {},
     )
-    return tuple(call(r, *operands, states=np.int64(states)))
+    return _vary_like(r, call(r, *operands, states=np.int64(states)))
 
 
 def _call_backward(
@@ -152,7 +152,8 @@ def _call_backward(
 ) -> Arrays:
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:6])
     call = jax.ffi.ffi_call(_library.BACKWARD, results)
-    return tuple(call(grad_y, grad_final_state, *operands, states=np.int64(states)))
+    found = call(grad_y, grad_final_state, *operands, states=np.int64(states))
+    return _vary_like(grad_y, found)
 
 
 def _high_level_backward(
@@ -200,9 +201,10 @@ def _batched(
 
     @batched.def_vmap  # type: ignore[untyped-decorator]
     def _(axis_size: int, is_mapped: list[bool], *args: Array) -> tuple[Arrays, tuple[bool, ...]]:
-        folded = [
-            (x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))) for x, mapped in zip(args, is_mapped)
-        ]
+        folded = (
+            x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, mapped in zip(args, is_mapped)
+        )
         out = batched(*(x.reshape(-1, *x.shape[2:]) for x in folded))
         return tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in out), (True,) * len(out)
 
@@ -230,12 +232,13 @@ def _batch_and_head_axes(mesh: Any, tensors: tuple[tuple[str, Any], ...]) -> dic
 
 def _varying_alike(operands: Arrays) -> Arrays:
     """Inside shard_map with varying-axes checks: all operands vary over the same mesh axes."""
-    varying = [_varying_axes(x) for x in operands]
-    every = frozenset[str]().union(*varying)
-    return tuple(
-        _vary(x, tuple(sorted(every - axes))) if every - axes else x
-        for x, axes in zip(operands, varying)
-    )
+    every = frozenset[str]().union(*map(_varying_axes, operands))
+    return tuple(_vary(x, every) for x in operands)
+
+
+def _vary_like(operand: Array, results: Any) -> Arrays:
+    """The results of a custom call, which knows nothing of mesh axes, vary as its operands do."""
+    return tuple(_vary(x, _varying_axes(operand)) for x in results)
 
 
 def _varying_axes(x: Array) -> frozenset[str]:
@@ -245,7 +248,8 @@ def _varying_axes(x: Array) -> frozenset[str]:
     return frozenset(varying or getattr(aval, "vma", None) or ())
 
 
-def _vary(x: Array, axes: tuple[str, ...]) -> Array:
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    new = tuple(sorted(axes - _varying_axes(x)))
+    if not new:
+        return x
+    return jax.lax.pcast(x, new, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, new)
