@@ -5,6 +5,7 @@ BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC))
 PYTEST := $(BIN)/python -m pytest -n auto -q
+export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 
 .PHONY: demo test lint format bench sanitize wheel clean
 
@@ -46,9 +47,13 @@ sanitize: .venv/installed
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
+# The oldest jaxlib that we support: a binding built with its headers runs with it and all later ones.
+OLDEST_JAXLIB := 0.5.3
+
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps --target .venv/oldest-jaxlib jaxlib==$(OLDEST_JAXLIB)
 	touch $@
 
 .venv/built: .venv/installed setup.py pyproject.toml $(CSRC)
@@ -56,4 +61,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info torch_rwkv6/*.so
+	rm -rf .venv build dist *.egg-info torch_rwkv6/*.so keras_adapter/*.so

@@ -43,20 +43,25 @@ else:
 
 
 def xla_headers() -> Path | None:
-    """The folder of XLA's FFI headers in jaxlib; None where there is none and none is asked for.
+    """The folder of XLA's FFI headers: RWKV6_XLA names it, or it comes with jaxlib.
 
-    RWKV6_XLA=1 makes their absence an error, RWKV6_XLA=0 leaves the XLA binding out.
+    RWKV6_XLA=1 makes their absence an error, RWKV6_XLA=0 leaves the XLA binding out. A binding
+    built with the headers of one jaxlib runs with every later one, and not with earlier ones.
     """
-    wanted = os.environ.get("RWKV6_XLA")
-    if wanted not in (None, "0", "1"):
-        raise SystemExit(f"RWKV6_XLA: expected 0 or 1, got {wanted!r}")
-    spec = importlib.util.find_spec("jaxlib") if wanted != "0" else None
-    if spec and spec.origin:
-        folder = Path(spec.origin).with_name("include")
-        if (folder / "xla/ffi/api/ffi.h").exists():
-            return folder
-    if wanted == "1":
-        raise SystemExit("RWKV6_XLA=1: XLA's FFI headers come with jaxlib, which is not installed")
+    wanted = os.environ.get("RWKV6_XLA", "")
+    if wanted == "0":
+        return None
+    spec = importlib.util.find_spec("jaxlib")
+    folder = Path(spec.origin).with_name("include") if spec and spec.origin else Path("jaxlib")
+    if wanted not in ("", "1"):
+        folder = Path(wanted).resolve()
+    if (folder / "xla/ffi/api/ffi.h").exists():
+        return folder
+    if wanted:
+        raise SystemExit(
+            f"RWKV6_XLA={wanted}: expected 0, 1 or a folder with xla/ffi/api/ffi.h, which comes "
+            f"with jaxlib; there is none in {folder}"
+        )
     return None
 
 

@@ -19,14 +19,18 @@ def tensor(x, dtype=None):
     if x is None:
         return None
     x = np.asarray(x)
+    if x.dtype == ml_dtypes.bfloat16:
+        return keras.ops.cast(keras.ops.convert_to_tensor(x.astype("float32")), "bfloat16")
     return keras.ops.convert_to_tensor(x, dtype=dtype or str(x.dtype))
 
 
 def array(x):
     """As NumPy, bfloat16 as ml_dtypes'."""
     dtype = keras.backend.standardize_dtype(x.dtype)
-    x = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(x, "float64" if dtype == "float64" else "float32")))
-    return x.astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
+    if dtype == "bfloat16":
+        x = keras.ops.cast(x, "float32")
+    x = np.asarray(keras.ops.convert_to_numpy(x))
+    return x.astype(ml_dtypes.bfloat16) if dtype == "bfloat16" else x
 
 
 def gradients(function, inputs, grad_outputs):
@@ -34,8 +38,12 @@ def gradients(function, inputs, grad_outputs):
     if BACKEND == "jax":
         import jax
 
-        outputs, vjp = jax.vjp(function, *inputs)
-        return outputs, vjp(tuple(grad_outputs))
+        @jax.jit  # faster than one operation after the other
+        def run(inputs, grad_outputs):
+            outputs, vjp = jax.vjp(function, *inputs)
+            return outputs, vjp(grad_outputs)
+
+        return run(tuple(inputs), tuple(grad_outputs))
     if BACKEND == "tensorflow":
         import tensorflow as tf
 

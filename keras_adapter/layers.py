@@ -1,2 +1,0 @@
-class RWKV6TimeMix: pass
-class RWKV6ChannelMix: pass
