@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_adapter.checks import MAX_HEAD_SIZE, Shape, state_dtype
+from keras_adapter.checks import MAX_HEAD_SIZE, state_dtype
 from keras_adapter.ops import wkv
 
 __all__ = ["RWKVKernelOperator", "get_rwkv6_kernel"]

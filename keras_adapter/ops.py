@@ -72,7 +72,7 @@ def wkv(
     elif state_map is not None:
         state_map = keras.ops.convert_to_tensor(state_map)
     check_wkv(r, k, v, w, u, initial_state, state_map)
-    if state_map is not None:
+    if initial_state is not None and state_map is not None:
         check_state_map(state_map, initial_state.shape[0])
     compute = chunked.wkv if high_level else backends.wkv
     return compute(r, k, v, w, u, initial_state, state_map)

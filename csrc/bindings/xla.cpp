@@ -187,7 +187,8 @@ ffi::Error backward(ffi::ThreadPool threads,
     View grad_r_(*grad_r, b, 1), grad_k_(*grad_k, b, 1), grad_v_(*grad_v, b, 1);
     View grad_w_(*grad_w, b, 1), grad_u_(*grad_u, b, 1, true);
     std::optional<View> state, grad_state_;
-    if (given.state) state.emplace(*given.state, b, 1), grad_state_.emplace(*grad_state_buffer, b, 1);
+    if (given.state)
+      state.emplace(*given.state, b, 1), grad_state_.emplace(*grad_state_buffer, b, 1);
     return rwkv6_wkv_backward(context, grad_y_, grad_final_, r_, k_, v_, w_, u_,
                               state ? static_cast<DLTensor*>(*state) : nullptr, nullptr, nullptr,
                               grad_r_, grad_k_, grad_v_, grad_w_, grad_u_,

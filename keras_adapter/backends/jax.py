@@ -33,9 +33,7 @@ def _register() -> bool:
     if binding is None:
         return False
     for name in (_library.FORWARD, _library.BACKWARD):
-        jax.ffi.register_ffi_target(
-            name, jax.ffi.pycapsule(getattr(binding, name)), platform="cpu"
-        )
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(binding, name)), platform="cpu")
     return True
 
 
@@ -183,23 +181,21 @@ def _batched(
         axes = _batch_and_head_axes(mesh, (*zip(operands, args), *zip(results, out)))
         return mesh, call, shardings(mesh, results, axes), shardings(mesh, operands, axes)
 
-    def infer(mesh: Any, args: Any, out: Any) -> Any:
-        return shardings(mesh, results, _batch_and_head_axes(mesh, tuple(zip(operands, args))))
-
-    options = {"partition": partition, "infer_sharding_from_operands": infer}
     rule = f"{', '.join(operands)} -> {', '.join(results)}"
     try:
-        partitioned.def_partition(
-            **options, sharding_rule=rule, need_replication_factors=("t", "n", "m")
-        )
-    except TypeError:  # before jax 0.6 there are no factors to name
-        partitioned.def_partition(**options, sharding_rule=rule)
+        whole = {"need_replication_factors": ("t", "n", "m")}
+        partitioned.def_partition(partition, sharding_rule=rule, **whole)
+    except TypeError:  # before jax 0.6 factors have no kinds
+        partitioned.def_partition(partition, sharding_rule=rule)
+    # GSPMD, the partitioner before Shardy, is not told the rule: it gathers, which is right too
+    shardy = getattr(jax.config, "jax_use_shardy_partitioner", True)
+    compute = partitioned if shardy else call
 
     @custom_vmap
     def batched(*args: Array) -> Arrays:
-        return tuple(partitioned(*args))
+        return tuple(compute(*args))
 
-    @batched.def_vmap  # type: ignore[untyped-decorator]
+    @batched.def_vmap
     def _(axis_size: int, is_mapped: list[bool], *args: Array) -> tuple[Arrays, tuple[bool, ...]]:
         folded = (
             x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
@@ -252,4 +248,6 @@ def _vary(x: Array, axes: frozenset[str]) -> Array:
     new = tuple(sorted(axes - _varying_axes(x)))
     if not new:
         return x
-    return jax.lax.pcast(x, new, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, new)
+    return (
+        jax.lax.pcast(x, new, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, new)
+    )

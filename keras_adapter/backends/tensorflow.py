@@ -1,4 +1,4 @@
-"""WKV on TensorFlow: keras.ops in chunks, or the native kernels where TensorFlow lets us reach them.
+"""WKV on TensorFlow: keras.ops in chunks, or the native kernels where we can reach them.
 
 TensorFlow runs a StableHLO module by its op XlaCallModule, and in it our custom calls. Both the op
 and the registration of custom calls are private to TensorFlow, so a probe must succeed first.
@@ -181,9 +181,7 @@ def _call(
             names.append(f"%shape{i}")
             types.append(f"tensor<{len(dims)}xi32>")
         indices = list(range(first, len(names)))
-        attributes += (
-            f", indices_of_shape_operands = dense<{indices}> : tensor<{len(indices)}xi64>"
-        )
+        attributes += f", indices_of_shape_operands = dense<{indices}> : tensor<{len(indices)}xi64>"
     out = ", ".join(result_types)
     many = len(results)
     lines += [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch_rwkv6
 from torch import Tensor
 
+import torch_rwkv6
 from keras_adapter.backends import chunked
 
 has_kernels: bool = torch_rwkv6.has_kernels

@@ -147,7 +147,8 @@ class RWKV6TimeMix(Mix):
             k, v = (ops.where(keep, a, ops.zeros_like(a)) for a in (k, v))
             w = ops.where(keep, w, -1e9)
         u = ops.cast(self.time_faaaa, wide)
-        y, state = wkv(*(ops.reshape(a, heads) for a in (r, k, v, w)), u, state)
+        r, k, v, w = (ops.reshape(a, heads) for a in (r, k, v, w))
+        y, state = wkv(r, k, v, w, u, state)
         y = self._norm(ops.reshape(y, (batch, tokens, width)))
         y = self.output_map(y * ops.silu(g))
         return (y, shift, state) if self.return_state else y

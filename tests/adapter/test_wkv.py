@@ -1,4 +1,4 @@
-"""keras_adapter.ops.wkv against the float64 recurrence: both implementations, forward and backward."""
+"""keras_adapter.ops.wkv against the float64 recurrence: both implementations, both directions."""
 
 import ml_dtypes
 import numpy as np
@@ -146,8 +146,8 @@ def test_a_traced_state_map_out_of_range(high_level):
         try:
             y, state = (array(a) for a in f(tensor(np.array(bad, "int32"))))
         except Exception as error:
-            assert not high_level
-            assert "state_map" in str(error)
+            if high_level or "state_map" not in str(error):
+                raise
         else:
             np.testing.assert_allclose(y[0], good[0], rtol=1e-5, atol=1e-6)
             assert np.isnan(y[1]).all()
