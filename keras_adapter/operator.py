@@ -104,13 +104,19 @@ class RWKVKernelOperator(keras.Operation):
         with_state: bool = False,
         init_state: Any | None = None,  # [n_state, H, N, N] or [H, N, N]
         state_map: Any | None = None,  # [B]
-    ) -> tuple[keras.KerasTensor, keras.KerasTensor | None]:
+    ) -> keras.KerasTensor | tuple[keras.KerasTensor, keras.KerasTensor]:
         batch, heads = r.shape[0], self._heads(r)
         y = keras.KerasTensor(r.shape, dtype=r.dtype)
         if not with_state:
-            return y, None
+            return y  # a Keras graph has no place for None: see symbolic_call
         shape = (batch, heads, self.head_size, self.head_size)
         return y, keras.KerasTensor(shape, dtype=state_dtype(r))
+
+    def symbolic_call(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[keras.KerasTensor, keras.KerasTensor | None]:
+        outputs = super().symbolic_call(*args, **kwargs)
+        return outputs if isinstance(outputs, tuple) else (outputs, None)
 
     def _heads(self, r: Any) -> int:  # [B, T, C]
         """H, after checking the shape of r."""
