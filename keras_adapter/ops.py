@@ -51,7 +51,8 @@ def wkv(
 
     Returns:
         y, [B, T, H, N] in r's dtype, and the state after the last token, [B, H, N, N], float32
-        (float64 for float64 inputs). bfloat16 and float16 compute in float32.
+        (float64 for float64 inputs). bfloat16 and float16 compute in float32; float64 does too
+        in the high-level implementation on all but TensorFlow, as keras.ops does.
 
     Raises:
         TypeError: a dtype not named above.

@@ -34,17 +34,21 @@ def wkv(
     state_map: Any | None = None,  # [B]
 ) -> tuple[Any, Any]:  # y [B, T, H, N], final_state [B, H, N, N]
     dtype = keras.backend.standardize_dtype(r.dtype)
-    acc = "float64" if dtype == "float64" else "float32"
+    wide = "float64" if dtype == "float64" else "float32"
+    # keras.ops' products of float64 are float32 everywhere else
+    acc = wide if keras.backend.backend() == "tensorflow" else "float32"
     r, k, v, w, u = (ops.cast(x, acc) for x in (r, k, v, w, u))
     state = _state_of_each(r, initial_state, state_map, acc)
     log_decay = -ops.exp(ops.minimum(w, _LARGEST_W))
     # the token itself, through u
     bonus = ops.sum(r * u * k, axis=-1, keepdims=True) * v
+    if r.shape[1] == 0 and keras.backend.backend() == "openvino":
+        return ops.cast(r, dtype), ops.cast(state, wide)  # it crashes on products of empty tensors
     if r.shape[1] == 1:
         y, state = _one_token(r, k, v, log_decay, state)
     else:
         y, state = _chunks(r, k, v, log_decay, state)
-    return ops.cast(y + bonus, dtype), state
+    return ops.cast(y + bonus, dtype), ops.cast(state, wide)
 
 
 def _state_of_each(
@@ -74,6 +78,7 @@ def _one_token(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, 1, H, N], [B, H, N, N]
     y = ops.squeeze(ops.matmul(ops.expand_dims(r, -2), ops.expand_dims(state, 1)), -2)
+    y = y + 0.0 * log_decay  # y does not see its own decay; the gradient is a zero and not missing
     decay = ops.expand_dims(ops.exp(log_decay[:, 0]), -1)
     return y, decay * state + ops.expand_dims(k[:, 0], -1) * ops.expand_dims(v[:, 0], -2)
 
@@ -119,7 +124,7 @@ def _chunks(
         pairs = (batch, heads, count, blocks, blocks, 1, size)
         decay = ops.exp(ops.reshape(ops.matmul(between, log_decay), pairs))
         decay = decay * ops.reshape(earlier, (blocks, blocks, 1, 1))
-        keys = ops.expand_dims(ops.swapaxes(k, -1, -2), 3)
+        keys = ops.expand_dims(ops.transpose(k, (0, 1, 2, 3, 5, 4)), 3)
         seen = ops.matmul(ops.expand_dims(r, 4) * decay, keys)  # [..., a, b, BLOCK, BLOCK]
         y = y + ops.sum(ops.matmul(seen, ops.expand_dims(v, 3)), axis=4)
         r = r * ops.exp(ops.expand_dims(ops.matmul(before, log_decay), -2))
@@ -127,7 +132,7 @@ def _chunks(
 
     # Across chunks: through the state at the start of each.
     r, k, v, y = (ops.reshape(x, (batch, heads, count, chunk, size)) for x in (r, k, v, y))
-    update = ops.matmul(ops.swapaxes(k, -1, -2), v)  # [B, H, count, N, N]
+    update = ops.matmul(ops.transpose(k, (0, 1, 2, 4, 3)), v)  # [B, H, count, N, N]
     decay = ops.expand_dims(ops.exp(ops.sum(log_decay, axis=-2)), -1)  # [B, H, count, N, 1]
     states, state = _walk(decay, update, state, count)
     y = ops.reshape(y + ops.matmul(r, states), (batch, heads, count * chunk, size))
@@ -140,14 +145,11 @@ def _masks(n: int, acc: str) -> tuple[Any, Any, Any, Any]:
     before [n, n]: j < t. after [n, n]: j > s. between [n * n, n]: s < j < t for the pair t * n + s.
     And the pairs themselves, earlier [n, n]: s < t.
     """
-    j = np.arange(n)
-    before = j[None, :] < j[:, None]
-    after = j[None, :] > j[:, None]
-    between = (before[:, None, :] & after[None, :, :]).reshape(n * n, n)
-    before, after, between = (
-        ops.convert_to_tensor(x.astype(acc)) for x in (before, after, between)
-    )
-    return before, after, between, before
+    j = ops.arange(n)
+    before = ops.cast(ops.less(ops.expand_dims(j, 0), ops.expand_dims(j, 1)), acc)
+    after = ops.transpose(before)
+    between = ops.expand_dims(before, 1) * ops.expand_dims(after, 0)
+    return before, after, ops.reshape(between, (n * n, n)), before
 
 
 def _walk(

@@ -34,15 +34,18 @@ print(np.asarray(y.detach() if hasattr(y, "detach") else y).ravel()[0])
 """
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="one backend says enough")
 def test_ops_kernel_forces_the_high_level_implementation():
     done = run(COMPUTE + "print(keras_adapter.has_kernels)", OPS_KERNEL="1")
     assert done.stdout == "1.0\nFalse\n", done.stderr
 
 
+@pytest.mark.skipif(BACKEND != "numpy", reason="one backend says enough")
 def test_ops_kernel_takes_0_or_1():
     assert "OPS_KERNEL: expected 0 or 1, got 'yes'" in run(COMPUTE, OPS_KERNEL="yes").stderr
 
 
+@pytest.mark.skipif(BACKEND != "numpy", reason="one backend says enough")
 def test_pytorch_is_called_torch():
     done = run("import keras_adapter", KERAS_BACKEND="pytorch")
     assert done.returncode != 0
