@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -24,25 +26,12 @@ from corpus import read_text
 from keras_adapter import RWKV6ChannelMix, RWKV6TimeMix
 
 
-class Windows(keras.utils.PyDataset):
-    """Random windows of a text: tokens [batch, length] and the tokens after each."""
-
-    def __init__(self, text: np.ndarray, batch: int, length: int, steps: int):
-        super().__init__()
-        self.text, self.batch, self.length, self.steps = text, batch, length, steps
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        random = np.random.default_rng((self.epoch, step))
-        starts = random.integers(0, len(self.text) - self.length, (self.batch, 1))
-        window = self.text[starts + np.arange(self.length + 1)]
-        return window[:, :-1], window[:, 1:]
-
-    def on_epoch_end(self) -> None:
-        self.epoch += 1
+def windows(text: np.ndarray, batch: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random windows of a text, without end: tokens [batch, length] and the tokens after each."""
+    for step in itertools.count():
+        starts = np.random.default_rng(step).integers(0, len(text) - length, (batch, 1))
+        window = text[starts + np.arange(length + 1)]
+        yield window[:, :-1], window[:, 1:]
 
 
 def build(layers: int, width: int, head_size: int) -> keras.Model:
@@ -108,10 +97,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(2e-3), loss)
-    data = Windows(text[:cut], options.batch_size, options.length, options.steps)
+    data = windows(text[:cut], options.batch_size, options.length)
     val = np.lib.stride_tricks.sliding_window_view(text[cut:], options.length + 1)
     val = val[:: options.length][:64]
-    history = model.fit(data, epochs=options.epochs, validation_data=(val[:, :-1], val[:, 1:]))
+    history = model.fit(
+        data,
+        epochs=options.epochs,
+        steps_per_epoch=options.steps,
+        validation_data=(val[:, :-1], val[:, 1:]),
+    )
 
     backend = keras.backend.backend()
     with (options.out / f"{backend}.csv").open("w", newline="") as file:
