@@ -196,7 +196,7 @@ ffi::Error backward(ffi::ThreadPool threads,
   };
   const rwkv6_context context = context_of(threads);
   const int64_t batch = r.dimensions()[0];
-  if (batch < context.num_threads) {  // rows one after the other, every thread on each
+  if (batch < 4 * context.num_threads) {  // rows one after the other, every thread on each
     for (int64_t b = 0; b < batch; b++)
       if (const char* problem = row(&context, b)) return error(problem);
     return ffi::Error::Success();
