@@ -30,6 +30,7 @@ format: .venv/installed
 bench: .venv/built
 	$(BIN)/python -m benchmarks overhead
 	$(BIN)/python -m benchmarks op
+	$(BIN)/python -m benchmarks keras
 
 # The kernels and the binding under AddressSanitizer and UBSan, run by the tests that reach them.
 SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inplace.py \
