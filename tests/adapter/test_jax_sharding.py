@@ -18,6 +18,9 @@ pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
 ]
 
+NEEDS_SHARDY = pytest.mark.skipif(
+    not jax.config.jax_use_shardy_partitioner, reason="without Shardy it gathers"
+)
 B, T, H, N = 8, 24, 4, 8
 GRAD = range(6)
 P = PartitionSpec
@@ -75,7 +78,7 @@ def test_any_layout_gives_the_results_of_one_device(layout):
     assert_close(jax.jit(gradients(wkv))(*x), EXPECTED_GRADS)
 
 
-@pytest.mark.skipif(not jax.config.jax_use_shardy_partitioner, reason="without Shardy it gathers")
+@NEEDS_SHARDY
 @pytest.mark.parametrize("layout", ["batch and heads", "batch", "batch over both axes", "heads"])
 def test_batch_and_heads_stay_where_they_are(layout):
     x = place(X, LAYOUTS[layout])
@@ -94,6 +97,7 @@ def test_batch_and_heads_stay_where_they_are(layout):
     assert local[0] == B // devices[0]
 
 
+@NEEDS_SHARDY
 def test_donated_state_on_a_mesh():
     x = place(X, LAYOUTS["batch and heads"])
     addresses = [s.data.unsafe_buffer_pointer() for s in x[5].addressable_shards]
@@ -102,6 +106,7 @@ def test_donated_state_on_a_mesh():
     assert_close((y, state), EXPECTED)
 
 
+@NEEDS_SHARDY
 def test_shared_states_and_state_map_on_a_mesh():
     index = np.array([2, 0, 1, 1, 2, 2, 0, 0], np.int32)
     x = place((*X[:5], X[5][:3]), (*BY_BATCH_AND_HEAD[:5], P(None, "model")))

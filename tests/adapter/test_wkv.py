@@ -10,8 +10,9 @@ from samples import random_grads, random_inputs
 import keras_adapter
 from keras_adapter.ops import wkv
 
-# float64 needs a flag of its own in JAX: see test_jax_transforms.py
-DTYPES = ["float32", "bfloat16", "float16"] + (["float64"] if BACKEND != "jax" else [])
+# float64 needs a flag of its own in JAX (test_jax_transforms.py); keras makes float32 of NumPy's
+DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES += ["float64"] if BACKEND in ("torch", "tensorflow") else []
 FORWARD = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2.5e-3, "float16": 3.5e-4}
 BACKWARD = {"float64": 1e-13, "float32": 5e-6, "bfloat16": 2.5e-3, "float16": 4.5e-4}
 HIGH_LEVEL = [False, True] if keras_adapter.has_kernels else [True]
