@@ -7,6 +7,7 @@ CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*) \
 	benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
+export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 
 .PHONY: article demo test lint format bench bench-rivals bench-readme sanitize test-neon \
 	test-clang wheel clean
@@ -52,7 +53,7 @@ SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inpla
 	tests/test_errors.py tests/test_fuzz.py tests/test_kernel_library.py
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r torch_rwkv6 tests csrc setup.py pyproject.toml README.md LICENSE build/sanitize
+	cp -r torch_rwkv6 keras_adapter tests csrc setup.py pyproject.toml README.md LICENSE build/sanitize
 	cd build/sanitize && RWKV6_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py \
 		-q build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
@@ -87,9 +88,13 @@ build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kerne
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
+# The oldest jaxlib that we support: a binding built with its headers runs with it and all later ones.
+OLDEST_JAXLIB := 0.5.3
+
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps --target .venv/oldest-jaxlib jaxlib==$(OLDEST_JAXLIB)
 	touch $@
 
 .venv/built: .venv/installed setup.py pyproject.toml $(CSRC)
@@ -97,4 +102,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info torch_rwkv6/*.so
+	rm -rf .venv build dist *.egg-info torch_rwkv6/*.so keras_adapter/*.so

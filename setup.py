@@ -1,9 +1,11 @@
 """Builds the extension; everything else about the package is in pyproject.toml.
 
-Two shared libraries: librwkv6.so holds the kernels behind a C interface (csrc/include/rwkv6.h) and
-knows no framework; _C.abi3.so registers them with torch and uses only its stable ABI.
+Three shared libraries: librwkv6.so holds the kernels behind a C interface (csrc/include/rwkv6.h)
+and knows no framework; _C.abi3.so registers them with torch and uses only its stable ABI;
+_xla.abi3.so offers them to XLA, for JAX and TensorFlow, and is built where jaxlib's headers are.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -40,6 +42,32 @@ else:
     LIBRARY_NAME, BESIDE = "-Wl,-soname,librwkv6.so", "$ORIGIN"
 
 
+def xla_headers() -> Path | None:
+    """The folder of XLA's FFI headers: RWKV6_XLA names it, or it comes with jaxlib.
+
+    RWKV6_XLA=1 makes their absence an error, RWKV6_XLA=0 leaves the XLA binding out. A binding
+    built with the headers of one jaxlib runs with every later one, and not with earlier ones.
+    """
+    wanted = os.environ.get("RWKV6_XLA", "")
+    if wanted == "0":
+        return None
+    spec = importlib.util.find_spec("jaxlib")
+    folder = Path(spec.origin).with_name("include") if spec and spec.origin else Path("jaxlib")
+    if wanted not in ("", "1"):
+        folder = Path(wanted).resolve()
+    if (folder / "xla/ffi/api/ffi.h").exists():
+        return folder
+    if wanted:
+        raise SystemExit(
+            f"RWKV6_XLA={wanted}: expected 0, 1 or a folder with xla/ffi/api/ffi.h, which comes "
+            f"with jaxlib; there is none in {folder}"
+        )
+    return None
+
+
+XLA_HEADERS = xla_headers()
+
+
 class Build(BuildExtension):
     """Names the kernel library librwkv6.so and links the binding against it."""
 
@@ -53,10 +81,11 @@ class Build(BuildExtension):
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != KERNELS:
+            kernels_folder = os.path.relpath("torch_rwkv6", ext.name.split(".")[0])
             ext.extra_link_args = [
                 *ext.extra_link_args,
                 self.get_ext_fullpath(KERNELS),
-                f"-Wl,-rpath,{BESIDE}",
+                f"-Wl,-rpath,{BESIDE}/{kernels_folder}",
             ]
         super().build_extension(ext)
 
@@ -90,6 +119,21 @@ setup(
             depends=headers(),
             language="c++",
             py_limited_api=True,
+        ),
+        *(
+            [
+                Extension(
+                    "keras_adapter._xla",
+                    sources("bindings/xla.cpp"),
+                    extra_compile_args=[*COMPILE_ARGS, "-isystem", str(XLA_HEADERS)],
+                    extra_link_args=LINK_ARGS,
+                    depends=headers(),
+                    language="c++",
+                    py_limited_api=True,
+                )
+            ]
+            if XLA_HEADERS
+            else []
         ),
     ],
     cmdclass={"build_ext": Build},

@@ -24,10 +24,11 @@ from typing import Any
 import lightning
 import matplotlib
 import torch
+from corpus import read_text
 from generate import generate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from text_data import TextData, bigram_bits, bytes_per_character, read_text, unigram_bits
+from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -22,3 +22,6 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+collect_ignore = ["adapter"]  # test_adapter.py runs these, each backend in a process of its own

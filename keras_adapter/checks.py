@@ -1,0 +1,122 @@
+"""Argument checks: shapes and dtypes of any backend's tensors, KerasTensors included.
+
+Sizes that are None (not known yet) fit everything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+INDEX_DTYPES = ("int32", "int64")
+MAX_HEAD_SIZE = 256
+
+Shape = tuple[Any, ...]  # int, or None
+
+
+def check_wkv(
+    r: Any,  # [B, T, H, N]
+    k: Any,  # [B, T, H, N]
+    v: Any,  # [B, T, H, N]
+    w: Any,  # [B, T, H, N]
+    u: Any,  # [H, N]
+    initial_state: Any | None,  # [S, H, N, N]
+    state_map: Any | None,  # [B]
+) -> None:
+    """Raises TypeError or ValueError; looks at values only in `check_state_map`."""
+    dtype = dtype_of(r)
+    _check_dtype("r", r, FLOAT_DTYPES)
+    if len(r.shape) != 4:
+        raise ValueError(f"r: expected 4 dimensions [B, T, H, N], got shape {tuple(r.shape)}")
+    batch, _, heads, size = r.shape
+    if size is None or heads is None or not 1 <= size <= MAX_HEAD_SIZE:
+        raise ValueError(f"r: expected a head size N from 1 to {MAX_HEAD_SIZE}, got {size}")
+    for name, x, dtypes in (
+        ("k", k, (dtype,)),
+        ("v", v, (dtype,)),
+        ("w", w, (dtype, "float32")),
+    ):
+        _check_dtype(name, x, dtypes, f" beside r of {dtype}")
+        _check_shape(name, x, tuple(r.shape), "the shape of r")
+    _check_dtype("u", u, (dtype, "float32"), f" beside r of {dtype}")
+    _check_shape("u", u, (heads, size), "[H, N]")
+    if initial_state is None:
+        if state_map is not None:
+            raise ValueError("state_map: given without an initial state, which it would index")
+        return
+    _check_dtype("initial_state", initial_state, (state_dtype(r), dtype), f" beside r of {dtype}")
+    _check_shape("initial_state", initial_state, (None, heads, size, size), "[S, H, N, N]")
+    rows = initial_state.shape[0]
+    if state_map is not None:
+        _check_dtype("state_map", state_map, INDEX_DTYPES)
+        _check_shape("state_map", state_map, (batch,), "[B]")
+    elif rows not in (1, None, batch) and batch is not None:
+        raise ValueError(
+            f"initial_state: {rows} states for {batch} sequences need a state_map that says which "
+            f"sequence starts from which (without one, pass 1 or {batch})"
+        )
+
+
+def check_state_map(state_map: Any, rows: int | None) -> None:
+    """Raises ValueError for an entry that names no state, where the values can be seen."""
+    values = _concrete(state_map)
+    if values is None or rows is None:
+        return
+    if ((values < 0) | (values >= rows)).any():
+        raise ValueError(
+            f"state_map: expected entries from 0 to {rows - 1} ({rows} states), "
+            f"got {values.tolist()}"
+        )
+
+
+def dtype_of(x: Any) -> str:
+    return str(keras.backend.standardize_dtype(x.dtype))
+
+
+def state_dtype(r: Any) -> str:
+    """The dtype of the state that belongs to inputs of r's dtype."""
+    return "float64" if dtype_of(r) == "float64" else "float32"
+
+
+def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...], beside: str = "") -> None:
+    found = dtype_of(x)
+    if found not in dtypes:
+        expected = " or ".join(dict.fromkeys(dtypes))
+        raise TypeError(f"{name}: expected {expected}{beside}, got {found}")
+
+
+def _check_shape(name: str, x: Any, shape: Shape, description: str) -> None:
+    found = tuple(x.shape)
+    if len(found) != len(shape) or any(
+        a is not None and b is not None and a != b for a, b in zip(found, shape)
+    ):
+        raise ValueError(f"{name}: expected {description} = {shape}, got shape {found}")
+
+
+def _concrete(x: Any) -> np.ndarray[Any, Any] | None:
+    """The values on the CPU; None while they are traced, or where a look would wait for a GPU."""
+    backend = keras.backend.backend()
+    if isinstance(x, keras.KerasTensor):
+        return None
+    if backend == "torch":
+        import torch
+
+        # the operator checks what a compiler traces, when it runs
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type != "cpu":
+            return None
+        functorch = torch._C._functorch
+        return None if functorch.is_functorch_wrapped_tensor(x) else x.numpy()
+    if backend == "jax":
+        import jax
+
+        if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+            return None
+        return np.asarray(x) if all(d.platform == "cpu" for d in x.devices()) else None
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return None if tf.is_symbolic_tensor(x) or "GPU" in x.device else x.numpy()
+    return x if isinstance(x, np.ndarray) else None

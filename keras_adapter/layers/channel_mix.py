@@ -1,0 +1,86 @@
+"""Channel mixing: the feed-forward half of an RWKV-6 block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_adapter.layers.mix import Mix, input_width
+
+__all__ = ["RWKV6ChannelMix"]
+
+
+@keras.saving.register_keras_serializable(package="keras_adapter")
+class RWKV6ChannelMix(Mix):
+    """RWKV-6 channel mixing: a squared-ReLU MLP with a sigmoid gate over shifted tokens.
+
+    Peng et al., "Eagle and Finch", arXiv:2404.05892, section 3.2; names and initial values of
+    ``RWKV_CMix_x060`` in BlinkDL/RWKV-LM, RWKV-v5/src/model.py, as in `torch_rwkv6.nn.ChannelMix`.
+
+    Args:
+        layer_id: index of the layer, 0 to n_layer - 1; the initial values depend on it.
+        n_layer: number of layers of the model.
+        n_ffn: hidden width F; None is ``int(3.5 * D) // 32 * 32``.
+        return_state: also return what the next piece of the sequence goes on from.
+
+    Raises:
+        ValueError: layer_id not below n_layer, or a hidden width below 1.
+    """
+
+    def __init__(
+        self,
+        layer_id: int,
+        n_layer: int,
+        n_ffn: int | None = None,
+        *,
+        return_state: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(layer_id, n_layer, return_state, **kwargs)
+        self.n_ffn = n_ffn
+
+    def build(self, input_shape: Any) -> None:
+        width = input_width(input_shape)
+        hidden = int(3.5 * width) // 32 * 32 if self.n_ffn is None else self.n_ffn
+        if hidden < 1:
+            raise ValueError(f"n_ffn: expected at least 1, got {hidden}")
+        maa = 1 - (np.arange(width) / width) ** ((1 - self.layer_id / self.n_layer) ** 3)
+        self.time_maa_k = self._add("time_maa_k", (width,), maa)
+        self.time_maa_r = self._add("time_maa_r", (width,), maa)
+        self.key = self._dense("key", width, hidden, 1.0)
+        self.receptance = self._dense("receptance", width, width, None)
+        self.value = self._dense("value", hidden, width, None)
+        self.built = True
+
+    def call(
+        self,
+        x: Any,  # [B, T, D]
+        shift: Any | None = None,  # [B, D]
+        mask: Any | None = None,  # [B, T]
+    ) -> Any:  # [B, T, D]; with return_state also [B, D]
+        """Mixes the channels of every token.
+
+        Args:
+            x: input, [B, T, D].
+            shift: last token of the piece before, [B, D]; None is zeros.
+            mask: [B, T] bool; where False the token is padding and counts as zeros.
+
+        Returns:
+            The output, [B, T, D]; with ``return_state`` also the last token of x, [B, D], the
+            ``shift`` of the next piece.
+        """
+        if mask is not None:
+            x = ops.where(ops.expand_dims(mask, -1), x, ops.zeros_like(x))
+        xx, shift = self._shift(x, shift)
+        k = ops.square(ops.relu(self.key(x + xx * self.time_maa_k)))  # [B, T, F]
+        y = ops.sigmoid(self.receptance(x + xx * self.time_maa_r)) * self.value(k)
+        return (y, shift) if self.return_state else y
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        return (previous_mask, None) if self.return_state else previous_mask
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "n_ffn": self.n_ffn}

@@ -1,0 +1,110 @@
+"""WKV as a function over the tensors of any Keras backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_adapter import backends
+from keras_adapter.backends import chunked
+from keras_adapter.checks import check_state_map, check_wkv, state_dtype
+
+__all__ = ["wkv"]
+
+
+def wkv(
+    r: Any,  # [B, T, H, N]
+    k: Any,  # [B, T, H, N]
+    v: Any,  # [B, T, H, N]
+    w: Any,  # [B, T, H, N]
+    u: Any,  # [H, N]
+    initial_state: Any | None = None,  # [S, H, N, N]
+    *,
+    state_map: Any | None = None,  # [B]
+    high_level: bool = False,
+) -> tuple[Any, Any]:  # y [B, T, H, N], final_state [B, H, N, N]
+    r"""RWKV-6 time mixing, WKV6, over whole sequences. Differentiable where the backend is.
+
+    For every batch row and head, with a state S of N keys by N values::
+
+        y_t[j]  = sum_i r_t[i] * (S[i][j] + u[i] * k_t[i] * v_t[j])
+        S[i][j] = exp(-exp(w_t[i])) * S[i][j] + k_t[i] * v_t[j]
+
+    (Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence",
+    arXiv:2404.05892, section 4.2.)
+
+    Args:
+        r: receptance, [B, T, H, N]; float64, float32, bfloat16 or float16. The head size N is 1
+            to 256, T may be 0. B and T may be None while a graph is built.
+        k: key, as r.
+        v: value, as r.
+        w: decay before its two exponentials, [B, T, H, N]; r's dtype or float32. Every value is
+            allowed; w = -1e9 with k = v = 0 is padding that leaves the state as it is.
+        u: bonus of the current token, [H, N]; r's dtype or float32.
+        initial_state: [S, H, N, N], each state as [key, value]; float32 (float64 for float64
+            inputs) or r's dtype. None is zeros. S = 1 is shared by all sequences, S = B is one
+            to one, any other S needs state_map.
+        state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
+            Repeats are allowed, their gradients add up.
+        high_level: computes with keras.ops also where there is a native kernel.
+
+    Returns:
+        y, [B, T, H, N] in r's dtype, and the state after the last token, [B, H, N, N], float32
+        (float64 for float64 inputs). bfloat16 and float16 compute in float32; float64 does too
+        in the high-level implementation on all but TensorFlow, as keras.ops does.
+
+    Raises:
+        TypeError: a dtype not named above.
+        ValueError: a shape that does not fit, state_map without initial_state, or values of
+            state_map out of range. Values that are not known yet, inside a compiled function, are
+            an error of the native kernels when it runs; where nothing can be raised (a GPU, the
+            high-level implementation) such a sequence gets NaN.
+    """
+    given = (r, k, v, w, u, initial_state, state_map)
+    if any(isinstance(x, keras.KerasTensor) for x in given):
+        operation = WKV(high_level)
+        return operation(r, k, v, w, u, initial_state, state_map=state_map)
+    r, k, v, w, u = (keras.ops.convert_to_tensor(x) for x in (r, k, v, w, u))
+    if initial_state is not None:
+        initial_state = keras.ops.convert_to_tensor(initial_state)
+    if isinstance(state_map, (list, tuple)):
+        state_map = keras.ops.convert_to_tensor(state_map, dtype="int32")
+    elif state_map is not None:
+        state_map = keras.ops.convert_to_tensor(state_map)
+    check_wkv(r, k, v, w, u, initial_state, state_map)
+    if initial_state is not None and state_map is not None:
+        check_state_map(state_map, initial_state.shape[0])
+    compute = chunked.wkv if high_level else backends.wkv
+    return compute(r, k, v, w, u, initial_state, state_map)
+
+
+@keras.saving.register_keras_serializable(package="keras_adapter")
+class WKV(keras.Operation):
+    """`wkv` as a node of a Keras graph."""
+
+    def __init__(self, high_level: bool = False, *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.high_level = high_level
+
+    def call(self, *args: Any, state_map: Any | None = None) -> tuple[Any, Any]:
+        return wkv(*args, state_map=state_map, high_level=self.high_level)
+
+    def compute_output_spec(
+        self,
+        r: Any,  # [B, T, H, N]
+        k: Any,  # [B, T, H, N]
+        v: Any,  # [B, T, H, N]
+        w: Any,  # [B, T, H, N]
+        u: Any,  # [H, N]
+        initial_state: Any | None = None,  # [S, H, N, N]
+        *,
+        state_map: Any | None = None,  # [B]
+    ) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+        check_wkv(r, k, v, w, u, initial_state, state_map)
+        batch, _, heads, size = r.shape
+        state = keras.KerasTensor((batch, heads, size, size), dtype=state_dtype(r))
+        return keras.KerasTensor(r.shape, dtype=r.dtype), state
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "high_level": self.high_level}

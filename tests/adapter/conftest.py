@@ -1,0 +1,18 @@
+"""Tests of keras_adapter on one backend, that of KERAS_BACKEND: tests/test_adapter.py runs them.
+
+Files named after a backend belong to it alone.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+BACKEND = os.environ["KERAS_BACKEND"]
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if BACKEND == "jax":  # eight devices on the CPU, for the tests of sharding
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.setdefault("XLA_FLAGS", flags)
+sys.path.insert(0, str(Path(__file__).parent))
+
+_OWN = {"jax": "test_jax_*.py", "tensorflow": "test_tensorflow_*.py", "torch": "test_torch_*.py"}
+collect_ignore_glob = [pattern for name, pattern in _OWN.items() if name != BACKEND]

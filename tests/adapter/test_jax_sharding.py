@@ -1,0 +1,170 @@
+"""The native kernels on a mesh of eight (virtual) devices: what is moved, and what comes out."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from samples import random_inputs
+
+import keras_adapter
+from keras_adapter.ops import wkv
+
+pytestmark = [
+    pytest.mark.skipif(not keras_adapter.has_kernels, reason="the XLA binding is not built"),
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
+]
+
+NEEDS_SHARDY = pytest.mark.skipif(
+    not jax.config.jax_use_shardy_partitioner, reason="without Shardy it gathers"
+)
+B, T, H, N = 8, 24, 4, 8
+GRAD = range(6)
+P = PartitionSpec
+MESH = jax.make_mesh((4, 2), ("data", "model"))
+if hasattr(jax.sharding, "AxisType"):
+    MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+TOKENS = P("data", None, "model", None)
+BY_BATCH_AND_HEAD = (*(TOKENS,) * 4, P("model"), P("data", "model"))
+LAYOUTS = {
+    "batch and heads": BY_BATCH_AND_HEAD,
+    "batch": (P("data"),) * 4 + (P(), P("data")),
+    "batch over both axes": (P(("data", "model")),) * 4 + (P(), P(("data", "model"))),
+    "heads": (P(None, None, "model"),) * 4 + (P("model"), P(None, "model")),
+    "tokens": (P(None, "data"),) * 4 + (P(), P()),
+    "keys": (P("data", None, None, "model"),) * 4 + (P(None, "model"), P("data", None, "model")),
+    "each otherwise": (P("data"), P(), P(None, None, "model"), P(None, "data"), P(), P("model")),
+    "whole": (P(),) * 6,
+}
+COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
+
+
+def place(x, layout):
+    return tuple(jax.device_put(a, NamedSharding(MESH, spec)) for a, spec in zip(x, layout))
+
+
+def loss(y, state):
+    return jnp.sin(y).sum() + (state**2).sum()
+
+
+def gradients(f):
+    return jax.grad(lambda *x: loss(*f(*x)), GRAD)
+
+
+def collectives(f, *x):
+    """The collectives of the compiled program, and the shapes of its first custom call's result."""
+    text = jax.jit(f).lower(*x).compile().as_text()
+    counts = {c: len(re.findall(rf"= [^=]*\b{c}(?:-start)?\(", text)) for c in COLLECTIVES}
+    shape = re.search(r"\(f32\[([\d,]+)\][^=]*custom-call\([^\n]*rwkv6_xla", text)[1]
+    return {name: n for name, n in counts.items() if n}, tuple(map(int, shape.split(",")))
+
+
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), rtol=1e-4, atol=1e-4)
+
+
+X = tuple(jnp.asarray(x) for x in random_inputs(B, T, H, N, states=B, extreme=False))
+EXPECTED, EXPECTED_GRADS = wkv(*X), gradients(wkv)(*X)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_the_results_of_one_device(layout):
+    x = place(X, LAYOUTS[layout])
+    assert_close(jax.jit(wkv)(*x), EXPECTED)
+    assert_close(jax.jit(gradients(wkv))(*x), EXPECTED_GRADS)
+
+
+@NEEDS_SHARDY
+@pytest.mark.parametrize("layout", ["batch and heads", "batch", "batch over both axes", "heads"])
+def test_batch_and_heads_stay_where_they_are(layout):
+    x = place(X, LAYOUTS[layout])
+    moved, local = collectives(wkv, *x)
+    assert moved == {}
+    devices = {"batch and heads": (4, 2), "batch": (4, 1), "heads": (1, 2)}.get(layout, (8, 1))
+    assert local == (B // devices[0], T, H // devices[1], N)
+    outputs = jax.jit(wkv)(*x)
+    for out in outputs:
+        shard = out.addressable_shards[0].data.shape
+        assert shard[0] == B // devices[0]
+
+    # backward: no gather, and the gradient of u is all that devices add up
+    moved, local = collectives(gradients(wkv), *x)
+    assert moved == ({} if layout == "heads" else {"all-reduce": 1})
+    assert local[0] == B // devices[0]
+
+
+@NEEDS_SHARDY
+def test_donated_state_on_a_mesh():
+    x = place(X, LAYOUTS["batch and heads"])
+    addresses = [s.data.unsafe_buffer_pointer() for s in x[5].addressable_shards]
+    y, state = jax.jit(lambda *x: wkv(*x), donate_argnums=5)(*x)
+    assert [s.data.unsafe_buffer_pointer() for s in state.addressable_shards] == addresses
+    assert_close((y, state), EXPECTED)
+
+
+@NEEDS_SHARDY
+def test_shared_states_and_state_map_on_a_mesh():
+    index = np.array([2, 0, 1, 1, 2, 2, 0, 0], np.int32)
+    x = place((*X[:5], X[5][:3]), (*BY_BATCH_AND_HEAD[:5], P(None, "model")))
+    state_map = jax.device_put(index, NamedSharding(MESH, P("data")))
+
+    def f(state_map, *x):
+        return wkv(*x, state_map=state_map)
+
+    plain = (*X[:5], X[5][:3])
+    assert_close(jax.jit(f)(state_map, *x), f(jnp.asarray(index), *plain))
+    assert_close(
+        jax.jit(gradients(partial(f, state_map)))(*x),
+        gradients(partial(f, jnp.asarray(index)))(*plain),
+    )
+    moved, local = collectives(f, state_map, *x)
+    assert local == (B // 4, T, H // 2, N)
+    assert "all-gather" not in moved
+
+
+def test_vmap_on_a_mesh():
+    x = tuple(jnp.stack([a, 0.5 * a]) for a in X)
+    sharded = tuple(
+        jax.device_put(a, NamedSharding(MESH, P(None, *spec)))
+        for a, spec in zip(x, BY_BATCH_AND_HEAD)
+    )
+    assert_close(jax.jit(jax.vmap(wkv))(*sharded), jax.vmap(wkv)(*x))
+
+
+def shard_mapped(check):
+    outputs = (TOKENS, P("data", "model"))
+    options = {"mesh": MESH, "in_specs": BY_BATCH_AND_HEAD, "out_specs": outputs}
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(wkv, **options, check_vma=check)
+    from jax.experimental.shard_map import shard_map
+
+    return shard_map(wkv, **options, check_rep=check)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_shard_map(check):
+    if check and not hasattr(jax, "shard_map"):
+        pytest.skip("this jax has no replication rule for custom calls: check_rep=False is needed")
+    x = place(X, BY_BATCH_AND_HEAD)
+    f = shard_mapped(check)
+    assert_close(jax.jit(f)(*x), EXPECTED)
+    assert_close(jax.jit(gradients(f))(*x), EXPECTED_GRADS)
+    moved, local = collectives(f, *x)
+    assert moved == {}
+    assert local == (B // 4, T, H // 2, N)
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no explicit sharding yet")
+def test_explicit_sharding_through_auto_axes():
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    with jax.set_mesh(mesh):
+        x = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(X, BY_BATCH_AND_HEAD)]
+        out = (P("data", None, "model", None), P("data", "model", None, None))
+        found = jax.jit(jax.sharding.auto_axes(wkv, out_sharding=out))(*x)
+        assert_close(found, EXPECTED)

@@ -1,0 +1,207 @@
+"""Every JAX transform over the native kernels, against the same transform of the recurrence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from samples import random_inputs
+
+import keras_adapter
+from keras_adapter.ops import wkv
+
+pytestmark = pytest.mark.skipif(
+    not keras_adapter.has_kernels, reason="the XLA binding is not built"
+)
+
+
+def scanned(r, k, v, w, u, state):
+    """WKV as jax.lax.scan over tokens: the oracle, under any transform of JAX."""
+
+    def step(S, x):
+        r, k, v, w = x
+        kv = k[..., :, None] * v[..., None, :]
+        y = jnp.einsum("bhi,bhij->bhj", r, S + u[:, :, None] * kv)
+        return jnp.exp(-jnp.exp(w))[..., None] * S + kv, y
+
+    state, y = jax.lax.scan(step, state, [jnp.moveaxis(x, 1, 0) for x in (r, k, v, w)])
+    return jnp.moveaxis(y, 0, 1), state
+
+
+def inputs(B=2, T=9, H=2, N=4):
+    return tuple(jnp.asarray(x) for x in random_inputs(B, T, H, N, states=B, extreme=False))
+
+
+def stacked(x, n):
+    """n different copies of every input."""
+    return tuple(jnp.stack([a * (1 + 0.1 * i) for i in range(n)]) for a in x)
+
+
+def loss(f):
+    def of(*x):
+        y, state = f(*x)
+        return jnp.sin(y).sum() + (state**2).sum()
+
+    return of
+
+
+def assert_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), rtol=2e-4, atol=2e-4)
+
+
+GRAD = range(6)
+X = inputs()
+X3 = stacked(X, 3)
+X23 = stacked(X3, 2)
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [(0,) * 6, (0, 0, 0, 0, None, 0), (None,) * 4 + (0, None), (None, 0, None, None, None, None)],
+)
+@pytest.mark.parametrize("jit", [True, False])
+def test_vmap_of_any_operand(mapped, jit):
+    x = tuple(many if axis == 0 else one for axis, many, one in zip(mapped, X3, X))
+    f = jax.vmap(wkv, mapped)
+    assert_close((jax.jit(f) if jit else f)(*x), jax.vmap(scanned, mapped)(*x))
+
+
+def test_vmap_over_other_axes_and_of_vmap():
+    x = tuple(jnp.moveaxis(a, 0, 1) for a in X3)
+    assert_close(jax.vmap(wkv, 1)(*x), jax.vmap(scanned, 1)(*x))
+    assert_close(jax.vmap(jax.vmap(wkv))(*X23), jax.vmap(jax.vmap(scanned))(*X23))
+
+
+@pytest.mark.parametrize("axis_of_u", [0, None])
+def test_gradient_of_vmap_and_vmap_of_gradient(axis_of_u):
+    axes = (0, 0, 0, 0, axis_of_u, 0)
+    x = (*X3[:4], X3[4] if axis_of_u == 0 else X[4], X3[5])
+
+    def of_vmap(f):
+        return jax.jit(jax.grad(loss(jax.vmap(f, axes)), GRAD))
+
+    def of_gradient(f):  # per-example gradients, of a shared u as well
+        return jax.jit(jax.vmap(jax.grad(loss(f), GRAD), axes))
+
+    assert_close(of_vmap(wkv)(*x), of_vmap(scanned)(*x))
+    assert_close(of_gradient(wkv)(*x), of_gradient(scanned)(*x))
+
+
+def test_vmap_over_the_state_map():
+    maps, states = jnp.asarray([[0, 2], [1, 1]]), inputs(B=3)[5]
+    expected = [scanned(*X[:5], states[m]) for m in maps]
+    found = jax.vmap(lambda m: wkv(*X[:5], states, state_map=m))(maps)
+    assert_close(found, [jnp.stack(x) for x in zip(*expected)])
+
+
+def test_value_and_grad_remat_and_scan():
+    expected = jax.value_and_grad(loss(scanned), GRAD)(*X)
+    assert_close(jax.value_and_grad(loss(wkv), GRAD)(*X), expected)
+    assert_close(jax.jit(jax.value_and_grad(loss(jax.checkpoint(wkv)), GRAD))(*X), expected)
+
+    def layers(f):
+        def run(r):
+            return jax.lax.scan(lambda c, _: (f(c, *X[1:])[0], None), r, None, length=3)[0].sum()
+
+        return jax.jit(jax.value_and_grad(run))
+
+    assert_close(layers(wkv)(X[0]), layers(scanned)(X[0]))
+
+
+def test_second_derivative():
+    def double(f):
+        def penalty(*x):
+            return sum((g**2).sum() for g in jax.grad(loss(f), GRAD)(*x))
+
+        return jax.jit(jax.grad(penalty, GRAD))
+
+    x = inputs(B=1, T=3, H=1, N=2)
+    found, expected = double(wkv)(*x), double(scanned)(*x)
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
+
+
+def test_forward_mode_is_refused_and_not_silently_zero():
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(wkv, X, X)
+
+
+def test_no_state_no_gradient_of_the_final_state():
+    def of(f):
+        return jax.grad(lambda *x: f(*x)[0].sum(), range(5))
+
+    zeros = jnp.zeros_like(X[5])
+    assert_close(of(wkv)(*X[:5]), of(lambda *x: scanned(*x, zeros))(*X[:5]))
+
+
+def test_a_donated_state_is_updated_in_place():
+    decode = jax.jit(lambda *x: wkv(*x), donate_argnums=5)
+    expected = scanned(*X)
+    state = X[5] + 0
+    address = state.unsafe_buffer_pointer()
+    y, final = decode(*X[:5], state)
+    assert state.is_deleted()
+    assert final.unsafe_buffer_pointer() == address
+    assert_close((y, final), expected)
+    hlo = decode.lower(*X).compile().as_text()
+    assert "output_to_operand_aliasing" in hlo
+    assert "copy(" not in hlo
+
+
+def test_a_state_that_is_not_donated_stays():
+    state = X[5] + 0
+    jax.jit(wkv)(*X[:5], state)
+    np.testing.assert_array_equal(state, X[5])
+
+
+def test_inputs_are_read_and_outputs_written_without_a_copy():
+    hlo = jax.jit(wkv).lower(*X[:5]).compile().as_text()
+    for operation in ("copy(", "transpose(", "concatenate("):
+        assert operation not in hlo, hlo
+
+
+def exported(f, *x, **options):
+    """f after it was written down and read again; JAX must be told to let custom calls pass."""
+    allow = jax.export.DisabledSafetyCheck.custom_call
+    names = ("rwkv6_xla_forward", "rwkv6_xla_backward")
+    written = jax.export.export(jax.jit(f), disabled_checks=[allow(name) for name in names])(*x)
+    return jax.export.deserialize(written.serialize(**options))
+
+
+def test_export():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in X]
+    assert_close(exported(wkv, *shapes).call(*X), scanned(*X))
+
+
+def test_export_of_any_batch_and_length():
+    B, T = jax.export.symbolic_shape("b, t")
+    shapes = [jax.ShapeDtypeStruct((B, T, 2, 4), jnp.float32)] * 4
+    shapes += [jax.ShapeDtypeStruct((2, 4), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((B, 2, 4, 4), jnp.float32)]
+    loaded = exported(wkv, *shapes)
+    for B, T in ((2, 9), (3, 17)):
+        x = inputs(B, T)
+        assert_close(loaded.call(*x), scanned(*x))
+
+
+def test_export_with_gradients():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in X]
+    loaded = exported(wkv, *shapes, vjp_order=1)
+    assert_close(jax.grad(loss(loaded.call), GRAD)(*X), jax.grad(loss(scanned), GRAD)(*X))
+
+
+def test_a_traced_state_map_out_of_range_is_a_runtime_error():
+    f = jax.jit(lambda m: wkv(*X, state_map=m))
+    assert_close(f(jnp.asarray([1, 0])), scanned(*X[:5], X[5][::-1]))
+    for bad in ([0, 2], [-1, 0]):
+        with pytest.raises(Exception, match=r"state_map: entry . is .*, expected 0 to 1"):
+            jax.block_until_ready(f(jnp.asarray(bad)))
+
+
+def test_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        x = [jnp.asarray(a) for a in random_inputs(dtype="float64", states=2, extreme=False)]
+        y, state = jax.jit(wkv)(*x)
+        assert y.dtype == state.dtype == jnp.float64
+        for a, b in zip((y, state), scanned(*x)):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)

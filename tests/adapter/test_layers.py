@@ -1,0 +1,185 @@
+"""RWKV6TimeMix and RWKV6ChannelMix: outputs, states, masks, saving, policies, official weights."""
+
+import keras
+import numpy as np
+import pytest
+from backend import BACKEND, DIFFERENTIABLE, array, tensor
+
+from keras_adapter import RWKV6ChannelMix, RWKV6TimeMix
+
+B, T, D, N = 3, 40, 16, 8
+OPTIONS = {"time": {"head_size": N, "lora_mix": 4, "lora_decay": 6}, "channel": {"n_ffn": 24}}
+LAYERS = {"time": RWKV6TimeMix, "channel": RWKV6ChannelMix}
+KINDS = pytest.mark.parametrize("kind", LAYERS)
+
+
+def make(kind, *, seed=0, **options):
+    """A layer with random weights: the official start has zeros that hide mistakes."""
+    layer = LAYERS[kind](1, 3, **OPTIONS[kind], **options)
+    layer.build((None, None, D))
+    g = np.random.default_rng(seed)
+    weights = layer.get_official_weights()
+    scale = {"time_decay": 1.0}
+    layer.set_official_weights(
+        {n: x + scale.get(n, 0.3) * g.standard_normal(x.shape) for n, x in weights.items()}
+    )
+    return layer
+
+
+def tokens(seed=1, length=T):
+    return np.random.default_rng(seed).standard_normal((B, length, D)).astype("float32")
+
+
+def expected(kind, layer, x):
+    """The layer of torch_rwkv6.nn with the same weights, in float64."""
+    torch = pytest.importorskip("torch")
+    from torch_rwkv6 import nn
+
+    if kind == "time":
+        module = nn.TimeMix(D, 1, 3, N, lora_mix=4, lora_decay=6)
+    else:
+        module = nn.ChannelMix(D, 1, 3, 24)
+    state = {n: torch.tensor(a) for n, a in layer.get_official_weights().items()}
+    module.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        return [a.numpy() for a in module.double()(torch.tensor(x, dtype=torch.float64))], module
+
+
+@KINDS
+def test_equals_the_torch_layer_with_the_same_weights(kind):
+    layer, x = make(kind, return_state=True), tokens()
+    for found, right in zip(layer(tensor(x)), expected(kind, layer, x)[0], strict=True):
+        np.testing.assert_allclose(array(found), right, rtol=1e-4, atol=2e-4)
+
+
+@KINDS
+def test_starts_as_the_torch_layer_and_takes_its_weights(kind):
+    pytest.importorskip("torch")
+    layer = LAYERS[kind](1, 3, **OPTIONS[kind])
+    layer.build((None, None, D))
+    start = layer.get_official_weights()
+    fresh = expected(kind, layer, tokens())[1]
+    fresh.reset_parameters()
+    official = {n: a.detach().float().numpy() for n, a in fresh.state_dict().items()}
+    assert set(official) == set(start)
+    random = ("w2", "weight")  # drawn anew; the norm's weight and all others are fixed
+    for name, value in official.items():
+        assert start[name].shape == value.shape, name
+        if name == "ln_x.weight" or not name.endswith(random):
+            np.testing.assert_allclose(start[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        elif not value.any():
+            assert not start[name].any(), name
+    layer.set_official_weights(official)
+    for name, value in layer.get_official_weights().items():
+        np.testing.assert_array_equal(value, official[name])
+
+
+@KINDS
+def test_weights_that_do_not_fit_are_refused_whole(kind):
+    layer = make(kind)
+    before = layer.get_official_weights()
+    for change, message in (
+        ({"key.weight": np.zeros((2, 2))}, "key.weight: expected shape"),
+        ({"surprise": np.zeros(1)}, r"surplus \['surprise'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.set_official_weights({**{n: 0 * x for n, x in before.items()}, **change})
+    with pytest.raises(ValueError, match=r"missing \['key.weight'\]"):
+        layer.set_official_weights({n: x for n, x in before.items() if n != "key.weight"})
+    for name, value in layer.get_official_weights().items():
+        np.testing.assert_array_equal(value, before[name])
+    with pytest.raises(ValueError, match="no weights yet"):
+        LAYERS[kind](0, 1).get_official_weights()
+
+
+@KINDS
+def test_a_sequence_in_pieces(kind):
+    layer, x = make(kind, return_state=True), tokens()
+    whole = layer(tensor(x))
+    state, pieces = (), []
+    for piece in np.split(x, [7, 8, 9], axis=1):
+        y, *state = layer(tensor(piece), *state)
+        pieces.append(array(y))
+    np.testing.assert_allclose(np.concatenate(pieces, 1), array(whole[0]), rtol=1e-4, atol=1e-4)
+    for found, right in zip(state, whole[1:], strict=True):
+        np.testing.assert_allclose(array(found), array(right), rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+def test_padding_on_the_left_is_as_if_it_were_not_there(kind):
+    layer, x = make(kind, return_state=True), tokens()
+    mask = np.ones((B, T), bool)
+    mask[1, :9] = False
+    whole = [array(a)[1] for a in layer(tensor(x), mask=tensor(mask))]
+    alone = [array(a)[0] for a in layer(tensor(x[1:2, 9:]))]
+    np.testing.assert_allclose(whole[0][9:], alone[0], rtol=1e-4, atol=1e-5)
+    for found, right in zip(whole[1:], alone[1:]):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_comes_from_the_embedding():
+    layer = make("time")
+    words = np.array([[0, 0, 3, 4], [1, 2, 3, 4]])
+    embedding = keras.layers.Embedding(5, D, mask_zero=True)
+    masked = array(layer(embedding(words)))
+    right = array(layer(embedding(words[:1, 2:])))
+    np.testing.assert_allclose(masked[:1, 2:], right, rtol=1e-4, atol=1e-5)
+
+
+def model(length, policy=None):
+    x = keras.Input((length, D))
+    h = keras.layers.LayerNormalization(dtype=policy)(x)
+    h = make("time", dtype=policy)(h) + h
+    h = make("channel", dtype=policy)(h) + h
+    return keras.Model(x, keras.layers.Dense(4, dtype="float32")(h))
+
+
+@pytest.mark.parametrize("length", [T, None])
+def test_save_and_load(length, tmp_path):
+    if BACKEND == "numpy":
+        pytest.skip("keras has no models on numpy tensors alone")
+    ours = model(length)
+    before = ours.predict(tokens(), verbose=0)
+    ours.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(tokens(), verbose=0), before)
+    for a, b in zip(loaded.weights, ours.weights, strict=True):
+        np.testing.assert_array_equal(array(a), array(b))
+
+
+@KINDS
+def test_config(kind):
+    layer = make(kind, return_state=True, name="mix")
+    again = LAYERS[kind].from_config(layer.get_config())
+    assert again.get_config() == layer.get_config()
+
+
+@pytest.mark.skipif(not DIFFERENTIABLE, reason="no training on this backend")
+@pytest.mark.parametrize(
+    ("policy", "jit"),
+    [("float32", "auto"), ("mixed_bfloat16", "auto"), ("mixed_float16", "auto")]
+    + ([("float32", True), ("mixed_bfloat16", True)] if BACKEND == "tensorflow" else []),
+)
+def test_fit_learns(policy, jit):
+    keras.utils.set_random_seed(0)
+    ours = model(None if policy == "mixed_float16" else T, policy)
+    ours.compile(keras.optimizers.Adam(3e-3), "mse", jit_compile=jit)
+    x = tokens()
+    y = np.cumsum(x, 1)[..., :4] * 0.1
+    losses = ours.fit(x, y, batch_size=2, epochs=6, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.8 * losses[0]
+    layer = ours.layers[2]
+    assert layer.compute_dtype == policy.removeprefix("mixed_")
+    assert layer.time_decay.dtype == "float32"
+
+
+@KINDS
+def test_bad_options_are_named(kind):
+    with pytest.raises(ValueError, match="layer_id: expected 0 to n_layer - 1 = 1, got 2"):
+        LAYERS[kind](2, 2)
+    with pytest.raises(ValueError, match="x: expected 3 dimensions"):
+        LAYERS[kind](0, 1)(tensor(np.zeros((2, D), "float32")))
+    option = {"time": {"head_size": 7}, "channel": {"n_ffn": 0}}[kind]
+    with pytest.raises(ValueError, match=next(iter(option))):
+        LAYERS[kind](0, 1, **option)(tensor(tokens()))

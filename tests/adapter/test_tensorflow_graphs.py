@@ -1,0 +1,138 @@
+"""TensorFlow graphs: unknown sizes, SavedModel, compile time, and the native path's equality."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import recurrence
+import tensorflow as tf
+from backend import relative_rms
+from samples import random_inputs
+
+import keras_adapter
+from keras_adapter import ops
+from keras_adapter.backends import chunked
+from keras_adapter.backends import tensorflow as backend
+
+H, N = 2, 8
+SIGNATURE = [tf.TensorSpec((None, None, H, N), tf.float32)] * 4
+SIGNATURE += [tf.TensorSpec((H, N), tf.float32), tf.TensorSpec((None, H, N, N), tf.float32)]
+IMPLEMENTATIONS = {"high level": chunked.wkv}
+if keras_adapter.has_kernels and backend._probe():
+    IMPLEMENTATIONS["native"] = lambda *x: native(*x)
+
+
+def native(*x):
+    """The native path also in a tf.function, as with RWKV6_TF_NATIVE=1."""
+    before, backend._SETTING = backend._SETTING, "1"
+    try:
+        return backend.wkv(*x)
+    finally:
+        backend._SETTING = before
+
+
+def gradients(f):
+    def of(*x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, state = f(*x, None)
+            loss = tf.reduce_sum(tf.sin(y)) + tf.reduce_sum(state**2)
+        return tape.gradient(loss, x)
+
+    return of
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_unknown_batch_and_length(implementation, jit):
+    wkv = IMPLEMENTATIONS[implementation]
+    f = tf.function(lambda *x: wkv(*x, None), input_signature=SIGNATURE, jit_compile=jit)
+    g = tf.function(gradients(wkv), input_signature=SIGNATURE, jit_compile=jit)
+    for B, T in ((2, 10), (3, 70), (1, 0), (2, 1)):
+        x = random_inputs(B, T, H, N, states=B)
+        y, state = f(*x)
+        expected = recurrence.wkv(*x)
+        assert relative_rms(y, expected[0]) < 1e-6
+        assert relative_rms(state, expected[1]) < 1e-6
+        sent = [np.cos(expected[0]), 2 * expected[1]]
+        for name, a, b in zip("rkvwus", g(*x), recurrence.gradients(*sent, *x)):
+            assert relative_rms(a, b) < 5e-6, name
+
+
+@pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="TensorFlow takes no custom calls")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_native_path_equals_the_high_level_one(dtype):
+    x = [tf.constant(a) for a in random_inputs(2, 40, H, N, dtype, states=3)]
+    state_map = tf.constant([2, 0])
+    bound = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 3e-3, "float16": 5e-4}[dtype]
+    for f in (native, tf.function(native), tf.function(native, jit_compile=True)):
+        found, expected = f(*x, state_map), chunked.wkv(*x, state_map)
+        for a, b in zip(found, expected):
+            assert a.dtype == b.dtype
+            b = b.numpy().astype("float64")
+            assert relative_rms(a.numpy(), b) < bound
+
+
+@pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="TensorFlow takes no custom calls")
+def test_eager_calls_are_native_and_graphs_can_be_saved_without_it():
+    if backend._SETTING is not None:
+        pytest.skip("RWKV6_TF_NATIVE is set")
+    assert backend._use_kernels()
+    x = random_inputs(1, 4, H, N)
+    graph = tf.function(lambda *x: ops.wkv(*x)).get_concrete_function(*map(tf.constant, x))
+    assert "XlaCallModule" not in {op.type for op in graph.graph.get_operations()}
+
+
+class Module(tf.Module):
+    @tf.function(input_signature=SIGNATURE)
+    def __call__(self, *x):
+        return chunked.wkv(*x, None)
+
+
+def test_a_saved_model_needs_nothing_of_ours(tmp_path):
+    tf.saved_model.save(Module(), str(tmp_path / "saved"))
+    x = random_inputs(3, 40, H, N, states=3)
+    np.savez(tmp_path / "x.npz", *x)
+    code = (
+        "import sys, numpy as np, tensorflow as tf\n"
+        "f = tf.saved_model.load('saved'); x = np.load('x.npz')\n"
+        "y, state = f(*(tf.constant(x[n]) for n in x.files))\n"
+        "assert 'keras_adapter' not in sys.modules\n"
+        "np.savez('y.npz', y, state)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found = np.load(tmp_path / "y.npz")
+    for name, b in zip(found.files, recurrence.wkv(*x)):
+        assert relative_rms(found[name], b) < 1e-6
+
+
+@pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="TensorFlow takes no custom calls")
+def test_a_saved_model_with_the_native_path(tmp_path):
+    class Native(tf.Module):
+        @tf.function(input_signature=SIGNATURE)
+        def __call__(self, *x):
+            return native(*x, None)
+
+    tf.saved_model.save(Native(), str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    x = random_inputs(2, 9, H, N, states=2)
+    assert relative_rms(loaded(*x)[0], recurrence.wkv(*x)[0]) < 1e-6
+
+
+def test_compile_time_does_not_grow_with_the_length():
+    """Operations of the graph, which compile time follows; a loop holds one chunk."""
+
+    def operations(T):
+        specs = [tf.TensorSpec((1, T, 1, N), tf.float32)] * 4 + [tf.TensorSpec((1, N), tf.float32)]
+        f = tf.function(lambda *x: chunked.wkv(*x)).get_concrete_function(*specs)
+        return len(f.graph.get_operations())
+
+    assert operations(100_000) == operations(2_000)
+    x = [tf.constant(a) for a in random_inputs(1, 20_000, 1, N, extreme=False)]
+    f = tf.function(lambda *x: chunked.wkv(*x), jit_compile=True)
+    start = time.perf_counter()
+    y, _ = f(*x)
+    assert np.isfinite(y).all()
+    assert time.perf_counter() - start < 60

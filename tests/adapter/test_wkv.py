@@ -1,0 +1,223 @@
+"""keras_adapter.ops.wkv against the float64 recurrence: both implementations, both directions."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import recurrence
+from backend import BACKEND, DIFFERENTIABLE, array, compiled, gradients, relative_rms, tensor
+from samples import random_grads, random_inputs
+
+import keras_adapter
+from keras_adapter.ops import wkv
+
+# float64 needs a flag of its own in JAX (test_jax_transforms.py); keras makes float32 of NumPy's
+DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES += ["float64"] if BACKEND in ("torch", "tensorflow") else []
+FORWARD = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2.5e-3, "float16": 3.5e-4}
+BACKWARD = {"float64": 1e-13, "float32": 5e-6, "bfloat16": 2.5e-3, "float16": 4.5e-4}
+HIGH_LEVEL = [False, True] if keras_adapter.has_kernels else [True]
+IMPLEMENTATIONS = pytest.mark.parametrize("high_level", HIGH_LEVEL)
+STATES = {
+    "no state": (None, None),
+    "shared state": (1, None),
+    "a state each": (3, None),
+    "state map": (4, [2, 0, 2]),
+    "fewer states than sequences": (2, [1, 1, 0]),
+}
+
+
+def check(x, state_map=None, *, high_level, wrap=lambda f: f):
+    """Outputs and, where the backend has them, gradients of all inputs."""
+    dtype = str(x[0].dtype)
+    double_as_single = high_level and BACKEND != "tensorflow"  # as keras.ops has it
+
+    def bound(bounds, a):
+        single = double_as_single and a.dtype == "float64"
+        return bounds["float32" if single else str(a.dtype)]
+
+    index = tensor(np.array(state_map, "int32")) if state_map else None
+    f = wrap(lambda *a: wkv(*a, state_map=index, high_level=high_level))
+    expected = recurrence.wkv(*x, state_map=state_map)
+    tensors = [tensor(a) for a in x]
+    acc = "float64" if dtype == "float64" else "float32"
+    if not DIFFERENTIABLE:
+        found = [array(a) for a in f(*tensors)]
+    else:
+        grads = random_grads(*x[0].shape, dtype)
+        outputs, found_grads = gradients(f, tensors, [tensor(g) for g in grads])
+        found = [array(a) for a in outputs]
+        expected_grads = recurrence.gradients(*grads, *x, state_map=state_map)
+        for name, a, b, given in zip("rkvwus", found_grads, expected_grads, x):
+            a = array(a)
+            assert a.dtype == given.dtype, name
+            assert a.shape == given.shape, name
+            assert relative_rms(a, b) <= bound(BACKWARD, a), f"gradient of {name}"
+    for name, a, b in zip(("y", "state"), found, expected):
+        assert str(a.dtype) == (dtype if name == "y" else acc)
+        assert a.shape == b.shape
+        assert relative_rms(a, b) <= bound(FORWARD, a), name
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("T", [0, 1, 31, 32, 33, 200])
+def test_lengths(T, high_level):
+    check(random_inputs(2, T, 2, 8, states=2), high_level=high_level)
+
+
+@IMPLEMENTATIONS
+def test_a_length_that_takes_the_loop(high_level):
+    check(random_inputs(1, 1100, 1, 4, states=1), high_level=high_level)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("states", STATES)
+def test_states(states, high_level):
+    count, state_map = STATES[states]
+    x = random_inputs(3, 17, 2, 4, states=count)
+    check(x, state_map, high_level=high_level)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype, high_level):
+    check(random_inputs(2, 40, 2, 16, dtype, states=2), high_level=high_level)
+
+
+@IMPLEMENTATIONS
+def test_w_and_u_in_float32_beside_half_precision(high_level):
+    r, k, v, w, u = random_inputs(2, 20, 2, 8, "bfloat16", w_dtype="float32")
+    check([r, k, v, w, u.astype("float32")], high_level=high_level)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("N", [1, 3, 64, 96])
+def test_head_sizes_share_a_process(N, high_level):
+    check(random_inputs(1, 10, 2, N), high_level=high_level)
+
+
+@IMPLEMENTATIONS
+def test_compiled(high_level):
+    check(random_inputs(2, 33, 2, 8, states=2), high_level=high_level, wrap=compiled)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("value", [-np.inf, -1e9, 80.0, 90.0, 1e9, np.inf])
+def test_any_decay_is_finite(value, high_level):
+    x = random_inputs(1, 40, 1, 4, extreme=False, states=1)
+    x[3][:, ::3] = value
+    check(x, high_level=high_level)
+
+
+@IMPLEMENTATIONS
+def test_padding_leaves_the_state(high_level):
+    r, k, v, w, u, state = random_inputs(2, 40, 2, 8, states=2)
+    k[:], v[:], w[:] = 0, 0, -1e9
+    _, final = wkv(*(tensor(x) for x in (r, k, v, w, u, state)), high_level=high_level)
+    np.testing.assert_array_equal(array(final), state)
+
+    # after real tokens, and with finite gradients
+    x = random_inputs(2, 40, 2, 8, states=2)
+    for a, pad in zip(x[1:4], (0, 0, -1e9)):
+        a[:, 23:] = pad
+    check(x, high_level=high_level)
+    short = [a[:, :23] for a in x[:4]] + x[4:]
+    long_state = array(wkv(*map(tensor, x), high_level=high_level)[1])
+    np.testing.assert_allclose(
+        long_state, array(wkv(*map(tensor, short), high_level=high_level)[1]), rtol=1e-5, atol=1e-6
+    )
+
+
+@IMPLEMENTATIONS
+def test_a_state_handed_over_is_not_rounded(high_level):
+    """bfloat16 tokens in pieces end in the state of the whole, in float32."""
+    x = random_inputs(1, 64, 1, 8, "bfloat16", states=1, extreme=False)
+    state = tensor(x[5])
+    for t in range(64):
+        piece = [tensor(a[:, t : t + 1]) for a in x[:4]]
+        _, state = wkv(*piece, tensor(x[4]), state, high_level=high_level)
+    assert relative_rms(array(state), recurrence.wkv(*x)[1]) < 1e-6
+
+
+@IMPLEMENTATIONS
+def test_a_traced_state_map_out_of_range(high_level):
+    """A runtime error of the native call, or NaN for that sequence alone."""
+    if BACKEND == "numpy":
+        pytest.skip("nothing is traced")
+    x = random_inputs(2, 5, 1, 4, states=2)
+    tensors = [tensor(a) for a in x]
+    f = compiled(lambda m: wkv(*tensors, state_map=m, high_level=high_level))
+    good = array(f(tensor(np.array([1, 0], "int32")))[0])
+    assert relative_rms(good, recurrence.wkv(*x, state_map=[1, 0])[0]) < 1e-6
+    for bad in ([1, 2], [1, -1], [1, 1 << 30]):
+        try:
+            y, state = (array(a) for a in f(tensor(np.array(bad, "int32"))))
+        except Exception as error:
+            if high_level or "state_map" not in str(error):
+                raise
+        else:
+            np.testing.assert_allclose(y[0], good[0], rtol=1e-5, atol=1e-6)
+            assert np.isnan(y[1]).all()
+            assert np.isnan(state[1]).all()
+
+
+def float32(*shape):
+    return np.zeros(shape, "float32")
+
+
+RKVW = {name: float32(2, 3, 2, 4) for name in "rkvw"} | {"u": float32(2, 4)}
+BAD = {
+    "r of three dimensions": ({"r": float32(2, 3, 8)}, ValueError, r"r: expected 4 dimensions"),
+    "r of int": ({"r": np.zeros((2, 3, 2, 4), "int32")}, TypeError, "r: expected float64 or"),
+    "head size": (
+        {n: float32(1, 1, 1, 300) for n in "rkvw"} | {"u": float32(1, 300)},
+        ValueError,
+        "r: expected a head size N from 1 to 256, got 300",
+    ),
+    "k's shape": ({"k": float32(2, 4, 2, 4)}, ValueError, r"k: expected the shape of r = \(2, 3"),
+    "v's dtype": (
+        {"v": RKVW["v"].astype(ml_dtypes.bfloat16)},
+        TypeError,
+        "v: expected float32 beside r of float32, got bfloat16",
+    ),
+    "w's dtype": ({"w": RKVW["w"].astype("float16")}, TypeError, "w: expected float32 beside r"),
+    "u's shape": ({"u": float32(4, 2)}, ValueError, r"u: expected \[H, N\] = \(2, 4\), got"),
+    "state's shape": (
+        {"initial_state": float32(2, 2, 4)},
+        ValueError,
+        r"initial_state: expected \[S, H, N, N\] = \(None, 2, 4, 4\), got shape \(2, 2, 4\)",
+    ),
+    "states without map": (
+        {"initial_state": float32(3, 2, 4, 4)},
+        ValueError,
+        "initial_state: 3 states for 2 sequences need a state_map",
+    ),
+    "map without states": ({"state_map": [0, 0]}, ValueError, "state_map: given without"),
+    "map's length": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [0, 1, 1]},
+        ValueError,
+        r"state_map: expected \[B\] = \(2,\), got shape \(3,\)",
+    ),
+    "map's dtype": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": float32(2)},
+        TypeError,
+        "state_map: expected int32 or int64, got float32",
+    ),
+    "map's values": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [0, 2]},
+        ValueError,
+        r"state_map: expected entries from 0 to 1 \(2 states\), got \[0, 2\]",
+    ),
+    "a negative entry": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [-1, 0]},
+        ValueError,
+        "state_map: expected entries from 0 to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    change, error, message = BAD[case]
+    given = {n: x if isinstance(x, list) else tensor(x) for n, x in (RKVW | change).items()}
+    with pytest.raises(error, match=message):
+        wkv(**given)
