@@ -31,7 +31,7 @@ from text_data import TextData, bigram_bits, bytes_per_character, read_text, uni
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torch_rwkv6.nn import RWKV6, RWKV6State
+from torch_rwkv6.nn import RWKV6, RWKVState
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
@@ -59,8 +59,8 @@ class LanguageModel(lightning.LightningModule):
         self.model = RWKV6(
             256, n_layer, n_embd, head_size, lora_mix=lora_mix, lora_decay=lora_decay
         )
-        self.train_state: RWKV6State | None = None
-        self.val_state: RWKV6State | None = None
+        self.train_state: RWKVState | None = None
+        self.val_state: RWKVState | None = None
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         tokens, targets = batch  # [B, T], [B, T]
@@ -114,7 +114,7 @@ class LanguageModel(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["train_state"]
-        self.train_state = None if state is None else RWKV6State(*state)
+        self.train_state = None if state is None else RWKVState(*state)
 
     def on_train_start(self) -> None:
         if self.train_state is not None:  # resumed: the checkpoint was read onto the CPU
