@@ -7,10 +7,12 @@ has_kernels: bool = _library.load()  # before registration, which builds on what
 from torch_rwkv6 import reference, registration  # noqa: E402, F401, I001
 from torch_rwkv6.ops import wkv, wkv4, wkv4_, wkv_  # noqa: E402
 from torch_rwkv6 import models, nn  # noqa: E402
+from torch_rwkv6.models import generate  # noqa: E402
 from torch_rwkv6.version import __version__  # noqa: E402
 
 __all__ = [
     "__version__",
+    "generate",
     "has_kernels",
     "models",
     "nn",

@@ -39,41 +39,42 @@ def model_of(state_dict: Mapping[str, Tensor], **options: Any) -> RWKV:
                 f"state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got {version} (it has "
                 f"{sign})"
             )
+    if not names & {"att.time_mix_k", "att.time_maa_w1"}:
+        some = ", ".join(sorted(state_dict)[:3]) or "nothing"
+        raise ValueError(
+            "state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got neither "
+            f"blocks.0.att.time_mix_k nor blocks.0.att.time_maa_w1 (it has {some}, ...)"
+        )
     sizes = {
-        "vocab_size": _shape(state_dict, "emb.weight", 2)[0],
-        "n_embd": _shape(state_dict, "emb.weight", 2)[1],
+        "vocab_size": _matrix(state_dict, "emb.weight")[0],
+        "n_embd": _matrix(state_dict, "emb.weight")[1],
         "n_layer": _layers(state_dict),
-        "n_ffn": _shape(state_dict, ".ffn.key.weight", 2)[0],
+        "n_ffn": _matrix(state_dict, ".ffn.key.weight")[0],
     }
     options = {name: value for name, value in options.items() if value is not None}
     has_state = "att.time_state" in names
     if "att.time_maa_w1" in names:
         return RWKV6(
             **sizes,
-            head_size=_shape(state_dict, ".att.time_faaaa", 2)[1],
-            lora_mix=_shape(state_dict, ".att.time_maa_w1", 2)[1] // 5,  # w, k, v, r, g
-            lora_decay=_shape(state_dict, ".att.time_decay_w1", 2)[1],
+            head_size=_matrix(state_dict, ".att.time_faaaa")[1],
+            lora_mix=_matrix(state_dict, ".att.time_maa_w1")[1] // 5,  # w, k, v, r, g
+            lora_decay=_matrix(state_dict, ".att.time_decay_w1")[1],
             **{"train_state": has_state, **options},
         )
-    if "att.time_mix_k" in names and "att.ln_x.weight" in names:
-        n_head, *columns = _squeezed(state_dict, ".att.time_decay")
+    if "att.ln_x.weight" in names:
+        decay = _first(state_dict, ".att.time_decay")  # [H, N], or [H] one number a head
+        heads = 1 if decay is None or not decay.dim() else max(1, decay.shape[0])
         return RWKV5(
             **sizes,
-            head_size=max(1, sizes["n_embd"] // max(1, n_head)),
+            head_size=max(1, sizes["n_embd"] // heads),
             gate="att.gate.weight" in names,
-            per_head=not columns,
+            per_head=decay is not None and decay.numel() == heads,
             log_bonus="att.time_faaaa" not in names,
             **{"train_state": has_state, **options},
         )
-    if "att.time_mix_k" in names:
-        if options:
-            raise ValueError(f"{', '.join(options)}: RWKV-4 has none")
-        return RWKV4(**sizes)
-    some = ", ".join(sorted(state_dict)[:3]) or "nothing"
-    raise ValueError(
-        "state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got neither blocks.0.att.time_mix_k "
-        f"nor blocks.0.att.time_maa_w1 (it has {some}, ...)"
-    )
+    if options:
+        raise ValueError(f"{', '.join(options)}: not for RWKV-4, which has neither")
+    return RWKV4(**sizes)
 
 
 def _layers(state_dict: Mapping[str, Tensor]) -> int:
@@ -81,22 +82,16 @@ def _layers(state_dict: Mapping[str, Tensor]) -> int:
     return 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
 
 
-def _squeezed(state_dict: Mapping[str, Tensor], suffix: str) -> tuple[int, ...]:
-    """The shape, without dimensions of size 1, of the first tensor so named, in whichever layer."""
-    name, x = next(((n, x) for n, x in state_dict.items() if n.endswith(suffix)), (suffix, None))
-    shape = () if x is None else tuple(n for n in x.shape if n != 1)
-    if not shape:
-        found = "none" if x is None else f"shape {tuple(x.shape)}"
-        raise ValueError(f"state_dict: expected a tensor {name}, which tells a size, got {found}")
-    return shape
-
-
-def _shape(state_dict: Mapping[str, Tensor], suffix: str, dim: int) -> tuple[int, ...]:
-    """The shape of the first tensor so named, which must be a matrix."""
-    name, x = next(((n, x) for n, x in state_dict.items() if n.endswith(suffix)), (suffix, None))
-    if x is None or x.dim() != dim:
+def _matrix(state_dict: Mapping[str, Tensor], suffix: str) -> tuple[int, int]:
+    """The shape of the first tensor so named, in whichever layer, which must be a matrix."""
+    x = _first(state_dict, suffix)
+    if x is None or x.dim() != 2:
         found = "none" if x is None else f"shape {tuple(x.shape)}"
         raise ValueError(
-            f"state_dict: expected a matrix as {name}, which tells a size, got {found}"
+            f"state_dict: expected a matrix as {suffix}, which tells a size, got {found}"
         )
-    return tuple(x.shape)
+    return x.shape[0], x.shape[1]
+
+
+def _first(state_dict: Mapping[str, Tensor], suffix: str) -> Tensor | None:
+    return next((x for name, x in state_dict.items() if name.endswith(suffix)), None)

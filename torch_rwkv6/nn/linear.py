@@ -29,4 +29,4 @@ class Linear(nn.Linear):
         ):
             return super().forward(x)
         rows = torch.ops.rwkv6.matvec.default(x.reshape(-1, x.shape[-1]), weight)
-        return rows.view(*x.shape[:-1], -1)
+        return rows.view(*x.shape[:-1], weight.shape[0])
