@@ -131,9 +131,9 @@ def read(path: StrPath) -> dict[str, Tensor]:
             content: Any = _safetensors().torch.load_file(path)
         else:
             content = _torch_load(path)
-    except (ImportError, OSError):
+    except (ImportError, PermissionError):
         raise
-    except Exception as error:  # whatever the unpickler, unzipper or parser met
+    except Exception as error:  # whatever the unpickler, unzipper or parser met, OSError included
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no checkpoint, or a truncated one: {reason}") from error
     if not isinstance(content, Mapping):
