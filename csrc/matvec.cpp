@@ -13,8 +13,7 @@ void matvec(const rwkv6_context* context, const DLTensor* x, const DLTensor* wei
   job.N = weight->shape[0];
   job.y = matrix("y", y, job.M, job.N, dtype);
   check_writable("y", y);
-  if (job.M && job.N)
-    run(Threads(context, job.M * job.N * job.K), job, kernels(dtype).matvec);
+  if (job.M && job.N) run(Threads(context, job.M * job.N * job.K), job, kernels(dtype).matvec);
 }
 
 }  // namespace

@@ -26,8 +26,7 @@ struct Wkv4Inputs {
     job.u = channel_vector("u", u, shape, dtype, DType::f32);
   }
 
-  void cut_and_run(const rwkv6_context* context,
-                   void (*kernel)(const Wkv4Job&, int64_t, int64_t)) {
+  void cut_and_run(const rwkv6_context* context, void (*kernel)(const Wkv4Job&, int64_t, int64_t)) {
     if (!shape.B || !shape.N) return;
     const Threads threads(context, shape.B * (shape.T + 1) * shape.N * kWorkOfStep);
     job.parts = threads.parts(shape.B, shape.N, kernels(dtype).columns);
@@ -35,8 +34,8 @@ struct Wkv4Inputs {
   }
 };
 
-void forward4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v,
-              const DLTensor* w, const DLTensor* u, const DLTensor* initial_state, DLTensor* y,
+void forward4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v, const DLTensor* w,
+              const DLTensor* u, const DLTensor* initial_state, DLTensor* y,
               DLTensor* final_state) {
   Wkv4Inputs in(k, v, w, u);
   if (initial_state)
@@ -48,8 +47,8 @@ void forward4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v
   in.cut_and_run(context, kernels(in.dtype).wkv4_forward);
 }
 
-void inplace4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v,
-              const DLTensor* w, const DLTensor* u, DLTensor* state, DLTensor* y) {
+void inplace4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v, const DLTensor* w,
+              const DLTensor* u, DLTensor* state, DLTensor* y) {
   Wkv4Inputs in(k, v, w, u);
   in.job.initial = in.job.final = channel_states("state", state, in.shape, in.acc);
   in.job.y = channel_tokens("y", y, in.shape, in.dtype);
@@ -124,7 +123,6 @@ const char* rwkv6_wkv4_backward(const rwkv6_context* context, const DLTensor* gr
 }
 
 const char* rwkv6_wkv4_inplace(const rwkv6_context* context, const DLTensor* k, const DLTensor* v,
-                               const DLTensor* w, const DLTensor* u, DLTensor* state,
-                               DLTensor* y) {
+                               const DLTensor* w, const DLTensor* u, DLTensor* state, DLTensor* y) {
   return rwkv6::message_of([&] { rwkv6::inplace4(context, k, v, w, u, state, y); });
 }

@@ -242,8 +242,8 @@ Tensor wkv4_(const Tensor& k,        // [B, T, D]
   return y;
 }
 
-Tensor matvec(const Tensor& x,         // [M, K]
-              const Tensor& weight) {  // [N, K]
+Tensor matvec(const Tensor& x,                              // [M, K]
+              const Tensor& weight) {                       // [N, K]
   const bool matrices = x.dim() == 2 && weight.dim() == 2;  // otherwise it is going to be refused
   const Tensor y = matrices ? empty({x.size(0), weight.size(0)}, dtype_of(x)) : empty_for(x);
   check(rwkv6_matvec(context(), View(x), View(weight), View::output(y)));

@@ -99,15 +99,16 @@ struct SumJob {
 };
 
 // One walk of RWKV-4's operator over [B, T, D], forward or back. Its channels are independent; its
-// work units are (batch row, part of the channels). A state is [B, 3, D]: a, b, p as rows ("heads").
+// work units are (batch row, part of the channels). A state is [B, 3, D]: a, b, p as rows
+// ("heads").
 struct Wkv4Job {
   int64_t B, T, D;
   int64_t parts;  // the D channels are cut into this many parts
   Tokens k, v;
-  Heads w, u;      // [D]
-  States initial;  // absent: nothing seen yet
-  Tokens y;        // forward
-  States final;    // forward; may be initial itself
+  Heads w, u;                       // [D]
+  States initial;                   // absent: nothing seen yet
+  Tokens y;                         // forward
+  States final;                     // forward; may be initial itself
   Tokens grad_y, grad_k, grad_v;    // backward, as the rest
   States grad_final, grad_initial;  // may be absent
   void *grad_w, *grad_u;            // [B, D] of the accumulator's dtype, per batch row

@@ -1,13 +1,13 @@
 // A weight times a few vectors, y = x weight^T: decoding's own work, bound by reading the weight.
 //
-// Several rows of the weight are read side by side, each a stream of its own with prefetches far
-// ahead: one stream alone leaves half of the memory's speed unused. Rows of x share what was read.
-// Every y is summed in one order, however rows are grouped and cut.
+// The rows of the weight are read as a few streams side by side, each from its first byte to its
+// last with prefetches far ahead, which also cross the ends of rows and of pages. Rows of x share
+// what was read. Every y is summed in one order, however rows are grouped and cut.
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int64_t kPrefetch = 1024;  // bytes ahead in every row
-constexpr int kStreams = 4;          // rows of the weight read side by side
-constexpr int kVectors = 4;          // rows of x at a time
+constexpr int64_t kPrefetch = 2048;  // bytes ahead in every stream
+constexpr int kStreams = 4;          // of rows of the weight
+constexpr int kVectors = 2;          // rows of x at a time
 
 // Two vectors of a row of the weight in the accumulator's dtype. What bf16 needs is cheapest for
 // the even and the odd elements apart, so x is laid out that way for it.
@@ -44,17 +44,18 @@ RWKV6_INLINE void matvec_step(const T* x, int64_t padded, const char* const (&w)
   }
 }
 
-// R rows of the weight times M rows of x, [M, padded]; the two vectors of a step are summed apart.
+// R rows of the weight, `distance` rows apart, times M rows of x, [M, padded]; the two vectors of a
+// step are summed apart.
 template <class T, DType D, int M, int R>
 RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, int64_t row,
-                              int64_t m) {
+                              int64_t distance, int64_t m) {
   typedef Vec<T> V;
   constexpr int64_t kStep = 2 * V::W;
   const int64_t whole = job.K / kStep * kStep, size = size_of(D);
   const char* w[R];
   V sum[M][R][2];
   RWKV6_UNROLLED (int r = 0; r < R; r++) {
-    w[r] = job.weight.row(row + r, 0, 0);
+    w[r] = job.weight.row(row + r * distance, 0, 0);
     RWKV6_UNROLLED (int a = 0; a < M; a++) sum[a][r][0] = sum[a][r][1] = V(T(0));
   }
   for (int64_t k = 0; k < whole; k += kStep) {
@@ -73,26 +74,29 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
   RWKV6_UNROLLED (int a = 0; a < M; a++) {
     RWKV6_UNROLLED (int r = 0; r < R; r++) {
       const T y = (sum[a][r][0] + sum[a][r][1]).sum();
-      store_row(&y, 1, job.y.dtype, job.y.row(m + a, 0, 0) + (row + r) * size_of(job.y.dtype));
+      char* const out = job.y.row(m + a, 0, 0) + (row + r * distance) * size_of(job.y.dtype);
+      store_row(&y, 1, job.y.dtype, out);
     }
   }
 }
 
-template <class T, DType D, int M>
-void matvec_rows(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last,
-                 int64_t m) {
-  for (; first + kStreams <= last; first += kStreams)
-    matvec_tile<T, D, M, kStreams>(job, x, padded, first, m);
-  for (; first < last; first++) matvec_tile<T, D, M, 1>(job, x, padded, first, m);
-}
-
-// All rows of x with the rows [first, last) of the weight, kVectors at a time.
-template <class T, DType D>
-void matvec_block(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
+// One tile with all rows of x, kVectors at a time: the tile stays in cache between them.
+template <class T, DType D, int R>
+void matvec_tiles(const MatvecJob& job, const T* x, int64_t padded, int64_t row, int64_t distance) {
   int64_t m = 0;
   for (; m + kVectors <= job.M; m += kVectors)
-    matvec_rows<T, D, kVectors>(job, x + m * padded, padded, first, last, m);
-  for (; m < job.M; m++) matvec_rows<T, D, 1>(job, x + m * padded, padded, first, last, m);
+    matvec_tile<T, D, kVectors, R>(job, x + m * padded, padded, row, distance, m);
+  for (; m < job.M; m++) matvec_tile<T, D, 1, R>(job, x + m * padded, padded, row, distance, m);
+}
+
+// All rows of x with the rows [first, last) of the weight.
+template <class T, DType D>
+void matvec_rows(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
+  const int64_t length = (last - first) / kStreams;
+  for (int64_t i = first; i < first + length; i++)
+    matvec_tiles<T, D, kStreams>(job, x, padded, i, length);
+  for (int64_t i = first + kStreams * length; i < last; i++)
+    matvec_tiles<T, D, 1>(job, x, padded, i, 0);
 }
 
 template <class T>
@@ -117,12 +121,12 @@ void matvec(const MatvecJob& job, int64_t begin, int64_t end) {
   const int64_t first = begin * kMatvecRows;
   const int64_t last = end * kMatvecRows < job.N ? end * kMatvecRows : job.N;
   if constexpr (sizeof(T) == 8) {
-    matvec_block<T, DType::f64>(job, x, padded, first, last);
+    matvec_rows<T, DType::f64>(job, x, padded, first, last);
   } else if (dtype == DType::bf16) {
-    matvec_block<T, DType::bf16>(job, x, padded, first, last);
+    matvec_rows<T, DType::bf16>(job, x, padded, first, last);
   } else if (dtype == DType::f16) {
-    matvec_block<T, DType::f16>(job, x, padded, first, last);
+    matvec_rows<T, DType::f16>(job, x, padded, first, last);
   } else {
-    matvec_block<T, DType::f32>(job, x, padded, first, last);
+    matvec_rows<T, DType::f32>(job, x, padded, first, last);
   }
 }

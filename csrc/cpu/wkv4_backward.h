@@ -17,8 +17,8 @@ struct AverageGrad {
   static RWKV6_INLINE V minus(V x, V y) { return V(x.x - y.x); }
 
   // Through Average::add; returns the gradient that p and decay share, and adds to k's and v's.
-  RWKV6_INLINE V add(const Average<T>& before, const Average<T>& after, V k, V v, V decay, V& grad_k,
-                     V& grad_v) {
+  RWKV6_INLINE V add(const Average<T>& before, const Average<T>& after, V k, V v, V decay,
+                     V& grad_k, V& grad_v) {
     const V kept = before.p + decay;
     const Factors<T> f(kept, k);
     const auto zero = V(T(0)).x;

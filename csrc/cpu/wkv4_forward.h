@@ -20,7 +20,8 @@ RWKV6_INLINE Vec<double> exp_of_negative(Vec<double> x) {
   return Vec<double>::load(lanes);
 }
 
-// The factors of two terms with exponents x and y, relative to the larger: e^(x - max), e^(y - max).
+// The factors of two terms with exponents x and y, relative to the larger: e^(x - max), e^(y -
+// max).
 template <class T>
 struct Factors {
   Vec<T> of_x, of_y;
