@@ -24,13 +24,13 @@ from typing import Any
 import lightning
 import matplotlib
 import torch
-from generate import generate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from text_data import TextData, bigram_bits, bytes_per_character, read_text, unigram_bits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from torch_rwkv6.models import generate_text, load_tokenizer
 from torch_rwkv6.nn import RWKV6, RWKVState
 
 matplotlib.use("Agg")  # no display needed
@@ -85,10 +85,10 @@ class LanguageModel(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
-        generator = torch.Generator().manual_seed(0)
-        text = bytes(generate(self.model, b"\n", 160, generator=generator))
+        settings = {"temperature": 0.8, "top_p": 0.9, "seed": 0}
+        pieces = generate_text(self.model, load_tokenizer("bytes"), "\n", 160, **settings)
         bits = float(self.trainer.callback_metrics["val_bits_per_char"])
-        sample = text.decode("utf-8", errors="replace").strip()
+        sample = "".join(pieces).strip()
         self.print(f"\nstep {self.global_step}: {bits:.3f} bits per character. Sample:\n{sample}\n")
 
     def configure_optimizers(self) -> dict[str, Any]:

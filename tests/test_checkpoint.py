@@ -91,19 +91,45 @@ def test_bfloat16_and_decoding_agree_with_float32(weights: dict[str, torch.Tenso
     assert (found - logits).square().mean().sqrt() < 0.05 * logits.square().mean().sqrt()
 
 
-def test_rwkv_cpp_checkpoint() -> None:
+@pytest.fixture
+def tiny() -> Path:
+    """The folder of trained checkpoints of RWKV/rwkv.cpp."""
     folder = os.environ.get("RWKV_TINY_CHECKPOINTS")
     if folder is None:
-        pytest.skip("RWKV_TINY_CHECKPOINTS names no folder with rwkv6-3m.pth")
-    weights = torch.load(Path(folder) / "rwkv6-3m.pth", weights_only=True)
-    expected = np.load(Path(folder) / "rwkv6-3m-expected-logits.npy")
+        pytest.skip("RWKV_TINY_CHECKPOINTS names no folder with rwkv6-3m.pth and others")
+    return Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "eps", "tolerance"),
+    [
+        ("rwkv4-660K", "4", None, 1e-5),
+        ("rwkv5.2-730K", "5.2", 1e-5, 1e-5),  # trained with another epsilon
+        # the weights are those of a quantised file, the logits those of the model before
+        ("rwkv6-3m", "6", None, 0.08),
+    ],
+)
+def test_checkpoints_of_rwkv_cpp(
+    name: str, version: str, eps: float | None, tolerance: float, tiny: Path
+) -> None:
+    expected = np.load(tiny / f"{name}-expected-logits.npy")
+    model = load(tiny / f"{name}.pth", ln_x_eps=eps)
+    assert model.version == version
+    tokens = torch.tensor([list(b'"in')])
+    with torch.no_grad():
+        logits = model(tokens)[0][0, -1].numpy()
+    assert np.abs(logits - expected).max() < tolerance
+    assert np.corrcoef(logits, expected)[0, 1] > 0.99999
+    found = model.forward_(tokens, model.initial_state(1))[0].numpy()
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
+    check_splits(model)
+
+
+def test_the_hard_decays_of_a_trained_rwkv_6(tiny: Path) -> None:
+    weights = torch.load(tiny / "rwkv6-3m.pth", weights_only=True)
     model = RWKV6(256, 12, 128, 8)
     model.load_state_dict(weights, strict=True)
     with torch.no_grad():
         logits = model(torch.tensor([list(b'"in')]))[0][0, -1].numpy()
-    # the weights are those of a quantised file, the logits those of the model before: 0.076 apart
-    assert np.abs(logits - expected).max() < 0.08
-    assert np.corrcoef(logits, expected)[0, 1] > 0.99999
     exact = numpy_rwkv6.logits({n: x.numpy() for n, x in weights.items()}, b'"in')[-1]
     np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-4)
-    check_splits(model)

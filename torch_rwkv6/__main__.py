@@ -1,8 +1,8 @@
 """The command line: text from a checkpoint, what it is, and other names or formats for it.
 
-    python -m torch_rwkv6 generate MODEL.pth --prompt "In the beginning" --tokenizer world
-    python -m torch_rwkv6 info MODEL.pth
-    python -m torch_rwkv6 convert MODEL.safetensors MODEL.pth
+python -m torch_rwkv6 generate MODEL.pth --prompt "In the beginning" --tokenizer world
+python -m torch_rwkv6 info MODEL.pth
+python -m torch_rwkv6 convert MODEL.safetensors MODEL.pth
 """
 
 from __future__ import annotations

@@ -160,11 +160,9 @@ def _rows(
     if not rows or any(row.dim() != 1 or not len(row) for row in rows):
         raise ValueError("prompt: expected at least one sequence of at least one token")
     for row in rows:
-        low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= vocab_size:
-            raise IndexError(
-                f"prompt: expected tokens from 0 to {vocab_size - 1}, got {low if low < 0 else high}"
-            )
+        for token in (int(row.min()), int(row.max())):
+            if not 0 <= token < vocab_size:
+                raise IndexError(f"prompt: expected tokens from 0 to {vocab_size - 1}, got {token}")
     return rows
 
 

@@ -85,4 +85,6 @@ def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = x.T
         else:
             tensors[name] = x
-    return {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+    return {
+        name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()
+    }

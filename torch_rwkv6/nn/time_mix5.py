@@ -65,7 +65,7 @@ class TimeMix5(MultiHeadTimeMix):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the official initial values (those of 5.2, of every head's middle where per head)."""
+        """Sets the official initial values: those of 5.2, averaged over a head where per head."""
         super().reset_parameters()
         depth, height = position(self.layer_id, self.n_layer)
         channel, _, _ = channels(self.n_head * self.head_size, self.time_decay.device)
@@ -100,9 +100,7 @@ class TimeMix5(MultiHeadTimeMix):
             at_least_f32 = torch.promote_types(decay.dtype, torch.float32)
             bonus = torch.exp(self.time_first.to(at_least_f32))
         if self.per_head:
-            decay, bonus = (
-                p.unsqueeze(1).expand(heads[2:]).contiguous() for p in (decay, bonus)
-            )
+            decay, bonus = (p.unsqueeze(1).expand(heads[2:]).contiguous() for p in (decay, bonus))
         return (
             self.receptance(xr).view(heads),
             self.key(xk).view(heads),

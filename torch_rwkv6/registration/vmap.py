@@ -1,8 +1,8 @@
 """Batching rules for torch.vmap: the mapped dimension is folded into the heads.
 
 Heads (the channels of RWKV-4) are independent and every float tensor has them, u as well, so one
-rule serves any mixture of mapped and shared tensors. Only a mapped state_map or cu_seqlens, which say something about all
-heads at once, are taken one slice after the other.
+rule serves any mixture of mapped and shared tensors. Only a mapped state_map or cu_seqlens, which
+say something about all heads at once, are taken one slice after the other.
 """
 
 from __future__ import annotations
