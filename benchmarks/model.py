@@ -22,11 +22,11 @@ def peer(path: Path) -> Any:
     """The package rwkv as it comes, TorchScript on; None where it is not installed."""
     os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}  # read when it is imported
     try:
-        from rwkv.model import RWKV as Peer
+        import rwkv.model
     except ImportError:
         print("rwkv is not installed (pip install torch_rwkv6[text]): timed without it")
         return None
-    return Peer(str(path), "cpu fp32", verbose=False)
+    return rwkv.model.RWKV(str(path), "cpu fp32", verbose=False)
 
 
 def random_weights() -> RWKV6:

@@ -181,7 +181,7 @@ def test_a_truncated_file(suffix: str, share: float, tmp_path: Path) -> None:
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         load(tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match="no .*safetensors.* in the folder"):
+    with pytest.raises(FileNotFoundError, match=r"no .*safetensors.* in the folder"):
         load(tmp_path)
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no tensors by name, but list"):

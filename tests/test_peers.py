@@ -1,4 +1,4 @@
-"""Other implementations on the same random weights: the package rwkv, and transformers for RWKV-4."""
+"""Other implementations on the same random weights: rwkv, and transformers for RWKV-4."""
 
 from __future__ import annotations
 
