@@ -307,6 +307,13 @@ def test_compiles_as_one_graph() -> None:
         assert_states_close(compiled_state, state, rtol=1e-4, atol=1e-4)
 
 
+def test_vmap_over_a_model_that_decodes() -> None:
+    model, tokens = random_model("6"), random_tokens(3, 1)
+    with torch.no_grad():
+        found = torch.vmap(lambda t: model(t[None])[0][0])(tokens)
+        torch.testing.assert_close(found, model(tokens)[0])
+
+
 def test_in_place_calls_that_do_not_fit() -> None:
     model, tokens = random_model("6"), random_tokens(2, 3)
     with pytest.raises(TypeError, match="state: expected an RWKVState to update"):

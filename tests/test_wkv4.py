@@ -210,6 +210,12 @@ def test_matvec(dtype: torch.dtype, sizes: tuple[int, int, int], two_threads: No
     assert torch.equal(torch.ops.rwkv6.matvec(large[:1], weight[5:6]), found[:1, 5:6])
 
 
+def test_matvec_has_derivatives() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(torch.ops.rwkv6.matvec, (x, weight), check_forward_ad=True)
+
+
 def test_matvec_errors() -> None:
     matvec = torch.ops.rwkv6.matvec
     with pytest.raises(RuntimeError, match=r"weight: expected shape \[-1, 4\]"):

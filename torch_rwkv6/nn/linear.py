@@ -26,6 +26,7 @@ class Linear(nn.Linear):
             or x.dtype != weight.dtype
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
         ):
             return super().forward(x)
         rows = torch.ops.rwkv6.matvec.default(x.reshape(-1, x.shape[-1]), weight)

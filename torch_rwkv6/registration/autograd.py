@@ -23,6 +23,7 @@ _wkv_ = torch.ops.rwkv6.wkv_.default
 _wkv4 = torch.ops.rwkv6.wkv4.default
 _wkv4_backward = torch.ops.rwkv6.wkv4_backward.default
 _wkv4_ = torch.ops.rwkv6.wkv4_.default
+_matvec = torch.ops.rwkv6.matvec.default
 
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -224,6 +225,17 @@ def wkv4_(
         return _wkv4_(*inputs)
 
 
+def matvec(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+) -> Tensor:  # [M, N]
+    inputs = (x, weight)
+    if _needs_reference(inputs) or _needs_grad(inputs):
+        return fallback.matvec(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _matvec(*inputs)
+
+
 def _bump_version(op: Any, state_index: int) -> Any:
     def kernel(keyset: Any, *args: Tensor | None) -> Tensor:
         below = keyset & torch._C._after_ADInplaceOrView_keyset
@@ -235,7 +247,7 @@ def _bump_version(op: Any, state_index: int) -> Any:
     return kernel
 
 
-for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_):
+for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
     library.impl(_function.__name__, _function, "Autograd")
 for _op, _state_index in ((_wkv_, 5), (_wkv4_, 4)):
     _name = _op._opname
