@@ -45,7 +45,7 @@ def model_of(state_dict: Mapping[str, Tensor], **options: Any) -> RWKV:
             "state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got neither "
             f"blocks.0.att.time_mix_k nor blocks.0.att.time_maa_w1 (it has {some}, ...)"
         )
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": _matrix(state_dict, "emb.weight")[0],
         "n_embd": _matrix(state_dict, "emb.weight")[1],
         "n_layer": _layers(state_dict),

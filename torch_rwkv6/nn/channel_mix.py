@@ -28,6 +28,8 @@ class ChannelMix(nn.Module):
         ValueError: a size below 1, or layer_id not below n_layer.
     """
 
+    time_maa_k: Tensor  # [1, 1, D]
+    time_maa_r: Tensor  # [1, 1, D]
     mixes = ("time_maa_k", "time_maa_r")  # how much of the previous token k and r see
 
     def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
@@ -101,6 +103,8 @@ class ChannelMix5(ChannelMix):
         ValueError: as for `ChannelMix`.
     """
 
+    time_mix_k: Tensor  # [1, 1, D]
+    time_mix_r: Tensor  # [1, 1, D]
     mixes = ("time_mix_k", "time_mix_r")
 
     def _initial_mixes(self) -> tuple[Tensor, Tensor]:  # [D], [D]

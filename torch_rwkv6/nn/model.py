@@ -28,6 +28,8 @@ class Block(nn.Module):
         first: whether this is the first layer, which has ln0.
     """
 
+    att: Any  # a time mixing, with forward_, initial_state and state_shape
+
     def __init__(self, att: nn.Module, ffn: nn.Module, n_embd: int, first: bool) -> None:
         super().__init__()
         self.ln0 = nn.LayerNorm(n_embd) if first else None
@@ -87,6 +89,7 @@ class RWKV(nn.Module):
     """
 
     version: str
+    blocks: Any  # an nn.ModuleList of Block
 
     def __init__(
         self,

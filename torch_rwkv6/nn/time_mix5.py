@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class TimeMix5(MultiHeadTimeMix):
             train_state=train_state,
         )
         self.per_head = per_head
-        self.mixes = ("time_mix_k", "time_mix_v", "time_mix_r")
+        self.mixes: tuple[str, ...] = ("time_mix_k", "time_mix_v", "time_mix_r")
         self.mixes += ("time_mix_g",) if gate else ()
         for name in self.mixes:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, n_embd)))
@@ -95,7 +97,8 @@ class TimeMix5(MultiHeadTimeMix):
         before = x + xx
         xk, xv, xr, *xg = (torch.lerp(before, x, self.get_parameter(n)) for n in self.mixes)
 
-        decay, bonus = self.time_decay, self.time_faaaa
+        decay: Any = self.time_decay  # [H, N] or [H], as the bonus
+        bonus: Any = self.time_faaaa
         if self.time_first is not None:
             at_least_f32 = torch.promote_types(decay.dtype, torch.float32)
             bonus = torch.exp(self.time_first.to(at_least_f32))

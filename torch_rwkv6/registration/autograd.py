@@ -237,7 +237,7 @@ def matvec(
 
 
 def _bump_version(op: Any, state_index: int) -> Any:
-    def kernel(keyset: Any, *args: Tensor | None) -> Tensor:
+    def kernel(keyset: Any, *args: Any) -> Tensor:
         below = keyset & torch._C._after_ADInplaceOrView_keyset
         y = op.redispatch(below, *args)
         # lets autograd notice that a tensor saved for a backward pass was overwritten since
