@@ -50,7 +50,7 @@ bench-readme: .venv/built bench-rivals
 
 # The kernels and the binding under AddressSanitizer and UBSan, run by the tests that reach them.
 SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inplace.py \
-	tests/test_errors.py tests/test_fuzz.py tests/test_kernel_library.py
+	tests/test_errors.py tests/test_fuzz.py tests/test_kernel_library.py tests/test_wkv4.py
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r torch_rwkv6 keras_adapter tests csrc setup.py pyproject.toml README.md LICENSE build/sanitize

@@ -132,6 +132,33 @@ States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DT
   return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 
+Shape check_channels(const char* name, const DLTensor* x) {
+  const DType dtype = dtype_of(name, x);
+  check_float(name, x, {-1, -1, -1}, dtype, dtype);
+  return {x->shape[0], x->shape[1], 1, x->shape[2]};
+}
+
+Tokens channel_tokens(const char* name, const DLTensor* x, Shape shape, DType dtype) {
+  check_float(name, x, {shape.B, shape.T, shape.N}, dtype, dtype);
+  return {data(x), dtype, stride(x, 0), stride(x, 1), 0};
+}
+
+Heads channel_vector(const char* name, const DLTensor* x, Shape shape, DType dtype,
+                     DType or_dtype) {
+  const DType found = check_float(name, x, {shape.N}, dtype, or_dtype);
+  return {data(x), found, 0};
+}
+
+States channel_states(const char* name, const DLTensor* x, Shape shape, DType dtype) {
+  check_float(name, x, {shape.B, 3, shape.N}, dtype, dtype);
+  return {data(x), dtype, stride(x, 0), stride(x, 1), 0};
+}
+
+Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype) {
+  check_float(name, x, {rows, columns}, dtype, dtype);
+  return {data(x), dtype, stride(x, 0), 0, 0};
+}
+
 void check_writable(const char* name, const DLTensor* x) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride either way, size)
   for (int i = 0; i < x->ndim; i++) {

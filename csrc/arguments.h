@@ -30,6 +30,17 @@ Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DTy
 // A [H, N] tensor.
 Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
 
+// The shape [B, T, H = 1, N = D] of a [B, T, D] tensor of a float dtype, of any width D.
+Shape check_channels(const char* name, const DLTensor* x);
+
+// A [B, T, D] tensor, a [D] vector and a [B, 3, D] state of such a shape.
+Tokens channel_tokens(const char* name, const DLTensor* x, Shape shape, DType dtype);
+Heads channel_vector(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
+States channel_states(const char* name, const DLTensor* x, Shape shape, DType dtype);
+
+// A [rows, columns] matrix, as one token of each of `rows` batch rows; -1 takes any number.
+Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype);
+
 // A [rows, H, N, N] tensor; rows = -1 takes any number.
 States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DType dtype,
               DType or_dtype);

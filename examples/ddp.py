@@ -22,13 +22,13 @@ from text_model import TextModel, loss_of, trainer, training_parser
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torch_rwkv6.nn import RWKV6, RWKV6State
+from torch_rwkv6.nn import RWKV6, RWKVState
 
 
 class LaneModel(TextModel):
     """Reads on in the lanes of this process, of a batch with those of all processes."""
 
-    state: RWKV6State | None = None
+    state: RWKVState | None = None
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         rank, processes = self.trainer.global_rank, self.trainer.world_size

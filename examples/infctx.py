@@ -24,18 +24,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from torch_rwkv6.nn import RWKV6, RWKV6State
+from torch_rwkv6.nn import RWKV6, RWKVState
 
 
 def backward_in_chunks(
     model: RWKV6,
     tokens: Tensor,  # [B, T], a document a row
     targets: Tensor,  # [B, T]
-    state: RWKV6State | None,
+    state: RWKVState | None,
     chunk: int,
     window: int,
     backward=Tensor.backward,
-) -> tuple[Tensor, RWKV6State]:
+) -> tuple[Tensor, RWKVState]:
     """Adds the gradient of the document's mean loss; returns that loss and the last state."""
     pieces = list(zip(tokens.split(chunk, 1), targets.split(chunk, 1), strict=True))
     total = tokens.new_zeros((), dtype=torch.float32)
@@ -57,7 +57,7 @@ class InfctxModel(TextModel):
         super().__init__(model, lr, steps)
         self.automatic_optimization = False  # the backward pass is run window by window
         self.chunk, self.window = chunk, window
-        self.state: RWKV6State | None = None
+        self.state: RWKVState | None = None
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         optimizer, schedule = self.optimizers(), self.lr_schedulers()

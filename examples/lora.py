@@ -16,6 +16,7 @@ import torch
 from cli import run
 from text_model import bits_per_byte, finetune, finetuning_parser, read_inputs
 
+from torch_rwkv6.models import load
 from torch_rwkv6.nn import RWKV6
 
 # of the time mixing, and of the channel mixing, which has key, value and receptance too
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     from peft import LoraConfig, get_peft_model  # seconds, as it imports transformers
 
     weights, train_text, test_text = read_inputs(args)
-    base = RWKV6.from_state_dict(weights)
+    base = load(weights)
     config = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=list(LAYERS))
     model = get_peft_model(base, config)
 

@@ -17,7 +17,8 @@ from cli import run
 from text_model import bits_per_byte, finetune, finetuning_parser, read_inputs
 from torch import Tensor
 
-from torch_rwkv6.nn import RWKV6, RWKV6State
+from torch_rwkv6.models import load
+from torch_rwkv6.nn import RWKV6, RWKVState
 
 
 @torch.inference_mode()
@@ -25,7 +26,7 @@ def bits_with_prompt(model: RWKV6, prompt: bytes, text: bytes, length: int) -> f
     """As `bits_per_byte`, every piece read after the same prompt."""
     _, state = model(torch.tensor([list(prompt)]))
 
-    def read(tokens: Tensor, _: None) -> tuple[Tensor, RWKV6State]:
+    def read(tokens: Tensor, _: None) -> tuple[Tensor, RWKVState]:
         return model(tokens, state.select([0] * len(tokens)))
 
     return bits_per_byte(read, text, length)
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = finetuning_parser(__doc__, lr=1.0, out="state.pth")
     args = parser.parse_args(argv)
     weights, train_text, test_text = read_inputs(args)
-    model = RWKV6.from_state_dict(weights, train_state=True)
+    model = load(weights, train_state=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".att.time_state"))
 

@@ -25,14 +25,14 @@ import lightning
 import matplotlib
 import torch
 from corpus import read_text
-from generate import generate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torch_rwkv6.nn import RWKV6, RWKV6State
+from torch_rwkv6.models import generate_text, load_tokenizer
+from torch_rwkv6.nn import RWKV6, RWKVState
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
@@ -60,8 +60,8 @@ class LanguageModel(lightning.LightningModule):
         self.model = RWKV6(
             256, n_layer, n_embd, head_size, lora_mix=lora_mix, lora_decay=lora_decay
         )
-        self.train_state: RWKV6State | None = None
-        self.val_state: RWKV6State | None = None
+        self.train_state: RWKVState | None = None
+        self.val_state: RWKVState | None = None
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         tokens, targets = batch  # [B, T], [B, T]
@@ -86,10 +86,10 @@ class LanguageModel(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
-        generator = torch.Generator().manual_seed(0)
-        text = bytes(generate(self.model, b"\n", 160, generator=generator))
+        settings = {"temperature": 0.8, "top_p": 0.9, "seed": 0}
+        pieces = generate_text(self.model, load_tokenizer("bytes"), "\n", 160, **settings)
         bits = float(self.trainer.callback_metrics["val_bits_per_char"])
-        sample = text.decode("utf-8", errors="replace").strip()
+        sample = "".join(pieces).strip()
         self.print(f"\nstep {self.global_step}: {bits:.3f} bits per character. Sample:\n{sample}\n")
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class LanguageModel(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["train_state"]
-        self.train_state = None if state is None else RWKV6State(*state)
+        self.train_state = None if state is None else RWKVState(*state)
 
     def on_train_start(self) -> None:
         if self.train_state is not None:  # resumed: the checkpoint was read onto the CPU

@@ -23,6 +23,7 @@ import state_tuning  # noqa: E402
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 
+from torch_rwkv6.models import load
 from torch_rwkv6.nn import RWKV6  # noqa: E402
 
 
@@ -58,7 +59,7 @@ def test_state_tuning_trains_states_alone(
         f"blocks.{i}.att.time_state": (2, 32, 32) for i in range(2)
     }
     # the file says all: checkpoint and states together give the figure again
-    model = RWKV6.from_state_dict(checkpoint() | states)
+    model = load(checkpoint() | states)
     test_text = text.read_bytes()[-len(text.read_bytes()) // 10 :]
     assert text_model.bits_per_byte(model, test_text, 16) == pytest.approx(after, abs=0.01)
 
@@ -86,7 +87,7 @@ def test_lora_trains_and_merges(
 
 class TestInfctx:
     def gradient(self, window: int, chunk: int = 16) -> tuple[torch.Tensor, float]:
-        model = RWKV6.from_state_dict(checkpoint())
+        model = load(checkpoint())
         tokens = torch.randint(97, 123, (2, 65))
         loss, _ = infctx.backward_in_chunks(
             model, tokens[:, :-1], tokens[:, 1:], None, chunk, window

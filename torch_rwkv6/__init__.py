@@ -4,8 +4,21 @@ from torch_rwkv6 import _library
 
 has_kernels: bool = _library.load()  # before registration, which builds on what it finds
 
-from torch_rwkv6 import nn, reference, registration  # noqa: E402, F401
-from torch_rwkv6.ops import wkv, wkv_  # noqa: E402
+from torch_rwkv6 import reference, registration  # noqa: E402, F401, I001
+from torch_rwkv6.ops import wkv, wkv4, wkv4_, wkv_  # noqa: E402
+from torch_rwkv6 import models, nn  # noqa: E402
+from torch_rwkv6.models import generate  # noqa: E402
 from torch_rwkv6.version import __version__  # noqa: E402
 
-__all__ = ["__version__", "has_kernels", "nn", "reference", "wkv", "wkv_"]
+__all__ = [
+    "__version__",
+    "generate",
+    "has_kernels",
+    "models",
+    "nn",
+    "reference",
+    "wkv",
+    "wkv4",
+    "wkv4_",
+    "wkv_",
+]

@@ -58,16 +58,7 @@ def check_wkv_(
             f"state: expected one row per sequence ({sequences}) or a state_map that names the "
             f"rows, got {state.shape[0]} rows"
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(state.shape, state.stride())):
-        raise ValueError(
-            "state: it is updated in place, but it is an expanded view whose elements share memory "
-            f"(shape {tuple(state.shape)}, strides {tuple(state.stride())})"
-        )
-    if state.shape[3] > 1 and state.stride(3) != 1:
-        raise ValueError(
-            "state: it is updated in place and its last dimension must be contiguous (stride 1), "
-            f"got strides {tuple(state.stride())}"
-        )
+    _check_in_place(state)
 
 
 def check_wkv_backward(
@@ -90,6 +81,60 @@ def check_wkv_backward(
         shape = (sequences, r.shape[2], r.shape[3], r.shape[3])
         names = "[sequences, H, N, N]"
         _check_tensor("grad_final_state", grad_final_state, shape, names, (state_dtype(r),), r)
+
+
+def check_wkv4(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    state: Tensor | None = None,  # [B, 3, D]
+    name: str = "initial_state",
+) -> None:
+    """Raises TypeError or ValueError; `name` is what the caller knows the state as."""
+    _check_float("k", k)
+    if k.dim() != 3:
+        raise ValueError(f"k: expected 3 dimensions [B, T, D], got shape {tuple(k.shape)}")
+    own_or_f32 = (k.dtype, torch.float32)
+    _check_tensor("v", v, k.shape, "the shape of k", (k.dtype,), k, "k")
+    _check_tensor("w", w, (k.shape[2],), "[D]", own_or_f32, k, "k")
+    _check_tensor("u", u, (k.shape[2],), "[D]", own_or_f32, k, "k")
+    if state is not None:
+        shape = (k.shape[0], 3, k.shape[2])
+        _check_tensor(name, state, shape, "[B, 3, D]", (state_dtype(k),), k, "k")
+        if name == "state":
+            _check_in_place(state)
+
+
+def check_wkv4_backward(
+    grad_y: Tensor | None,  # [B, T, D]
+    grad_final_state: Tensor | None,  # [B, 3, D]
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None = None,  # [B, 3, D]
+) -> None:
+    """Raises TypeError or ValueError."""
+    check_wkv4(k, v, w, u, initial_state)
+    if grad_y is not None:
+        _check_tensor("grad_y", grad_y, k.shape, "the shape of k", (k.dtype,), k, "k")
+    if grad_final_state is not None:
+        shape = (k.shape[0], 3, k.shape[2])
+        dtypes = (state_dtype(k),)
+        _check_tensor("grad_final_state", grad_final_state, shape, "[B, 3, D]", dtypes, k, "k")
+
+
+def check_matvec(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+) -> None:
+    """Raises TypeError or ValueError."""
+    _check_float("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected 2 dimensions [M, K], got shape {tuple(x.shape)}")
+    shape = (weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else -1, x.shape[1])
+    _check_tensor("weight", weight, shape, "[N, K]", (x.dtype,), x, "x")
 
 
 def check_values(
@@ -141,15 +186,32 @@ def state_dtype(r: Tensor) -> torch.dtype:
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
 
+def _check_float(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected {_names(FLOAT_DTYPES)}, got {x.dtype}")
+
+
+def _check_in_place(state: Tensor) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(state.shape, state.stride())):
+        raise ValueError(
+            "state: it is updated in place, but it is an expanded view whose elements share memory "
+            f"(shape {tuple(state.shape)}, strides {tuple(state.stride())})"
+        )
+    if state.shape[-1] > 1 and state.stride(-1) != 1:
+        raise ValueError(
+            "state: it is updated in place and its last dimension must be contiguous (stride 1), "
+            f"got strides {tuple(state.stride())}"
+        )
+
+
 def _check_inputs(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None
 ) -> int:
-    if not isinstance(r, Tensor):
-        raise TypeError(f"r: expected a torch.Tensor, got {type(r).__name__}")
-    if r.layout != torch.strided:
-        raise TypeError(f"r: expected a dense tensor, got layout {r.layout}")
-    if r.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"r: expected {_names(FLOAT_DTYPES)}, got {r.dtype}")
+    _check_float("r", r)
     if r.dim() != 4:
         raise ValueError(
             f"r: expected 4 dimensions [B, T, H, N] (view [B, T, C] as [B, T, C // N, N] first), "
@@ -211,19 +273,22 @@ def _check_tensor(
     shape_name: str,
     dtypes: tuple[torch.dtype, ...],
     r: Tensor,
+    r_name: str = "r",
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
     if x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {_names(dtypes)} beside r of {r.dtype}, got {x.dtype}")
+        raise TypeError(
+            f"{name}: expected {_names(dtypes)} beside {r_name} of {r.dtype}, got {x.dtype}"
+        )
     if x.shape != shape:
         raise ValueError(
             f"{name}: expected {shape_name} = {tuple(shape)}, got shape {tuple(x.shape)}"
         )
     if x.device != r.device:
-        raise ValueError(f"{name}: expected device {r.device} like r, got {x.device}")
+        raise ValueError(f"{name}: expected device {r.device} like {r_name}, got {x.device}")
 
 
 def _check_index(name: str, x: Tensor, r: Tensor) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv_
+from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv_
 from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
-__all__ = ["wkv", "wkv_"]
+__all__ = ["wkv", "wkv4", "wkv4_", "wkv_"]
 
 
 def wkv(
@@ -100,6 +100,69 @@ def wkv_(
     if not _autocast_casts(r):
         check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
     return torch.ops.rwkv6.wkv_.default(r, k, v, w, u, state, state_map, cu_seqlens)
+
+
+def wkv4(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None = None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
+    r"""RWKV-4 time mixing over whole sequences, channel by channel. Differentiable.
+
+    For every batch row and channel the average of the values so far, weighted by e^k and faded by
+    e^-exp(w) a token::
+
+        y_t = (num + exp(u + k_t) * v_t) / (den + exp(u + k_t))
+        num = exp(-exp(w)) * num + exp(k_t) * v_t
+        den = exp(-exp(w)) * den + exp(k_t)
+
+    (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv:2305.13048,
+    section 3.) num and den are kept as a = num / e^p and b = den / e^p, where p is the largest
+    exponent so far: nothing overflows, whatever the keys are.
+
+    Args:
+        k: key, [B, T, D]; float64, float32, bfloat16 or float16. T may be 0.
+        v: value, as k.
+        w: decay before its two exponentials, [D]; k's dtype or float32 (an official
+            ``time_decay``).
+        u: what the current token's key gains, [D]; k's dtype or float32 (``time_first``).
+        initial_state: a, b and p after the tokens before, [B, 3, D], float32 (float64 for float64
+            inputs); None is the start: a = b = 0, p = -1e30.
+
+    Returns:
+        y, [B, T, D], in k's dtype, and final_state, [B, 3, D].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+    """
+    check_wkv4(k, v, w, u, initial_state)
+    return torch.ops.rwkv6.wkv4.default(k, v, w, u, initial_state)
+
+
+def wkv4_(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    state: Tensor,  # [B, 3, D]
+) -> Tensor:  # [B, T, D]
+    """As `wkv4`, but reads and updates ``state`` in place. For inference only: no derivative.
+
+    Args:
+        k, v, w, u: as for `wkv4`.
+        state: [B, 3, D], float32 (float64 for float64 inputs), with a contiguous last dimension.
+
+    Returns:
+        y, [B, T, D], in k's dtype.
+
+    Raises:
+        TypeError, ValueError: as for `wkv4`; state is then unchanged.
+        RuntimeError: a call that autograd would have to record; state is then unchanged.
+    """
+    check_wkv4(k, v, w, u, state, "state")
+    return torch.ops.rwkv6.wkv4_.default(k, v, w, u, state)
 
 
 def _autocast_casts(r: Tensor) -> bool:

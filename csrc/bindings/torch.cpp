@@ -99,10 +99,17 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
 Tensor empty_for(const Tensor& x) {
   const auto n = x.sizes();
   switch (n.size()) {
+    case 1: return empty({n[0]}, dtype_of(x));
     case 2: return empty({n[0], n[1]}, dtype_of(x));
+    case 3: return empty({n[0], n[1], n[2]}, dtype_of(x));
     case 4: return empty({n[0], n[1], n[2], n[3]}, dtype_of(x));
     default: return empty({0}, dtype_of(x));
   }
+}
+
+int32_t state_dtype(const Tensor& inputs) {
+  return inputs.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                    : aoti_torch_dtype_float32();
 }
 
 // [B or M, H, N, N]
@@ -112,9 +119,14 @@ Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
     return empty({0}, aoti_torch_dtype_float32());
   int64_t sequences = n[0];
   if (cu_seqlens) sequences = cu_seqlens->numel() ? cu_seqlens->numel() - 1 : 0;
-  return empty({sequences, n[2], n[3], n[3]}, r.scalar_type() == ScalarType::Double
-                                                  ? aoti_torch_dtype_float64()
-                                                  : aoti_torch_dtype_float32());
+  return empty({sequences, n[2], n[3], n[3]}, state_dtype(r));
+}
+
+// [B, 3, D]
+Tensor empty_channel_states(const Tensor& k) {
+  const auto n = k.sizes();
+  if (n.size() != 3) return empty({0}, state_dtype(k));  // the library is going to refuse k
+  return empty({n[0], 3, n[2]}, state_dtype(k));
 }
 
 // torch's own thread pool.
@@ -187,6 +199,57 @@ Tensor wkv_(const Tensor& r,                     // [B, T, H, N]
   return y;
 }
 
+std::tuple<Tensor, Tensor> wkv4(const Tensor& k,                        // [B, T, D]
+                                const Tensor& v,                        // [B, T, D]
+                                const Tensor& w,                        // [D]
+                                const Tensor& u,                        // [D]
+                                const OptionalTensor& initial_state) {  // [B, 3, D]
+  const Tensor y = empty_for(k), final_state = empty_channel_states(k);
+  check(rwkv6_wkv4_forward(context(), View(k), View(v), View(w), View(u), View(initial_state),
+                           View::output(y), View::output(final_state)));
+  return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
+    const OptionalTensor& grad_y,            // [B, T, D]
+    const OptionalTensor& grad_final_state,  // [B, 3, D]
+    const Tensor& k,                         // [B, T, D]
+    const Tensor& v,                         // [B, T, D]
+    const Tensor& w,                         // [D]
+    const Tensor& u,                         // [D]
+    const OptionalTensor& initial_state) {   // [B, 3, D]
+  const Tensor grad_k = empty_for(k), grad_v = empty_for(v), grad_w = empty_for(w),
+               grad_u = empty_for(u);
+  const Tensor grad_initial =
+      initial_state ? empty_for(*initial_state) : empty({0}, aoti_torch_dtype_float32());
+  View grad_initial_view;
+  if (initial_state) grad_initial_view = View::output(grad_initial);
+  check(rwkv6_wkv4_backward(context(), View(grad_y), View(grad_final_state), View(k), View(v),
+                            View(w), View(u), View(initial_state), View::output(grad_k),
+                            View::output(grad_v), View::output(grad_w), View::output(grad_u),
+                            grad_initial_view));
+  return {grad_k, grad_v, grad_w, grad_u, grad_initial};
+}
+
+Tensor wkv4_(const Tensor& k,        // [B, T, D]
+             const Tensor& v,        // [B, T, D]
+             const Tensor& w,        // [D]
+             const Tensor& u,        // [D]
+             const Tensor& state) {  // [B, 3, D], updated in place
+  const Tensor y = empty_for(k);
+  check(rwkv6_wkv4_inplace(context(), View(k), View(v), View(w), View(u), View::output(state),
+                           View::output(y)));
+  return y;
+}
+
+Tensor matvec(const Tensor& x,                              // [M, K]
+              const Tensor& weight) {                       // [N, K]
+  const bool matrices = x.dim() == 2 && weight.dim() == 2;  // otherwise it is going to be refused
+  const Tensor y = matrices ? empty({x.size(0), weight.size(0)}, dtype_of(x)) : empty_for(x);
+  check(rwkv6_matvec(context(), View(x), View(weight), View::output(y)));
+  return y;
+}
+
 }  // namespace
 
 // torch_rwkv6/registration/schema.py holds the same schemas, for an installation without binary.
@@ -201,10 +264,22 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
   m.def(
       "wkv_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
       "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor");
+  m.def(
+      "wkv4(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None) -> "
+      "(Tensor y, Tensor final_state)");
+  m.def(
+      "wkv4_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor k, Tensor v, Tensor w, "
+      "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("wkv4_(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor");
+  m.def("matvec(Tensor x, Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv", TORCH_BOX(&wkv));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
   m.impl("wkv_", TORCH_BOX(&wkv_));
+  m.impl("wkv4", TORCH_BOX(&wkv4));
+  m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
+  m.impl("wkv4_", TORCH_BOX(&wkv4_));
+  m.impl("matvec", TORCH_BOX(&matvec));
 }

@@ -101,6 +101,34 @@ struct SumJob {
   int64_t units() const { return S * H; }
 };
 
+// One walk of RWKV-4's operator over [B, T, D], forward or back. Its channels are independent; its
+// work units are (batch row, part of the channels). A state is [B, 3, D]: a, b, p as rows
+// ("heads").
+struct Wkv4Job {
+  int64_t B, T, D;
+  int64_t parts;  // the D channels are cut into this many parts
+  Tokens k, v;
+  Heads w, u;                       // [D]
+  States initial;                   // absent: nothing seen yet
+  Tokens y;                         // forward
+  States final;                     // forward; may be initial itself
+  Tokens grad_y, grad_k, grad_v;    // backward, as the rest
+  States grad_final, grad_initial;  // may be absent
+  void *grad_w, *grad_u;            // [B, D] of the accumulator's dtype, per batch row
+
+  int64_t units() const { return B * parts; }
+};
+
+// y = x weight^T for a few rows of x, where reading the weight is what takes the time. Its work
+// units are blocks of kMatvecRows rows of the weight.
+constexpr int64_t kMatvecRows = 32;
+struct MatvecJob {
+  int64_t M, N, K;
+  Tokens x, weight, y;  // [M, K], [N, K], [M, N], all of one dtype; rows are batch rows
+
+  int64_t units() const { return (N + kMatvecRows - 1) / kMatvecRows; }
+};
+
 // The kernels of one instruction set and one accumulator dtype; each computes the work units
 // [begin, end) and may throw std::bad_alloc.
 struct KernelsOf {
@@ -108,6 +136,9 @@ struct KernelsOf {
   void (*forward)(const ForwardJob&, int64_t begin, int64_t end);
   void (*backward)(const BackwardJob&, int64_t begin, int64_t end);
   void (*sum)(const SumJob&, int64_t begin, int64_t end);
+  void (*wkv4_forward)(const Wkv4Job&, int64_t begin, int64_t end);
+  void (*wkv4_backward)(const Wkv4Job&, int64_t begin, int64_t end);
+  void (*matvec)(const MatvecJob&, int64_t begin, int64_t end);
 };
 struct Kernels {
   const char* name;

@@ -208,17 +208,20 @@ RWKV6_INLINE void decay_lanes(const Vec<double> (&w)[C], Vec<double> (&rate)[C],
     }
 }
 
-// decay = exp(-exp(w)) of a row of n values, in whole vectors.
+// decay = exp(-exp(w)) and, where wanted, rate = exp(w) of a row of n values, in whole vectors.
 template <class T>
-RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay) {
+RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay, T* rate = nullptr) {
   typedef Vec<T> V;
   int64_t i = 0;
   const auto next = [&](auto count) {
     constexpr int Q = count;
-    V x[Q], rate[Q], d[Q];
+    V x[Q], e[Q], d[Q];
     RWKV6_UNROLLED (int q = 0; q < Q; q++) x[q] = V::load(w + i + q * V::W);
-    decay_lanes(x, rate, d);
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) d[q].store(decay + i + q * V::W);
+    decay_lanes(x, e, d);
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
+      d[q].store(decay + i + q * V::W);
+      if (rate) e[q].store(rate + i + q * V::W);
+    }
     i += Q * V::W;
   };
   while (i + 4 * V::W <= n) next(std::integral_constant<int, 4>());

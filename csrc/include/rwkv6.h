@@ -1,4 +1,4 @@
-// The kernel library's C interface: WKV6 over DLPack tensors.
+// The kernel library's C interface: WKV6, and RWKV-4's operator, over DLPack tensors.
 //
 // It knows no framework. torch, JAX, NumPy or C++ programs describe their own memory with DLTensor
 // and the library reads and writes it in place. Every function checks its arguments, computes and
@@ -83,6 +83,52 @@ RWKV6_API const char* rwkv6_wkv_inplace(
     const DLTensor* state_map,   // [B] or [M], or NULL (S is the number of sequences)
     const DLTensor* cu_seqlens,  // [M + 1] or NULL
     DLTensor* y);                // [B, T, H, N]
+
+// RWKV-4's operator: every channel's average of the values so far, weighted by e^key and faded by
+// e^-exp(w) a token; u is what the current token's key gains. D channels, of any number:
+//   y_t = (a e^p + e^(u + k_t) v_t) / (b e^p + e^(u + k_t))
+//   a e^p = e^(p - exp(w)) a + e^k_t v_t, b e^p = e^(p - exp(w)) b + e^k_t
+// where p is the larger exponent of the two, so that nothing overflows.
+RWKV6_API const char* rwkv6_wkv4_forward(
+    const rwkv6_context* context,
+    const DLTensor* k,              // [B, T, D], f64 f32 bf16 f16
+    const DLTensor* v,              // [B, T, D], as k
+    const DLTensor* w,              // [D], as k or f32
+    const DLTensor* u,              // [D], as k or f32
+    const DLTensor* initial_state,  // [B, 3, D] or NULL: a, b and p, f32 (f64 for f64)
+    DLTensor* y,                    // [B, T, D], as k
+    DLTensor* final_state);         // [B, 3, D], f32 (f64 for f64)
+
+RWKV6_API const char* rwkv6_wkv4_backward(
+    const rwkv6_context* context,
+    const DLTensor* grad_y,            // [B, T, D] or NULL (zeros), as k
+    const DLTensor* grad_final_state,  // [B, 3, D] or NULL (zeros), f32 (f64 for f64)
+    const DLTensor* k,                 // [B, T, D]
+    const DLTensor* v,                 // [B, T, D]
+    const DLTensor* w,                 // [D]
+    const DLTensor* u,                 // [D]
+    const DLTensor* initial_state,     // [B, 3, D] or NULL
+    DLTensor* grad_k,                  // [B, T, D], each gradient of its input's dtype
+    DLTensor* grad_v,                  // [B, T, D]
+    DLTensor* grad_w,                  // [D]
+    DLTensor* grad_u,                  // [D]
+    DLTensor* grad_initial_state);     // [B, 3, D] or NULL: not wanted
+
+// As forward, but reads and writes `state`.
+RWKV6_API const char* rwkv6_wkv4_inplace(const rwkv6_context* context,
+                                         const DLTensor* k,  // [B, T, D]
+                                         const DLTensor* v,  // [B, T, D]
+                                         const DLTensor* w,  // [D]
+                                         const DLTensor* u,  // [D]
+                                         DLTensor* state,    // [B, 3, D], f32 (f64 for f64)
+                                         DLTensor* y);       // [B, T, D]
+
+// y = x weight^T, for a few rows of x: at the speed that the weight can be read. 16-bit inputs are
+// summed in f32.
+RWKV6_API const char* rwkv6_matvec(const rwkv6_context* context,
+                                   const DLTensor* x,       // [M, K], f64 f32 bf16 f16
+                                   const DLTensor* weight,  // [N, K], as x
+                                   DLTensor* y);            // [M, N], as x
 
 // The instruction set the CPU kernels use in this process: "baseline", "avx2" or "avx512" on
 // x86-64, "neon" on AArch64, "baseline" elsewhere. The environment variable RWKV6_CPU_ISA forces

@@ -1,8 +1,26 @@
-"""The RWKV-6 ("Finch", x060) language model and its layers, under the official parameter names."""
+"""The RWKV language models and their layers, under the official parameter names."""
 
-from torch_rwkv6.nn.channel_mix import ChannelMix
-from torch_rwkv6.nn.model import RWKV6, Block, RWKV6State
+from torch_rwkv6.nn.channel_mix import ChannelMix, ChannelMix4, ChannelMix5
+from torch_rwkv6.nn.model import RWKV, Block
 from torch_rwkv6.nn.optim import parameter_groups
+from torch_rwkv6.nn.state import RWKVState
 from torch_rwkv6.nn.time_mix import TimeMix
+from torch_rwkv6.nn.time_mix4 import TimeMix4
+from torch_rwkv6.nn.time_mix5 import TimeMix5
+from torch_rwkv6.nn.versions import RWKV4, RWKV5, RWKV6
 
-__all__ = ["RWKV6", "Block", "ChannelMix", "RWKV6State", "TimeMix", "parameter_groups"]
+__all__ = [
+    "RWKV",
+    "RWKV4",
+    "RWKV5",
+    "RWKV6",
+    "Block",
+    "ChannelMix",
+    "ChannelMix4",
+    "ChannelMix5",
+    "RWKVState",
+    "TimeMix",
+    "TimeMix4",
+    "TimeMix5",
+    "parameter_groups",
+]

@@ -1,13 +1,15 @@
-"""Channel mixing: the feed-forward half of an RWKV-6 block."""
+"""Channel mixing: the feed-forward half of a block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.nn.initial_values import channels, position
+from torch_rwkv6.nn.linear import Linear
 from torch_rwkv6.nn.token_shift import token_shift
 
-__all__ = ["ChannelMix"]
+__all__ = ["ChannelMix", "ChannelMix4", "ChannelMix5"]
 
 
 class ChannelMix(nn.Module):
@@ -26,32 +28,46 @@ class ChannelMix(nn.Module):
         ValueError: a size below 1, or layer_id not below n_layer.
     """
 
+    time_maa_k: Tensor  # [1, 1, D]
+    time_maa_r: Tensor  # [1, 1, D]
+    mixes = ("time_maa_k", "time_maa_r")  # how much of the previous token k and r see
+
     def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
         super().__init__()
         n_ffn = int(3.5 * n_embd) // 32 * 32 if n_ffn is None else n_ffn
         if n_embd < 1 or n_ffn < 1:
             raise ValueError(f"n_embd, n_ffn: expected at least 1, got {n_embd} and {n_ffn}")
-        if not 0 <= layer_id < n_layer:
-            raise ValueError(f"layer_id: expected 0 to n_layer - 1 = {n_layer - 1}, got {layer_id}")
+        position(layer_id, n_layer)  # raises
         self.layer_id, self.n_layer = layer_id, n_layer
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, n_embd))
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, n_embd))
-        self.key = nn.Linear(n_embd, n_ffn, bias=False)
-        self.receptance = nn.Linear(n_embd, n_embd, bias=False)
-        self.value = nn.Linear(n_ffn, n_embd, bias=False)
+        for name in self.mixes:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, n_embd)))
+        self.key = Linear(n_embd, n_ffn)
+        self.receptance = Linear(n_embd, n_embd)
+        self.value = Linear(n_ffn, n_embd)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the official initial values."""
-        n_embd = self.receptance.in_features
-        channel = torch.arange(n_embd, device=self.time_maa_k.device) / n_embd  # [D], 0 to 1
-        maa = 1 - channel ** ((1 - self.layer_id / self.n_layer) ** 3)
-        self.time_maa_k.copy_(maa.expand_as(self.time_maa_k))
-        self.time_maa_r.copy_(maa.expand_as(self.time_maa_r))
-        nn.init.orthogonal_(self.key.weight)
+        for name, value in zip(self.mixes, self._initial_mixes(), strict=True):
+            parameter = self.get_parameter(name)
+            parameter.copy_(value.expand_as(parameter))
+        nn.init.orthogonal_(self.key.weight, self._key_gain())
         nn.init.zeros_(self.receptance.weight)
         nn.init.zeros_(self.value.weight)
+
+    def _initial_mixes(self) -> tuple[Tensor, Tensor]:  # [D], [D]
+        _, height = position(self.layer_id, self.n_layer)
+        channel, _, _ = channels(self.receptance.in_features, self.receptance.weight.device)
+        maa = 1 - channel ** (height**3)
+        return maa, maa
+
+    def _key_gain(self) -> float:
+        return 1.0
+
+    def _mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, D] each
+        """The inputs of k and r, from a token and the previous one minus it."""
+        return torch.addcmul(x, xx, self.time_maa_k), torch.addcmul(x, xx, self.time_maa_r)
 
     def forward(
         self,
@@ -69,6 +85,47 @@ class ChannelMix(nn.Module):
             next piece.
         """
         xx, shift = token_shift(x, shift)  # [B, T, D], [B, D]
-        k = torch.relu(self.key(x + xx * self.time_maa_k)).square()  # [B, T, F]
-        r = torch.sigmoid(self.receptance(x + xx * self.time_maa_r))  # [B, T, D]
-        return r * self.value(k), shift
+        xk, xr = self._mixed(x, xx)
+        k = torch.relu(self.key(xk)).square()  # [B, T, F]
+        return torch.sigmoid(self.receptance(xr)) * self.value(k), shift
+
+
+class ChannelMix5(ChannelMix):
+    """Channel mixing of RWKV-5: as `ChannelMix`, under the older names.
+
+    A mix is the share of this token here, where it is that of the previous one in RWKV-6. Names
+    and initial values of ``RWKV_ChannelMix`` in BlinkDL/RWKV-LM, RWKV-v5/src/model.py.
+
+    Args:
+        n_embd, layer_id, n_layer, n_ffn: as for `ChannelMix`.
+
+    Raises:
+        ValueError: as for `ChannelMix`.
+    """
+
+    time_mix_k: Tensor  # [1, 1, D]
+    time_mix_r: Tensor  # [1, 1, D]
+    mixes = ("time_mix_k", "time_mix_r")
+
+    def _initial_mixes(self) -> tuple[Tensor, Tensor]:  # [D], [D]
+        _, height = position(self.layer_id, self.n_layer)
+        channel, _, _ = channels(self.receptance.in_features, self.receptance.weight.device)
+        return channel**height, channel**height
+
+    def _mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, D] each
+        before = x + xx
+        return torch.lerp(before, x, self.time_mix_k), torch.lerp(before, x, self.time_mix_r)
+
+
+class ChannelMix4(ChannelMix5):
+    """Channel mixing of RWKV-4: that of RWKV-5, with a larger initial key and four times D for F.
+
+    Names and initial values of ``RWKV_ChannelMix`` in BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py.
+    """
+
+    def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
+        super().__init__(n_embd, layer_id, n_layer, 4 * n_embd if n_ffn is None else n_ffn)
+
+    def _key_gain(self) -> float:
+        n_ffn, n_embd = self.key.weight.shape
+        return max(1.0, float((n_ffn / n_embd) ** 0.5))

@@ -13,13 +13,17 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from torch_rwkv6 import reference
+from torch_rwkv6 import reference, reference4
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
 
 _wkv = torch.ops.rwkv6.wkv.default
 _wkv_backward = torch.ops.rwkv6.wkv_backward.default
 _wkv_ = torch.ops.rwkv6.wkv_.default
+_wkv4 = torch.ops.rwkv6.wkv4.default
+_wkv4_backward = torch.ops.rwkv6.wkv4_backward.default
+_wkv4_ = torch.ops.rwkv6.wkv4_.default
+_matvec = torch.ops.rwkv6.matvec.default
 
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -35,62 +39,87 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-class _WKV(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _wkv(*inputs)
+def _functions(op: Any, backward_op: Any, reference_backward: Any) -> tuple[Any, Any]:
+    """The autograd functions of an operator and of its backward operator.
 
-    @staticmethod
-    def backward(
-        ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if grad_y is None and grad_final_state is None:
-            return (None,) * 8
-        grads = _wkv_backward(grad_y, grad_final_state, *ctx.saved_tensors)
-        # r, k, v, w, u, initial_state, then the two index tensors
-        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), None, None
+    The operator's first inputs are those that backward_op returns gradients of, in this order.
+    """
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+            ctx.save_for_backward(*inputs)
+            ctx.set_materialize_grads(False)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*inputs)
+
+        @staticmethod
+        def backward(
+            ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
+            needed = ctx.needs_input_grad
+            if grad_y is None and grad_final_state is None:
+                return (None,) * len(needed)
+            grads = backward_op(grad_y, grad_final_state, *ctx.saved_tensors)
+            no_index = (None,) * (len(needed) - len(grads))  # state_map and cu_seqlens
+            return *(g if n else None for g, n in zip(grads, needed)), *no_index
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+            ctx.save_for_backward(*inputs)
+            ctx.set_materialize_grads(False)
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward_op(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors
+            needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
+            grads: list[Tensor | None] = [None] * len(saved)
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                # An alias of each input of its own, so that a path from one input to another in
+                # the caller's graph is not walked here as well.
+                inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
+                outputs = reference_backward(*inputs)
+                # some depend on nothing: the last without initial_state, most without any token
+                paths = [
+                    (out, g)
+                    for out, g in zip(outputs, grad_outputs)
+                    if g is not None and out.requires_grad
+                ]
+                if not paths:
+                    return tuple(grads)
+                found = torch.autograd.grad(
+                    [out for out, _ in paths],
+                    [inputs[i] for i in needed],
+                    [g for _, g in paths],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            for i, g in zip(needed, found, strict=True):
+                grads[i] = g
+            return tuple(grads)
+
+    return Forward, Backward
 
 
-class _WKVBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _wkv_backward(*inputs)
+_WKV, _WKVBackward = _functions(_wkv, _wkv_backward, reference.wkv_backward)
+_WKV4, _WKV4Backward = _functions(_wkv4, _wkv4_backward, reference4.wkv4_backward)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
-        grads: list[Tensor | None] = [None] * len(saved)
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # An alias of each input of its own, so that a path from one input to another in the
-            # caller's graph is not walked here as well.
-            inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
-            outputs = reference.wkv_backward(*inputs)
-            # some depend on nothing: the sixth without initial_state, most without any token
-            paths = [
-                (out, g)
-                for out, g in zip(outputs, grad_outputs)
-                if g is not None and out.requires_grad
-            ]
-            if not paths:
-                return tuple(grads)
-            found = torch.autograd.grad(
-                [out for out, _ in paths],
-                [inputs[i] for i in needed],
-                [g for _, g in paths],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        for i, g in zip(needed, found, strict=True):
-            grads[i] = g
-        return tuple(grads)
+
+def _refuse_derivatives(inputs: tuple[Tensor | None, ...], name: str) -> None:
+    if _needs_reference(inputs):
+        raise RuntimeError(
+            f"rwkv6::{name}_ overwrites its state and has no derivative: inside forward-mode AD "
+            f"and torch.func transforms other than vmap use rwkv6::{name}"
+        )
+    if _needs_grad(inputs):
+        raise RuntimeError(
+            f"rwkv6::{name}_ overwrites its state and has no derivative: call it under "
+            f"torch.no_grad() or torch.inference_mode(), or use rwkv6::{name}"
+        )
 
 
 def wkv(
@@ -144,38 +173,82 @@ def wkv_(
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> Tensor:  # [B, T, H, N]
     inputs = (r, k, v, w, u, state)
-    if _needs_reference(inputs):
-        raise RuntimeError(
-            "rwkv6::wkv_ overwrites its state and has no derivative: inside forward-mode AD and "
-            "torch.func transforms other than vmap use rwkv6::wkv"
-        )
-    if _needs_grad(inputs):
-        raise RuntimeError(
-            "rwkv6::wkv_ overwrites its state and has no derivative: call it under "
-            "torch.no_grad() or torch.inference_mode(), or use rwkv6::wkv"
-        )
+    _refuse_derivatives(inputs, "wkv")
     with torch._C._AutoDispatchBelowAutograd():
         return _wkv_(*inputs, state_map, cu_seqlens)
 
 
-def _bump_version(
-    keyset: Any,
-    r: Tensor,  # [B, T, H, N]
-    k: Tensor,  # [B, T, H, N]
-    v: Tensor,  # [B, T, H, N]
-    w: Tensor,  # [B, T, H, N]
-    u: Tensor,  # [H, N]
-    state: Tensor,  # [S, H, N, N]
-    state_map: Tensor | None = None,  # [B] or [M]
-    cu_seqlens: Tensor | None = None,  # [M + 1]
-) -> Tensor:  # [B, T, H, N]
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
-    y = _wkv_.redispatch(below, r, k, v, w, u, state, state_map, cu_seqlens)
-    # lets autograd notice that a tensor saved for a backward pass was overwritten since
-    torch.autograd.graph.increment_version(state)
-    return y
+def wkv4(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None = None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
+    inputs = (k, v, w, u, initial_state)
+    if _needs_reference(inputs):
+        return fallback.wkv4(*inputs)
+    if _needs_grad(inputs):
+        return _WKV4.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _wkv4(*inputs)
 
 
-for _function in (wkv, wkv_backward, wkv_):
+def wkv4_backward(
+    grad_y: Tensor | None,  # [B, T, D]
+    grad_final_state: Tensor | None,  # [B, 3, D]
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (grad_y, grad_final_state, k, v, w, u, initial_state)
+    if _needs_reference(inputs):
+        return fallback.wkv4_backward(*inputs)
+    if _needs_grad(inputs):
+        return _WKV4Backward.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _wkv4_backward(*inputs)
+
+
+def wkv4_(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    state: Tensor,  # [B, 3, D]
+) -> Tensor:  # [B, T, D]
+    inputs = (k, v, w, u, state)
+    _refuse_derivatives(inputs, "wkv4")
+    with torch._C._AutoDispatchBelowAutograd():
+        return _wkv4_(*inputs)
+
+
+def matvec(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+) -> Tensor:  # [M, N]
+    inputs = (x, weight)
+    if _needs_reference(inputs) or _needs_grad(inputs):
+        return fallback.matvec(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _matvec(*inputs)
+
+
+def _bump_version(op: Any, state_index: int) -> Any:
+    def kernel(keyset: Any, *args: Any) -> Tensor:
+        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        y = op.redispatch(below, *args)
+        # lets autograd notice that a tensor saved for a backward pass was overwritten since
+        torch.autograd.graph.increment_version(args[state_index])
+        return y
+
+    return kernel
+
+
+for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
     library.impl(_function.__name__, _function, "Autograd")
-library.impl("wkv_", _bump_version, "ADInplaceOrView", with_keyset=True)
+for _op, _state_index in ((_wkv_, 5), (_wkv4_, 4)):
+    _name = _op._opname
+    library.impl(_name, _bump_version(_op, _state_index), "ADInplaceOrView", with_keyset=True)

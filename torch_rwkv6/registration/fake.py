@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv_, check_wkv_backward, state_dtype
+from torch_rwkv6.checks import (
+    check_matvec,
+    check_wkv,
+    check_wkv4,
+    check_wkv4_backward,
+    check_wkv_,
+    check_wkv_backward,
+    state_dtype,
+)
 
 
 @torch.library.register_fake("rwkv6::wkv")
@@ -60,3 +68,54 @@ def wkv_(
 ) -> Tensor:  # [B, T, H, N]
     check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
     return r.new_empty(r.shape)
+
+
+@torch.library.register_fake("rwkv6::wkv4")
+def wkv4(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None = None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
+    check_wkv4(k, v, w, u, initial_state)
+    batch, _, width = k.shape
+    return k.new_empty(k.shape), k.new_empty((batch, 3, width), dtype=state_dtype(k))
+
+
+@torch.library.register_fake("rwkv6::wkv4_backward")
+def wkv4_backward(
+    grad_y: Tensor | None,  # [B, T, D]
+    grad_final_state: Tensor | None,  # [B, 3, D]
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_wkv4_backward(grad_y, grad_final_state, k, v, w, u, initial_state)
+    gk, gv, gw, gu = (x.new_empty(x.shape) for x in (k, v, w, u))
+    if initial_state is None:
+        return gk, gv, gw, gu, k.new_empty((0,), dtype=torch.float32)
+    return gk, gv, gw, gu, initial_state.new_empty(initial_state.shape)
+
+
+@torch.library.register_fake("rwkv6::wkv4_")
+def wkv4_(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    state: Tensor,  # [B, 3, D]
+) -> Tensor:  # [B, T, D]
+    check_wkv4(k, v, w, u, state, "state")
+    return k.new_empty(k.shape)
+
+
+@torch.library.register_fake("rwkv6::matvec")
+def matvec(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+) -> Tensor:  # [M, N]
+    check_matvec(x, weight)
+    return x.new_empty((x.shape[0], weight.shape[0]))

@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torch_rwkv6 import reference
-from torch_rwkv6.checks import check_values, check_wkv, check_wkv_, check_wkv_backward
+from torch_rwkv6 import reference, reference4
+from torch_rwkv6.checks import (
+    check_matvec,
+    check_values,
+    check_wkv,
+    check_wkv4,
+    check_wkv4_backward,
+    check_wkv_,
+    check_wkv_backward,
+)
 from torch_rwkv6.registration.schema import library
 
 
@@ -74,5 +82,50 @@ def wkv_(
     return y.masked_fill(padding[None, :, None, None], 0)
 
 
-for _function in (wkv, wkv_backward, wkv_):
+def wkv4(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None = None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
+    check_wkv4(k, v, w, u, initial_state)
+    return reference4.wkv4(k, v, w, u, initial_state)
+
+
+def wkv4_backward(
+    grad_y: Tensor | None,  # [B, T, D]
+    grad_final_state: Tensor | None,  # [B, 3, D]
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    initial_state: Tensor | None,  # [B, 3, D]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_wkv4_backward(grad_y, grad_final_state, k, v, w, u, initial_state)
+    return reference4.wkv4_backward(grad_y, grad_final_state, k, v, w, u, initial_state)
+
+
+def wkv4_(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    state: Tensor,  # [B, 3, D]
+) -> Tensor:  # [B, T, D]
+    check_wkv4(k, v, w, u, state, "state")
+    y, final_state = reference4.wkv4(k, v, w, u, state)
+    state.copy_(final_state)
+    return y
+
+
+def matvec(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+) -> Tensor:  # [M, N]
+    check_matvec(x, weight)
+    return x @ weight.T
+
+
+for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
     library.impl(_function.__name__, _function, "CompositeExplicitAutograd")

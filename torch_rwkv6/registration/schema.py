@@ -14,6 +14,12 @@ SCHEMAS = {
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "wkv_": "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
     "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor",
+    "wkv4": "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None) -> "
+    "(Tensor y, Tensor final_state)",
+    "wkv4_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor k, Tensor v, Tensor w, "
+    "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "wkv4_": "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor",
+    "matvec": "(Tensor x, Tensor weight) -> Tensor",
 }
 
 library = torch.library.Library("rwkv6", "FRAGMENT")

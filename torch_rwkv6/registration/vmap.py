@@ -1,8 +1,8 @@
 """Batching rules for torch.vmap: the mapped dimension is folded into the heads.
 
-Heads are independent and every float tensor has them, u as well, so one rule serves any mixture
-of mapped and shared tensors. Only a mapped state_map or cu_seqlens, which say something about all
-heads at once, are taken one slice after the other.
+Heads (the channels of RWKV-4) are independent and every float tensor has them, u as well, so one
+rule serves any mixture of mapped and shared tensors. Only a mapped state_map or cu_seqlens, which
+say something about all heads at once, are taken one slice after the other.
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ _HEADS = {
     "state_map": None,
     "cu_seqlens": None,
 }
-_WKV = tuple(_HEADS)[2:]
-_WKV_BACKWARD = tuple(_HEADS)
+_CHANNELS = {
+    "grad_y": 2,
+    "grad_final_state": 2,
+    "k": 2,
+    "v": 2,
+    "w": 0,
+    "u": 0,
+    "initial_state": 2,
+}
 
 
 def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | None:
@@ -64,20 +71,20 @@ def _slice(x: Tensor | None, dim: int | None, i: int) -> Tensor | None:
     return x if x is None or dim is None else x.select(dim, i)
 
 
-def _batched(op: Any, names: tuple[str, ...], out_heads: tuple[int, ...]) -> Any:
+def _batched(op: Any, in_heads: tuple[int | None, ...], out_heads: tuple[int, ...]) -> Any:
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size
         # defaults may be left out of the call
-        args = args + (None,) * (len(names) - len(args))
-        in_dims = tuple(in_dims) + (None,) * (len(names) - len(in_dims))
+        args = args + (None,) * (len(in_heads) - len(args))
+        in_dims = tuple(in_dims) + (None,) * (len(in_heads) - len(in_dims))
         if size == 0:
             outputs = _empty(op, args, in_dims)
             return outputs, (0,) * len(outputs)
         if any(
-            x is not None and dim is not None and _HEADS[n] is None
-            for n, x, dim in zip(names, args, in_dims, strict=True)
+            x is not None and dim is not None and heads is None
+            for heads, x, dim in zip(in_heads, args, in_dims, strict=True)
         ):
             slices = [
                 op(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
@@ -87,11 +94,11 @@ def _batched(op: Any, names: tuple[str, ...], out_heads: tuple[int, ...]) -> Any
             return outputs, (0,) * len(outputs)
         folded = [
             x if heads is None else _fold(x, dim, heads, size)
-            for heads, x, dim in zip(map(_HEADS.get, names), args, in_dims, strict=True)
+            for heads, x, dim in zip(in_heads, args, in_dims, strict=True)
         ]
         outputs = tuple(
-            # the sixth gradient is empty where there is no initial_state
-            _unfold(out, heads, size) if out.dim() > 1 else out.expand(size, 0)
+            # the last gradient is empty where there is no initial_state
+            _unfold(out, heads, size) if out.dim() > heads else out.expand(size, 0)
             for out, heads in zip(op(*folded), out_heads, strict=True)
         )
         return outputs, (0,) * len(outputs)
@@ -134,9 +141,14 @@ def _wkv_rule(
     return torch.stack(y), 0
 
 
-torch.library.register_vmap("rwkv6::wkv", _batched(torch.ops.rwkv6.wkv, _WKV, (2, 1)))
-torch.library.register_vmap(
-    "rwkv6::wkv_backward",
-    _batched(torch.ops.rwkv6.wkv_backward, _WKV_BACKWARD, (2, 2, 2, 2, 0, 1)),
-)
+_WKV_BACKWARD = tuple(_HEADS.values())
+_WKV4_BACKWARD = tuple(_CHANNELS.values())
+for _name, _in_heads, _out_heads in (
+    ("wkv", _WKV_BACKWARD[2:], (2, 1)),
+    ("wkv_backward", _WKV_BACKWARD, (2, 2, 2, 2, 0, 1)),
+    ("wkv4", _WKV4_BACKWARD[2:], (2, 2)),
+    ("wkv4_backward", _WKV4_BACKWARD, (2, 2, 0, 0, 2)),
+):
+    _op = getattr(torch.ops.rwkv6, _name)
+    torch.library.register_vmap(f"rwkv6::{_name}", _batched(_op, _in_heads, _out_heads))
 torch.library.register_vmap("rwkv6::wkv_", _wkv_rule)

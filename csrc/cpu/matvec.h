@@ -1,0 +1,134 @@
+// A weight times a few vectors, y = x weight^T: decoding's own work, bound by reading the weight.
+//
+// The rows of the weight are read as a few streams side by side, each from its first byte to its
+// last with prefetches far ahead, which also cross the ends of rows and of pages. Rows of x share
+// what was read. Every y is summed in one order, however rows are grouped and cut.
+// Included by isa.inc inside the namespace of one instruction set.
+
+constexpr int64_t kPrefetch = 2048;  // bytes ahead in every stream
+constexpr int kStreams = 4;          // of rows of the weight
+constexpr int kVectors = 2;          // rows of x at a time
+
+// Two vectors of a row of the weight in the accumulator's dtype. What bf16 needs is cheapest for
+// the even and the odd elements apart, so x is laid out that way for it.
+template <class T, DType D>
+RWKV6_INLINE void load_pair(const char* p, Vec<T>& x, Vec<T>& y) {
+  if constexpr (D == DType::bf16) {
+    Uint32Lanes bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    x.x = (FloatLanes)(bits << 16);
+    y.x = (FloatLanes)(bits & 0xffff0000u);
+  } else if constexpr (D == DType::f16) {
+    x = load_as<T>(reinterpret_cast<const F16*>(p));
+    y = load_as<T>(reinterpret_cast<const F16*>(p) + Vec<T>::W);
+  } else {
+    x = Vec<T>::load(reinterpret_cast<const T*>(p));
+    y = Vec<T>::load(reinterpret_cast<const T*>(p) + Vec<T>::W);
+  }
+}
+
+// Adds one step, two vectors of R rows of the weight at w[r] + at, times M rows of x.
+template <class T, DType D, int M, int R>
+RWKV6_INLINE void matvec_step(const T* x, int64_t padded, const char* const (&w)[R], int64_t at,
+                              Vec<T> (&sum)[M][R][2]) {
+  typedef Vec<T> V;
+  RWKV6_UNROLLED (int r = 0; r < R; r++) {
+    V first, second;
+    load_pair<T, D>(w[r] + at, first, second);
+    RWKV6_UNROLLED (int a = 0; a < M; a++) {
+      sum[a][r][0] = fma(V::load(x + a * padded), first, sum[a][r][0]);
+      sum[a][r][1] = fma(V::load(x + a * padded + V::W), second, sum[a][r][1]);
+    }
+  }
+}
+
+// R rows of the weight, `distance` rows apart, times M rows of x, [M, padded]; the two vectors of a
+// step are summed apart.
+template <class T, DType D, int M, int R>
+RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, int64_t row,
+                              int64_t distance, int64_t m) {
+  typedef Vec<T> V;
+  constexpr int64_t kStep = 2 * V::W;
+  const int64_t whole = job.K / kStep * kStep, size = size_of(D);
+  const char* w[R];
+  V sum[M][R][2];
+  RWKV6_UNROLLED (int r = 0; r < R; r++) {
+    w[r] = job.weight.row(row + r * distance, 0, 0);
+    RWKV6_UNROLLED (int a = 0; a < M; a++) sum[a][r][0] = sum[a][r][1] = V(T(0));
+  }
+  for (int64_t k = 0; k < whole; k += kStep) {
+    RWKV6_UNROLLED (int r = 0; r < R; r++) __builtin_prefetch(w[r] + k * size + kPrefetch);
+    matvec_step<T, D, M, R>(x + k, padded, w, k * size, sum);
+  }
+  if (whole < job.K) {  // the rest of the rows, padded with zeros
+    alignas(64) char rest[R][kStep * sizeof(T)] = {};
+    const char* p[R];
+    RWKV6_UNROLLED (int r = 0; r < R; r++) {
+      memcpy(rest[r], w[r] + whole * size, size_t((job.K - whole) * size));
+      p[r] = rest[r];
+    }
+    matvec_step<T, D, M, R>(x + whole, padded, p, 0, sum);
+  }
+  for (int a = 0; a < M; a++) {
+    V total[R];
+    RWKV6_UNROLLED (int r = 0; r < R; r++) total[r] = sum[a][r][0] + sum[a][r][1];
+    T y[R + V::W];
+    store_sums<R>(total, y);
+    for (int r = 0; r < R; r++) {
+      const T lanes[V::W] = {y[r]};
+      char* const out = job.y.row(m + a, 0, 0) + (row + r * distance) * size_of(job.y.dtype);
+      store_row(lanes, 1, job.y.dtype, out);
+    }
+  }
+}
+
+// One tile with all rows of x, kVectors at a time: the tile stays in cache between them.
+template <class T, DType D, int R>
+void matvec_tiles(const MatvecJob& job, const T* x, int64_t padded, int64_t row, int64_t distance) {
+  int64_t m = 0;
+  for (; m + kVectors <= job.M; m += kVectors)
+    matvec_tile<T, D, kVectors, R>(job, x + m * padded, padded, row, distance, m);
+  for (; m < job.M; m++) matvec_tile<T, D, 1, R>(job, x + m * padded, padded, row, distance, m);
+}
+
+// All rows of x with the rows [first, last) of the weight.
+template <class T, DType D>
+void matvec_rows(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
+  const int64_t length = (last - first) / kStreams;
+  for (int64_t i = first; i < first + length; i++)
+    matvec_tiles<T, D, kStreams>(job, x, padded, i, length);
+  for (int64_t i = first + kStreams * length; i < last; i++)
+    matvec_tiles<T, D, 1>(job, x, padded, i, 0);
+}
+
+template <class T>
+void matvec(const MatvecJob& job, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  constexpr int64_t kStep = 2 * Vec<T>::W;
+  const DType dtype = job.weight.dtype;
+  const int64_t padded = (job.K + kStep - 1) / kStep * kStep;
+  Scratch<T> scratch(job.M * padded + padded);
+  T *const x = scratch.take(job.M * padded), *const row = scratch.take(padded);
+  for (int64_t m = 0; m < job.M; m++) {
+    T* const out = dtype == DType::bf16 ? row : x + m * padded;
+    load_row(job.x.row(m, 0, 0), job.x.dtype, job.K, out);
+    const int64_t loaded = (job.K + Vec<T>::W - 1) / Vec<T>::W * Vec<T>::W;
+    for (int64_t i = loaded; i < padded; i++) out[i] = T(0);
+    if (dtype != DType::bf16) continue;
+    for (int64_t i = 0; i < padded; i++) {  // even elements of each step, then the odd ones
+      const int64_t at = i % kStep;
+      x[m * padded + i - at + at / 2 + (at % 2) * Vec<T>::W] = row[i];
+    }
+  }
+  const int64_t first = begin * kMatvecRows;
+  const int64_t last = end * kMatvecRows < job.N ? end * kMatvecRows : job.N;
+  if constexpr (sizeof(T) == 8) {
+    matvec_rows<T, DType::f64>(job, x, padded, first, last);
+  } else if (dtype == DType::bf16) {
+    matvec_rows<T, DType::bf16>(job, x, padded, first, last);
+  } else if (dtype == DType::f16) {
+    matvec_rows<T, DType::f16>(job, x, padded, first, last);
+  } else {
+    matvec_rows<T, DType::f32>(job, x, padded, first, last);
+  }
+}

@@ -1,0 +1,148 @@
+"""The command line: text from a checkpoint, what it is, and other names or formats for it.
+
+python -m torch_rwkv6 generate MODEL.pth --prompt "In the beginning" --tokenizer world
+python -m torch_rwkv6 info MODEL.pth
+python -m torch_rwkv6 convert MODEL.safetensors MODEL.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+
+import torch
+
+from torch_rwkv6.models import generate_text, load, load_tokenizer, save
+from torch_rwkv6.nn import RWKV
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MISTAKES = (ImportError, IndexError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def generate(args: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = _model(args).eval()
+    pieces = generate_text(
+        model,
+        tokenizer,
+        args.prompt,
+        args.length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        alpha_presence=args.presence,
+        alpha_frequency=args.frequency,
+        stop=args.stop,
+        seed=args.seed,
+        compiled=args.compile,
+    )
+    print(args.prompt, end="", flush=True)
+    start, count = time.perf_counter(), 0
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        count += len(tokenizer.encode(piece))
+    seconds = time.perf_counter() - start
+    print(flush=True)
+    speed = count / max(seconds, 1e-9)
+    print(f"{count} tokens in {seconds:.2f} s, {speed:.1f} tokens/s", file=sys.stderr)
+
+
+def info(args: argparse.Namespace) -> None:
+    model = _model(args)
+    shape = model.state_shape
+    heads = "" if len(shape) == 2 else f", {shape[0]} heads of {shape[1]}"
+    parameters = list(model.parameters())
+    embedding = model.emb.weight
+    read = _bytes(parameters) - _bytes([embedding]) + _bytes([embedding[0]])
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    for name, value in (
+        ("version", f"RWKV-{model.version}"),
+        ("layers", f"{model.n_layer}"),
+        ("width", f"{model.n_embd}{heads}"),
+        ("hidden width", f"{model.blocks[0].ffn.key.weight.shape[0]}"),
+        ("vocabulary", f"{model.vocab_size}"),
+        ("parameters", f"{sum(p.numel() for p in parameters):,}"),
+        ("dtype", ", ".join(dtypes)),
+        ("weights", _mib(_bytes(parameters))),
+        ("read per token", _mib(read)),
+        ("state", f"{_mib(_bytes(model.initial_state(1)))} a sequence, at every length"),
+    ):
+        print(f"{name:<16}{value}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    model = _model(args)
+    save(model, args.out)
+    count = len(model.state_dict())
+    print(f"{args.out}: RWKV-{model.version}, {count} tensors under the official names")
+
+
+def _model(args: argparse.Namespace) -> RWKV:
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    return load(args.checkpoint, getattr(args, "device", None), dtype, ln_x_eps=args.ln_x_eps)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_rwkv6",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: object, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            run.__name__,  # type: ignore[attr-defined]
+            help=summary,
+            description=summary,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("checkpoint", help=".pth or .safetensors, or a Hugging Face folder")
+        sub.add_argument("--dtype", choices=DTYPES, help="of the parameters; as in the file")
+        sub.add_argument("--ln-x-eps", type=float, help="epsilon of the GroupNorm (v5, v6): 64e-5")
+        return sub
+
+    sub = command(generate, "writes text that follows a prompt")
+    sub.add_argument("--prompt", default="\n", help="text to go on from")
+    sub.add_argument("--tokenizer", default="bytes", help="bytes, bytes:ENCODING, world or a .json")
+    sub.add_argument("--length", type=int, default=200, help="number of tokens at most")
+    sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
+    sub.add_argument("--top-k", type=int, default=0, help="only the k likeliest; 0 is all")
+    sub.add_argument("--top-p", type=float, default=0.85, help="only so much of the likeliest")
+    sub.add_argument("--presence", type=float, default=0.0, help="penalty of a token seen before")
+    sub.add_argument("--frequency", type=float, default=0.0, help="penalty each time it was seen")
+    sub.add_argument("--stop", action="append", default=[], help="a token's text to end before")
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    sub.add_argument("--compile", action="store_true", help="compile the step: slow to start")
+    command(info, "says what a checkpoint is")
+    sub = command(convert, "writes a checkpoint under the official names, as .pth or .safetensors")
+    sub.add_argument("out", help=".safetensors, or any other name for a .pth")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 2 after a mistake, which is told in one line."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except MISTAKES as error:
+        text = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"torch_rwkv6: error: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

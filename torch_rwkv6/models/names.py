@@ -1,0 +1,90 @@
+"""Other conventions' names of RWKV weights, turned into the official ones.
+
+Hugging Face: ``RWKV/rwkv-4-*`` (transformers' RwkvForCausalLM), ``RWKV/rwkv-5-world-*``,
+``RWKV/v6-Finch-*-HF`` and ``RWKV/rwkv-6-world-*``. fla: ``fla-hub/rwkv6-*-finch``, whose layers
+keep the low-rank matrices transposed and in another order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["official_names"]
+
+_HUGGING_FACE = (
+    (r"rwkv\.embeddings\.", "emb."),
+    (r"rwkv\.(ln_out\.|blocks\.)", r"\1"),
+    (r"(blocks\.0)\.pre_ln\.", r"\1.ln0."),
+    (r"(blocks\.\d+)\.attention\.", r"\1.att."),
+    (r"(blocks\.\d+)\.feed_forward\.", r"\1.ffn."),
+    (r"(.*\.time_mix_)(k|v|r|g)(?:ey|alue|eceptance|ate)$", r"\1\2"),
+)
+_FLA = (
+    (r"model\.embeddings\.", "emb."),
+    (r"model\.norm\.", "ln_out."),
+    (r"lm_head\.", "head."),
+    (r"model\.layers\.", "blocks."),
+    (r"(blocks\.0)\.pre_norm\.", r"\1.ln0."),
+    (r"(blocks\.\d+)\.attn_norm\.", r"\1.ln1."),
+    (r"(blocks\.\d+)\.ffn_norm\.", r"\1.ln2."),
+    (r"(blocks\.\d+)\.attn\.g_norm\.", r"\1.att.ln_x."),
+    (r"(blocks\.\d+)\.attn\.r_proj\.linear\.", r"\1.att.receptance."),
+    (r"(blocks\.\d+)\.attn\.k_proj\.linear\.", r"\1.att.key."),
+    (r"(blocks\.\d+)\.attn\.v_proj\.linear\.", r"\1.att.value."),
+    (r"(blocks\.\d+)\.attn\.g_proj\.linear\.", r"\1.att.gate."),
+    (r"(blocks\.\d+)\.attn\.o_proj\.", r"\1.att.output."),
+    (r"(blocks\.\d+)\.attn\.bonus$", r"\1.att.time_faaaa"),
+    (r"(blocks\.\d+)\.attn\.w_proj\.linear\.lora\.2\.bias$", r"\1.att.time_decay"),
+    (r"(blocks\.\d+)\.attn\.w_proj\.linear\.lora\.0\.weight$", r"\1.att.time_decay_w1"),
+    (r"(blocks\.\d+)\.attn\.w_proj\.linear\.lora\.2\.weight$", r"\1.att.time_decay_w2"),
+    (r"(blocks\.\d+)\.attn\.x_proj\.0\.mu$", r"\1.att.time_maa_x"),
+    (r"(blocks\.\d+)\.attn\.x_proj\.0\.linear\.weight$", r"\1.att.time_maa_w1"),
+    (r"(blocks\.\d+)\.attn\.x_proj\.2\.weight$", r"\1.att.time_maa_w2"),
+    (r"(blocks\.\d+)\.attn\.x_bias$", r"\1.att.x_bias"),
+    (r"(blocks\.\d+)\.ffn\.key\.mu$", r"\1.ffn.time_maa_k"),
+    (r"(blocks\.\d+)\.ffn\.receptance\.mu$", r"\1.ffn.time_maa_r"),
+    (r"(blocks\.\d+\.ffn\.(?:key|value|receptance))\.linear\.", r"\1."),
+)
+_FLA_ORDER = "rwkvg"  # of what official checkpoints keep in the order w, k, v, r, g
+_OFFICIAL_ORDER = "wkvrg"
+
+
+def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the official names; names of no known convention stay as they are."""
+    if any(name.startswith("rwkv.blocks.") for name in state_dict):
+        return {_renamed(name, _HUGGING_FACE): x for name, x in state_dict.items()}
+    if any(name.startswith("model.layers.") and ".attn." in name for name in state_dict):
+        return _from_fla({_renamed(name, _FLA): x for name, x in state_dict.items()})
+    return dict(state_dict)
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
+
+
+def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    order = [_FLA_ORDER.index(c) for c in _OFFICIAL_ORDER]
+    for name, x in state_dict.items():
+        if name.endswith(".x_bias") and x.dim() == 2 and x.shape[0] == 5:  # [5, D]
+            for c, row in zip(_FLA_ORDER, x, strict=True):
+                tensors[name.removesuffix("x_bias") + f"time_maa_{c}"] = row
+        elif name.endswith(".time_maa_w1") and x.dim() == 2:  # [5 * rank, D], five blocks of rows
+            five = x.unflatten(0, (5, -1)) if x.shape[0] % 5 == 0 else x
+            tensors[name] = five[order].flatten(0, 1).T if five.dim() == 3 else x
+        elif name.endswith(".time_maa_w2") and x.dim() == 2:  # [D, 5 * rank], or [D, rank] shared
+            five = x.unflatten(1, (5, -1)) if x.shape[1] % 5 == 0 else x
+            tensors[name] = five[:, order].permute(1, 2, 0) if five.dim() == 3 else x
+        elif name.endswith((".time_decay_w1", ".time_decay_w2")):
+            tensors[name] = x.T
+        else:
+            tensors[name] = x
+    return {
+        name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()
+    }

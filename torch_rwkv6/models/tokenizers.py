@@ -1,0 +1,189 @@
+"""Tokenizers from libraries: bytes, the World vocabulary and the 20B tokenizer's JSON file."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "WorldTokenizer", "load_tokenizer"]
+
+
+class TextStream(Protocol):
+    """Turns tokens into text, one at a time, and never gives out half a character."""
+
+    def push(self, token: int) -> str:
+        """The text that is whole now; "" while a character is incomplete."""
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character."""
+
+
+class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
+
+    def stream(self) -> TextStream:
+        """A new stream."""
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name.
+
+    Args:
+        name: ``"bytes"`` (of UTF-8), ``"bytes:ENCODING"`` of another encoding that Python knows,
+            such as utf-16-le; ``"world"``, the vocabulary of the World models; or the path of a
+            tokenizer's JSON file, such as ``20B_tokenizer.json``.
+
+    Raises:
+        ImportError: the library is missing; the message says how to install it.
+        OSError, ValueError: there is no such tokenizer, or its file cannot be read.
+    """
+    kind, _, encoding = name.partition(":")
+    if kind == "bytes":
+        return ByteTokenizer(encoding or "utf-8")
+    if name == "world":
+        return WorldTokenizer()
+    if not name.endswith(".json"):
+        raise ValueError(f"tokenizer: expected bytes, world or a .json file, got {name}")
+    return JsonTokenizer(name)
+
+
+class _ByteStream:
+    """From tokens that stand for bytes, through an incremental decoder."""
+
+    def __init__(self, bytes_of: Any, encoding: str) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._bytes_of(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    """One token a byte of the encoded text.
+
+    Raises:
+        ValueError: Python knows no such encoding.
+    """
+
+    def __init__(self, encoding: str = "utf-8") -> None:
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise ValueError(f"tokenizer: no encoding {encoding}") from error
+        self.encoding, self.vocab_size = encoding, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode(self.encoding))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(self.encoding, errors="replace")
+
+    def stream(self) -> TextStream:
+        return _ByteStream(lambda token: bytes([token]), self.encoding)
+
+
+class WorldTokenizer:
+    """The World vocabulary of RWKV-4 World, RWKV-5 and RWKV-6: 65,529 tokens, through ``rwkv``.
+
+    Token 0, which the vocabulary itself does not have, ends a text.
+
+    Raises:
+        ImportError: the package rwkv is missing.
+    """
+
+    vocab_size = 65530
+
+    def __init__(self) -> None:
+        try:
+            from rwkv import rwkv_tokenizer
+        except ImportError as error:
+            raise ImportError(
+                "the World vocabulary needs the package rwkv: pip install torch_rwkv6[text]"
+            ) from error
+        file = Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+        self._trie = rwkv_tokenizer.TRIE_TOKENIZER(str(file))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._trie.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Many texts; through the package pyrwkv-tokenizer where it is installed, much faster."""
+        try:
+            import pyrwkv_tokenizer
+        except ImportError:
+            return [self.encode(text) for text in texts]
+        fast = pyrwkv_tokenizer.RWKVTokenizer()
+        return [list(fast.encode(text)) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
+
+    def stream(self) -> TextStream:
+        return _ByteStream(self._bytes_of, "utf-8")
+
+    def _bytes_of(self, token: int) -> bytes:
+        found: bytes = self._trie.idx2token.get(token, b"")
+        return found
+
+
+class JsonTokenizer:
+    """A tokenizer of Hugging Face's ``tokenizers``, such as RWKV-4's 20B_tokenizer.json.
+
+    Raises:
+        ImportError: the package tokenizers is missing.
+        OSError, ValueError: the file cannot be read, or holds no tokenizer.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(
+                "a tokenizer's JSON file needs the package tokenizers: pip install "
+                "torch_rwkv6[text]"
+            ) from error
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} holds no tokenizer: {error}") from error
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
+
+    def stream(self) -> TextStream:
+        return _JsonStream(self._tokenizer)
+
+
+class _JsonStream:
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        piece: str | None = self._decoder.step(self._tokenizer, token)
+        self._pending = [*self._pending, token] if piece is None else []
+        return piece or ""
+
+    def flush(self) -> str:
+        return str(self._tokenizer.decode(self._pending)) if self._pending else ""
