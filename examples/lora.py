@@ -17,7 +17,6 @@ from cli import run
 from text_model import bits_per_byte, finetune, finetuning_parser, read_inputs
 
 from torch_rwkv6.models import load
-from torch_rwkv6.nn import RWKV6
 
 # of the time mixing, and of the channel mixing, which has key, value and receptance too
 LAYERS = ("receptance", "key", "value", "gate", "output")

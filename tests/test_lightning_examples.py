@@ -23,8 +23,7 @@ import state_tuning  # noqa: E402
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 
-from torch_rwkv6.models import load
-from torch_rwkv6.nn import RWKV6  # noqa: E402
+from torch_rwkv6.models import load  # noqa: E402
 
 
 @pytest.fixture
