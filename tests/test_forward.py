@@ -140,8 +140,8 @@ def test_a_dying_state_does_not_change_the_processes_rounding():
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_large_states_and_long_memory(dtype):
-    # w = -8: a state element lives for 3000 tokens; a drift would show. Its decay rounds to f32 with
-    # an error of up to 3e-8, the same at every token: 6e-5 in 2000
+    # w = -8: a state element lives for 3000 tokens; a drift would show. Its decay rounds to f32,
+    # with an error of up to 3e-8, the same at every token: 6e-5 in 2000
     call = random_call(B=1, T=2000, H=2, N=8, dtype=dtype, states=1)
     call.w.fill_(-8)
     check(call, tolerance=60.0)

@@ -40,7 +40,8 @@ struct BackwardChunk {
   // is the product over the block that starts at b.
   Rows R, K, F, G, all, rate;  // rate = exp(w)
   Rows grad_r, grad_k, q, sums;
-  alignas(64) T A[C][C], M[C][C];  // [t][s]: the weight of v_s in y_t; dy_t . v_s
+  // [t][s]: the weight of v_s in y_t, zero for s > t; dy_t . v_s
+  alignas(64) T A[C][C] = {}, M[C][C];
   alignas(64) T u[kPitch], grad_u[kPitch];
 };
 
@@ -219,7 +220,7 @@ void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S,
 // What one thread works with.
 template <class T>
 struct BackwardScratch {
-  BackwardChunk<T> chunk = {};
+  BackwardChunk<T> chunk;
   Fetch fetch;
   T* G_rows;       // [keys, values]
   T* G;            // [heads, values, keys]
