@@ -70,7 +70,7 @@ KERNEL_FLAGS = -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Werror -Icsrc -Ic
 	-isystem $(wildcard .venv/lib/python*/site-packages/torch/include)
 
 test-neon: build/test-neon
-	qemu-aarch64-static $<
+	RWKV6_CPU_ISA=neon qemu-aarch64-static $<
 
 test-clang: build/test-clang
 	for isa in baseline avx2 avx512; do \

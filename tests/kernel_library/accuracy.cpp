@@ -166,15 +166,17 @@ void test_oracle(Report& report) {
 
 }  // namespace
 
+// Each size meets some of the forms in turn, each dtype and head size all of them.
 void test_accuracy(Report& report) {
   test_oracle(report);
+  const size_t forms = std::size(kForms);
   size_t turn = 0;
-  for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16})
+  for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
     for (int64_t N : {1, 8, 17, 32, 64, 80, 128, 256})
       for (int64_t T : {0, 1, 3, 4, 5, 16, 17, 63, 65}) {
-        turn++;  // of the forms, where the head is so large that all of them would take minutes
-        for (const Form& form : kForms) {
-          if (N > 64 && &form != &kForms[turn % std::size(kForms)]) continue;
+        if (N == 256 && T > 17 && dtype != DType::f32) continue;  // half of all the time
+        for (size_t some = N <= 64 ? 2 : 1; some > 0; some--) {
+          const Form& form = kForms[turn++ % forms];
           Inputs in(form, dtype, N, T);
           Checker checker{report, form, in, where_of(form, N, T), ""};
           checker.forward();
@@ -182,4 +184,6 @@ void test_accuracy(Report& report) {
           checker.inplace();
         }
       }
+    report.passed_by(name_of(dtype));
+  }
 }

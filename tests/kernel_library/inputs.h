@@ -2,9 +2,9 @@
 #pragma once
 
 #include <optional>
-#include <random>
 
 #include "oracle.h"
+#include "random.h"
 #include "tensor.h"
 
 enum class StateUse { none, each, shared, mapped };
@@ -53,7 +53,7 @@ struct Inputs {
   DType dtype, acc;
   int64_t B, T, H, N;
   Layout layout;
-  std::mt19937_64 random{1};
+  Random random{1};
   Problem exact;
   Tensor r, k, v, w, u;
   std::optional<Tensor> initial, map, offsets;
@@ -106,13 +106,11 @@ struct Inputs {
 
   Tensor normal(DType of, std::vector<int64_t> shape, double mean = 0, bool extreme = false) {
     Tensor x(of, std::move(shape), layout);
-    std::normal_distribution<double> normal(mean, 1);
-    std::uniform_int_distribution<int> percent(0, 99);
     const double edge[] = {5, 10, 20, 90, -1e9, INFINITY, -INFINITY};
     std::vector<double> values(size_t(x.elements()));
     for (double& value : values) {
-      const int place = extreme ? percent(random) : 99;
-      value = place < 7 ? edge[place] : normal(random);
+      const int place = extreme ? random.percent() : 99;
+      value = place < 7 ? edge[place] : mean + random.normal();
     }
     x.fill(values);
     return x;

@@ -13,6 +13,7 @@ int main() {
   printf("instruction set: %s\n", isa);
   Report report;
   test_promises(report);
+  report.passed_by("promises");
   test_accuracy(report);
   return report.finish();
 }

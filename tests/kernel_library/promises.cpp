@@ -2,9 +2,9 @@
 // floats converted exactly, the caller's floating-point mode left alone, messages for bad calls.
 #include <cfloat>
 #include <cstdlib>
-#include <random>
 
 #include "check.h"
+#include "random.h"
 #include "tensor.h"
 
 namespace {
@@ -12,10 +12,9 @@ namespace {
 using Values = std::vector<double>;
 
 Values normal(size_t n, double mean = 0) {
-  static std::mt19937_64 random(2);
-  std::normal_distribution<double> normal(mean, 1);
+  static Random random(2);
   Values values(n);
-  for (double& x : values) x = normal(random);
+  for (double& x : values) x = mean + random.normal();
   return values;
 }
 

@@ -62,12 +62,13 @@ class Tensor {
 
   template <class F>  // f(position in memory) for all elements in row-major order
   void for_each(const F& f) const {
-    std::vector<int64_t> index(shape_.size(), 0);
-    for (int64_t n = elements(); n > 0; n--) {
-      int64_t at = first_;
-      for (size_t d = 0; d < index.size(); d++) at += index[d] * strides_[d];
-      f(at);
-      for (size_t d = index.size(); d-- > 0 && ++index[d] == shape_[d];) index[d] = 0;
+    const size_t last = shape_.size() - 1;
+    std::vector<int64_t> index(last, 0);
+    for (int64_t n = elements(); n > 0; n -= shape_[last]) {
+      int64_t row = first_;
+      for (size_t d = 0; d < last; d++) row += index[d] * strides_[d];
+      for (int64_t i = 0; i < shape_[last]; i++) f(row + i);
+      for (size_t d = last; d-- > 0 && ++index[d] == shape_[d];) index[d] = 0;
     }
   }
 
@@ -133,6 +134,7 @@ class Tensor {
 
   std::vector<double> values() const {  // row-major
     std::vector<double> result;
+    result.reserve(size_t(elements()));
     for_each([&](int64_t at) {
       switch (dtype_) {
         case DType::f64: return result.push_back(get<double>(at));
@@ -148,14 +150,10 @@ class Tensor {
 
   // Bytes between, before and after the elements that somebody wrote to.
   int64_t stray_bytes() const {
-    std::vector<bool> element(memory_.size(), false);
+    std::vector<unsigned char> rest = memory_;
     const int64_t size = size_of(dtype_);
-    for_each([&](int64_t at) {
-      for (int64_t i = 0; i < size; i++) element[size_t(at * size + i)] = true;
-    });
-    int64_t stray = 0;
-    for (size_t i = 0; i < memory_.size(); i++) stray += !element[i] && memory_[i] != kUnused;
-    return stray;
+    for_each([&](int64_t at) { std::fill_n(rest.begin() + at * size, size, kUnused); });
+    return int64_t(rest.size()) - std::count(rest.begin(), rest.end(), kUnused);
   }
 
   bool same_bits(const Tensor& other) const { return memory_ == other.memory_; }
