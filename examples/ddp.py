@@ -16,8 +16,9 @@ import os
 
 import torch
 from cli import positive, run
+from corpus import read_text
 from lightning.pytorch.strategies import DDPStrategy
-from text_data import Lanes, read_text
+from text_data import Lanes
 from text_model import TextModel, loss_of, trainer, training_parser
 from torch import Tensor
 from torch.utils.data import DataLoader

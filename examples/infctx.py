@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import torch
 from cli import positive, run
-from text_data import Lanes, read_text
+from corpus import read_text
+from text_data import Lanes
 from text_model import TextModel, loss_of, peak_memory, trainer, training_parser
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -16,8 +16,9 @@ import cli
 import lightning
 import torch
 from cli import positive
+from corpus import read_text
 from generate import load_model
-from text_data import Crops, read_text
+from text_data import Crops
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile

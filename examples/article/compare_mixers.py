@@ -19,8 +19,9 @@ import mixers
 import recall
 import report
 import torch
+from corpus import read_text
 from report import plt
-from text_data import Crops, read_text
+from text_data import Crops
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
