@@ -212,11 +212,9 @@ def _peer(backend: str, shape: tuple[int, int, int, int], x: list[Any]) -> Conte
 
 def _bridge(interleave: Callable[..., Any]) -> None:
     """What the way from JAX to the kernel costs, on the smallest tensors."""
-    import ctypes
 
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from keras_adapter.ops import wkv
 
@@ -226,7 +224,7 @@ def _bridge(interleave: Callable[..., Any]) -> None:
     nothing = jax.jit(lambda *a: a[0] + 1)
     # each call takes the r that the one before has made, so that none can be left out
     loop = jax.jit(lambda r, *a: jax.lax.fori_loop(0, calls, lambda _, r: wkv(r, *a)[0], r))
-    direct = _direct_call(ctypes, np)
+    direct = _direct_call()
 
     def repeat(f: Step) -> Step:
         def run() -> None:
@@ -251,53 +249,27 @@ def _bridge(interleave: Callable[..., Any]) -> None:
         print(f"{name:48} {least / calls * 1e6:9.2f} {median / calls * 1e6:9.2f}")
 
 
-def _direct_call(ctypes: Any, np: Any) -> Step:
+def _direct_call() -> Step:
     """rwkv6_wkv_forward on the same tensors, without any framework."""
-    from pathlib import Path
+    import ctypes
 
-    import torch_rwkv6
+    import numpy as np
 
-    class DLTensor(ctypes.Structure):
-        _fields_ = (
-            ("data", ctypes.c_void_p),
-            ("device", ctypes.c_int32 * 2),
-            ("ndim", ctypes.c_int32),
-            ("dtype", ctypes.c_uint8 * 4),  # code, bits, lanes (two bytes)
-            ("shape", ctypes.POINTER(ctypes.c_int64)),
-            ("strides", ctypes.c_void_p),
-            ("byte_offset", ctypes.c_uint64),
-        )
+    from benchmarks.contenders.c_interface import LIBRARY, dl_tensor
 
-    library = ctypes.CDLL(str(Path(torch_rwkv6.__file__).with_name("librwkv6.so")))
+    library = ctypes.CDLL(str(LIBRARY))
     library.rwkv6_wkv_forward.restype = ctypes.c_char_p
-    memory = []
-
-    def tensor(*shape: int) -> Any:
-        array = np.ones(shape, "float32")
-        sizes = (ctypes.c_int64 * len(shape))(*shape)
-        memory.append((array, sizes))
-        return ctypes.byref(
-            DLTensor(
-                array.ctypes.data,
-                (ctypes.c_int32 * 2)(1, 0),
-                len(shape),
-                (ctypes.c_uint8 * 4)(2, 32, 1, 0),
-                ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)),
-                None,
-                0,
-            )
-        )
-
-    tokens = [tensor(1, 1, 1, 8) for _ in range(4)]
-    out = (tensor(1, 1, 1, 8), tensor(1, 1, 8, 8))
-    arguments = (None, *tokens, tensor(1, 8), None, None, None, *out)
+    shapes = [(1, 1, 1, 8)] * 4 + [(1, 8), (1, 1, 1, 8), (1, 1, 8, 8)]  # r, k, v, w, u, y, state
+    arrays = [np.ones(shape, "float32") for shape in shapes]
+    *inputs, y, state = [ctypes.byref(dl_tensor(x)) for x in arrays]
+    arguments = (None, *inputs, None, None, None, y, state)
 
     def call() -> None:
         message = library.rwkv6_wkv_forward(*arguments)
         if message:
             raise RuntimeError(message)
 
-    call.memory = memory  # type: ignore[attr-defined]
+    call.memory = arrays  # type: ignore[attr-defined]
     return call
 
 
