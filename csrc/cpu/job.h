@@ -1,54 +1,9 @@
 // What a CPU kernel is asked to do, in raw pointers and strides. The checks are behind us.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "views.h"
 
 namespace rwkv6 {
-
-constexpr int64_t kMaxHeadSize = 256;
-
-enum class DType : uint8_t { f64, f32, bf16, f16 };
-
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
-// A [B, T, H, N] tensor; strides in elements, N contiguous.
-struct Tokens {
-  char* data = nullptr;  // nullptr: absent, reads as zeros
-  DType dtype = DType::f32;
-  int64_t stride_b = 0, stride_t = 0, stride_h = 0;
-
-  // The row of N values of one token and head.
-  char* row(int64_t b, int64_t t, int64_t h) const {
-    return data ? data + (b * stride_b + t * stride_t + h * stride_h) * size_of(dtype) : nullptr;
-  }
-  // Bytes from one row to that of another token and head.
-  int64_t distance(int64_t t, int64_t h) const {
-    return (t * stride_t + h * stride_h) * size_of(dtype);
-  }
-};
-
-// A [H, N] tensor, N contiguous.
-struct Heads {
-  char* data = nullptr;
-  DType dtype = DType::f32;
-  int64_t stride_h = 0;
-
-  char* row(int64_t h) const { return data + h * stride_h * size_of(dtype); }
-};
-
-// A [S, H, N, N] tensor, each state [key][value] with contiguous values.
-struct States {
-  char* data = nullptr;  // nullptr: absent, reads as zeros
-  DType dtype = DType::f32;
-  int64_t stride_s = 0, stride_h = 0, stride_row = 0;
-
-  char* matrix(int64_t s, int64_t h) const {
-    return data ? data + (s * stride_s + h * stride_h) * size_of(dtype) : nullptr;
-  }
-};
 
 // Tokens [begin, begin + length) of batch row b, and where their state comes from and goes to.
 struct Sequence {

@@ -26,7 +26,8 @@ extern "C" {
 // The largest head size N.
 enum { RWKV6_MAX_HEAD_SIZE = 256 };
 
-// What the caller's framework lends to a call. A NULL context computes on the calling thread.
+// What the caller's framework lends to a call. A NULL context computes on the calling thread; for
+// tensors on a GPU, stream and allocate are needed and the rest is not looked at.
 typedef struct {
   // Runs body(data, begin, end) so that the ranges cover [0, n) once, in any order and on any
   // threads, and returns when all are done. Results do not depend on how the work is cut.
@@ -34,6 +35,11 @@ typedef struct {
                        void* data);
   void* pool;
   int num_threads;  // how many threads parallel_for has; work is cut to keep that many busy
+
+  void* stream;  // the cudaStream_t to launch on; nothing waits for it
+  // Uninitialised memory of the tensors' device, aligned to 256 bytes, that stays until the kernels
+  // this call has launched are done. NULL when there is too little.
+  void* (*allocate)(void* pool, size_t bytes);
 } rwkv6_context;
 
 //   y_t[j]  = sum_i r_t[i] * (S[i][j] + u[i] * k_t[i] * v_t[j])

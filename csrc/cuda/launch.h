@@ -1,0 +1,52 @@
+// What a call's kernels are launched with: the caller's stream and memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/job.h"
+#include "rwkv6.h"
+
+namespace rwkv6::cuda {
+
+// What CUDA refused; the message names the kernel and what to do.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Launch {
+  const rwkv6_context* context;
+  cudaStream_t stream;
+  int multiprocessors;  // of the current device, which is the tensors'
+
+  // Device memory for n elements, 256-byte aligned and uninitialised, which lives as long as the
+  // kernels launched by this call. Throws std::bad_alloc.
+  template <class T>
+  T* workspace(int64_t n) const {
+    if (n == 0) return nullptr;
+    void* memory = context->allocate(context->pool, size_t(n) * sizeof(T));
+    if (!memory) throw std::bad_alloc();
+    return static_cast<T*>(memory);
+  }
+};
+
+// Throws what the launch of `kernel` just before left behind.
+void check_launched(const char* kernel);
+
+// The kernel families. All of them: any strides with contiguous rows, any options.
+//   recurrent: every dtype and head size; f32 inputs in f32, f64 in f64
+//   chunked: bf16 and f16 of head size 32, 64 and 128 on tensor cores, rows aligned to 16 bytes
+void forward_recurrent(const Launch& launch, const ForwardJob& job);
+void backward_recurrent(const Launch& launch, const BackwardJob& job);
+void forward_chunked(const Launch& launch, const ForwardJob& job);
+void backward_chunked(const Launch& launch, const BackwardJob& job);
+
+// out[h] = the sum over p of parts[p][h], in that order. parts: [count, H, N] of T, f32 or f64.
+template <class T>
+void sum_heads(const Launch& launch, const T* parts, int64_t count, int64_t H, int64_t N,
+               Heads out);
+
+}  // namespace rwkv6::cuda

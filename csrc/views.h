@@ -1,0 +1,59 @@
+// Raw pointers and strides: what the kernels see of the tensors, on the CPU as on a GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RWKV6_HOST_DEVICE __host__ __device__
+#else
+#define RWKV6_HOST_DEVICE
+#endif
+
+namespace rwkv6 {
+
+constexpr int64_t kMaxHeadSize = 256;
+
+enum class DType : uint8_t { f64, f32, bf16, f16 };
+
+RWKV6_HOST_DEVICE inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// A [B, T, H, N] tensor; strides in elements, N contiguous.
+struct Tokens {
+  char* data = nullptr;  // nullptr: absent, reads as zeros
+  DType dtype = DType::f32;
+  int64_t stride_b = 0, stride_t = 0, stride_h = 0;
+
+  // The row of N values of one token and head.
+  RWKV6_HOST_DEVICE char* row(int64_t b, int64_t t, int64_t h) const {
+    return data ? data + (b * stride_b + t * stride_t + h * stride_h) * size_of(dtype) : nullptr;
+  }
+  // Bytes from one row to that of another token and head.
+  RWKV6_HOST_DEVICE int64_t distance(int64_t t, int64_t h) const {
+    return (t * stride_t + h * stride_h) * size_of(dtype);
+  }
+};
+
+// A [H, N] tensor, N contiguous.
+struct Heads {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_h = 0;
+
+  RWKV6_HOST_DEVICE char* row(int64_t h) const { return data + h * stride_h * size_of(dtype); }
+};
+
+// A [S, H, N, N] tensor, each state [key][value] with contiguous values.
+struct States {
+  char* data = nullptr;  // nullptr: absent, reads as zeros
+  DType dtype = DType::f32;
+  int64_t stride_s = 0, stride_h = 0, stride_row = 0;
+
+  RWKV6_HOST_DEVICE char* matrix(int64_t s, int64_t h) const {
+    return data ? data + (s * stride_s + h * stride_h) * size_of(dtype) : nullptr;
+  }
+};
+
+}  // namespace rwkv6
