@@ -113,8 +113,7 @@ void SharedChecks::read_cell(const Warp& warp, int thread, uint32_t offset, Cell
       cell.written >= clock.known[writer]) {
     warp.report("shared race: read of what another warp wrote since the last barrier", detail());
   } else if (warp.launch->configuration.options.check > 1 && cell.writer != thread &&
-             writer == warp.id && cell.written &&
-             cell.written_synchronised == clock.synchronised) {
+             writer == warp.id && cell.written && cell.written_synchronised == clock.synchronised) {
     warp.report("shared hazard in a warp: read of what another lane wrote, no __syncwarp between",
                 detail());
   }
@@ -308,9 +307,9 @@ bool check_global(Warp& warp, uint64_t address, uint32_t bytes, uint32_t alignme
     return false;
   }
   if (warp.launch->regions.find(address, address + bytes) < 0) {
-    warp.report("global " + std::string(what) + " out of bounds",
-                ": " + std::to_string(bytes) + " bytes at " +
-                    warp.launch->regions.describe(address));
+    warp.report(
+        "global " + std::string(what) + " out of bounds",
+        ": " + std::to_string(bytes) + " bytes at " + warp.launch->regions.describe(address));
     return false;
   }
   return true;
@@ -321,8 +320,8 @@ bool check_shared(Warp& warp, uint64_t offset, uint32_t bytes, uint32_t alignmen
   bool outside = offset + bytes > warp.block->shared_bytes;
   if (!outside && offset % alignment == 0) return true;
   warp.report("shared " + std::string(what) + (outside ? " out of bounds" : " misaligned"),
-              ": " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
-                  " of " + std::to_string(warp.block->shared_bytes));
+              ": " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + " of " +
+                  std::to_string(warp.block->shared_bytes));
   return false;
 }
 
@@ -417,11 +416,8 @@ bool resolve(Warp& warp, const Address& address, uint32_t bytes, Use use, Mask& 
         mask &= ~(1u << lane);
       });
       break;
-    case Space::kShared:
-      resolve_shared(warp, addresses, bytes, use, mask, places);
-      break;
-    default:
-      resolve_global(warp, addresses, bytes, use, mask, places);
+    case Space::kShared: resolve_shared(warp, addresses, bytes, use, mask, places); break;
+    default: resolve_global(warp, addresses, bytes, use, mask, places);
   }
   return mask != 0;
 }
