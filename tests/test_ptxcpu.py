@@ -2,11 +2,13 @@
 they should, and wrong ones are reported."""
 
 import ctypes
+import itertools
+import subprocess
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptxcpu import build
+from ptxcpu import build, sass
 from ptxcpu.interpreter import Module, PtxError, bfloat16, from_bfloat16
 from ptxcpu.runtime import LAUNCH_FAILURE, NO_KERNEL_IMAGE, load
 
@@ -292,7 +294,7 @@ def test_integers(instructions, rng):
             (u >> 5 & 0x7F) | ((u & 0xFFFFF00F) | (v & 0xFF) << 4) << 16,
             64 - pu.bit_length() + 100 * qu.bit_count() + 10000 * first_one,
             signed(int(f"{pu:064b}"[::-1], 2)),
-            funnels % 2**32,
+            funnels,
             signed(signed(u, 32) >> (v & 31)) + min(signed(u, 32), signed(v, 32)),
             signed(dot, 32),
         ]
@@ -372,6 +374,80 @@ def test_shuffles_of_doubles_and_reductions(instructions, rng):
     np.testing.assert_array_equal(z[0], np.full(32, v.sum()))
     np.testing.assert_array_equal(z[1], np.full(32, v.min()))
     np.testing.assert_array_equal(z[2].view(np.uint32), same.astype(np.uint32))
+
+
+# ---- machine code ----
+
+needs_disassembler = pytest.mark.skipif(
+    not (build.find_tool("nvdisasm") and build.find_tool("cuobjdump")),
+    reason="needs nvdisasm and cuobjdump: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump",
+)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_machine_code_of_a_source(arch):
+    found = sass.compile_and_inspect(KERNELS / "tensor_cores.cu", arch, ["--use_fast_math"])
+    kernels = {kernel.name: kernel for kernel in found}
+    mma, wmma = kernels["mma_bf16_m16n8k16"], kernels["wmma_bf16_64"]
+    assert mma.arch == wmma.arch == arch
+    assert (mma.count("LDSM"), mma.count("HMMA"), mma.count("LDGSTS.128")) == (2, 1, 2)
+    assert (mma.spill_bytes, mma.stack_bytes, mma.shared_bytes) == (0, 0, 1024)
+    assert (wmma.count("LDG.128"), wmma.count("LD") > 0) == (2, True)  # fragments: generic loads
+    assert wmma.shared_bytes == 18432
+    assert not mma.loops
+    loop = wmma.main_loop
+    assert loop.count("LDG.128") == 2
+    assert 2 * loop.issue_cycles >= len(loop.instructions) > 10
+    assert loop.waits > 0
+
+
+@needs_disassembler
+def test_spills_are_seen():
+    flags = ["-maxrregcount=32"]
+    kernels = sass.compile_and_inspect(KERNELS / "tensor_cores.cu", "80", flags)
+    (spilled,) = [kernel for kernel in kernels if kernel.name == "wmma_bf16_64"]
+    assert spilled.registers == 32
+    assert spilled.spill_bytes > 0
+    assert spilled.stack_bytes > 0
+    assert spilled.count("STL") > 0
+
+
+@needs_disassembler
+def test_machine_code_of_a_library():
+    flags = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"]
+    library = build.cuda_library("machine_code", [KERNELS / "launches.cu"], [], flags)
+    found = {(kernel.arch, kernel.name) for kernel in sass.inspect(library)}
+    for arch in ARCHITECTURES:
+        assert (arch, "void add<float>(float*, float const*, int)") in found
+        assert (arch, "void add<double>(double*, double const*, int)") in found
+
+
+def test_occupancy_is_that_of_cuda():
+    source = build.HERE / "occupancy.cpp"
+    command = ["g++", "-O1", f"-I{build.toolkit() / 'include'}", source]
+    folder = build.cached(
+        "occupancy", command, [source], lambda to: build.run([*command, "-o", to / "program"])
+    )
+    threads, registers, shared = (32, 64, 96, 256, 1024), (16, 40, 96, 168, 255), (0, 1000, 40000)
+    cases = [
+        (arch, *case)
+        for arch in sass.MULTIPROCESSORS
+        for case in itertools.product(threads, registers, shared)
+    ]
+    lines = []
+    for arch, t, r, s in cases:
+        most_threads, _, most_shared = sass.MULTIPROCESSORS[arch]
+        lines.append(
+            f"{arch[:-1]} {arch[-1]} {most_threads} {most_shared} {t} {r} {s // 2} {s // 2}"
+        )
+    result = subprocess.run(
+        [folder / "program"], input="\n".join(lines), capture_output=True, text=True, check=True
+    )
+    ours = [sass.occupancy(*case).blocks for case in cases]
+    assert ours == list(map(int, result.stdout.split()))
+    assert 0 in ours  # too many registers
+    assert len(set(ours)) > 10
 
 
 # ---- the stand-in runtime ----

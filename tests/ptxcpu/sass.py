@@ -36,7 +36,6 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 @dataclass
 class Instruction:
     opcode: str  # LDG.E.128
-    branches_to: str | None = None
     stall: int = 0  # cycles until the next instruction of the warp issues, at least
     waits: bool = False  # for results of instructions of variable latency
 
@@ -106,7 +105,7 @@ def _count(instructions: Sequence[Instruction], pattern: str) -> int:
 
 
 # Threads, blocks and bytes of shared memory that a multiprocessor holds.
-_MULTIPROCESSORS = {
+MULTIPROCESSORS = {
     "80": (2048, 32, 164 << 10),
     "86": (1536, 16, 100 << 10),
     "87": (1536, 16, 164 << 10),
@@ -120,7 +119,7 @@ _MULTIPROCESSORS = {
 
 def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> Occupancy:
     """What cuda_occupancy.h computes, for a kernel that is allowed all shared memory."""
-    most_threads, most_blocks, most_shared = _MULTIPROCESSORS[re.sub(r"\D", "", arch)]
+    most_threads, most_blocks, most_shared = MULTIPROCESSORS[re.sub(r"\D", "", arch)]
     warps = -(-threads // 32)
     # registers are given to warps in units of 256; a quarter of the warps shares a quarter of them
     registers_of_warp = -(-registers * 32 // 256) * 256
@@ -144,11 +143,11 @@ def _demangled(symbols: Sequence[str]) -> list[str]:
     return build.run(["c++filt", *symbols]).stdout.splitlines()
 
 
-def _disassemble(cubin: Path, kernels: dict[str, Kernel]) -> None:
-    """Fills in the instructions and loops."""
+def _fill_in(kernels: dict[str, Kernel], disassembly: str) -> None:
+    """The instructions and loops."""
     kernel: Kernel | None = None
     labels: dict[str, int] = {}
-    for line in build.run([build.tool("nvdisasm"), "-c", "-hex", cubin]).stdout.splitlines():
+    for line in disassembly.splitlines():
         if section := _SECTION.match(line):
             kernel, labels = kernels.get(section[1]), {}
         elif kernel is None:
@@ -156,11 +155,13 @@ def _disassemble(cubin: Path, kernels: dict[str, Kernel]) -> None:
         elif label := _LABEL.match(line):
             labels[label[1]] = len(kernel.instructions)
         elif found := _INSTRUCTION.match(line):
+            kernel.instructions.append(Instruction(found[1]))
             target = _TARGET.search(found[2])
-            kernel.instructions.append(Instruction(found[1], target[1] if target else None))
-            # only what is above has its label yet: forward branches are no loops
-            if found[1].startswith("BRA") and target and target[1] in labels:
-                kernel.loops.append(Loop(kernel.instructions[labels[target[1]] :]))
+            last = len(kernel.instructions) - 1
+            # only what is above has its label yet; behind its end a kernel branches to itself
+            begin = labels.get(target[1], last) if target else last
+            if found[1].startswith("BRA") and begin < last:
+                kernel.loops.append(Loop(kernel.instructions[begin:]))
         elif (high := _HIGH_HALF.match(line)) and kernel.instructions:
             control = int(high[1], 16) >> 41  # bits 105 to 125 of the instruction's 128
             kernel.instructions[-1].stall = control & 15
@@ -169,16 +170,19 @@ def _disassemble(cubin: Path, kernels: dict[str, Kernel]) -> None:
 
 def _inspect_cubin(cubin: Path) -> list[Kernel]:
     usage = build.run([build.tool("cuobjdump"), "-res-usage", cubin]).stdout
-    architecture = re.search(r"arch = sm_(\w+)", usage) or re.search(r"sm_(\w+)", cubin.name)
-    if not architecture:
-        raise ValueError(f"{cubin}: architecture not found in\n{usage}")
+    disassembly = build.run([build.tool("nvdisasm"), "-c", "-hex", cubin]).stdout
+    target = re.search(r"\.target\s+sm_(\w+)", disassembly)
+    if not target:
+        raise ValueError(f"nvdisasm names no target of {cubin}")
     found = [(match[1], *map(int, match.groups()[1:])) for match in _USAGE.finditer(usage)]
     names = _demangled([symbol for symbol, *_ in found])
+    # from sm_90 on the tool counts the shared memory that the system takes
+    taken = 1024 if int(re.sub(r"\D", "", target[1])) >= 90 else 0
     kernels = {
-        symbol: Kernel(symbol, name, architecture[1], registers, stack, shared)
+        symbol: Kernel(symbol, name, target[1], registers, stack, shared - taken)
         for (symbol, registers, stack, shared, _), name in zip(found, names)
     }
-    _disassemble(cubin, kernels)
+    _fill_in(kernels, disassembly)
     return [kernel for kernel in kernels.values() if kernel.instructions]
 
 

@@ -190,7 +190,7 @@ extern "C" __global__ void integers(const long long* a, const long long* b, long
       __clzll(p) + 100 * __popcll(q) + 10000 * __ffs(int(u)),
       (long long)__brevll(p),
       (long long)__funnelshift_l(u, v, q & 31) + __funnelshift_rc(u, v, q & 63),
-      (long long)(int(u) >> (v & 31)) + (long long)__vabsdiffu4(u, v) * 0 + min(int(u), int(v)),
+      (long long)(int(u) >> (v & 31)) + min(int(u), int(v)),
       (long long)__dp4a(int(u), int(v), 7),
   };
   for (int j = 0; j < 12; j++) y[(long long)j * n + i] = out[j];
