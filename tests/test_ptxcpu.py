@@ -216,7 +216,7 @@ def test_named_barriers(instructions, rng, order):
     x, y = rng.standard_normal((5, 64)).astype(np.float32), np.zeros((5, 64), np.float32)
     arguments = [x, y, np.int32(5)]
     instructions.launch("produce_and_consume", 1, 128, arguments, order=order)
-    np.testing.assert_array_equal(y, x[:, ::-1])
+    np.testing.assert_array_equal(y, x[:, ::-1] + x[:, :1])
     with pytest.raises(PtxError, match="shared race"):
         instructions.launch("produce_too_early", 1, 128, arguments, order=order)
 
@@ -226,6 +226,13 @@ def test_cp_async_over_what_is_read(instructions, rng, order):
     x, y = rng.standard_normal((2, 128)).astype(np.float32), np.zeros((2, 128), np.float32)
     with pytest.raises(PtxError, match="shared race"):
         instructions.launch("copy_over_what_is_read", 1, 128, [x, y], order=order)
+
+
+@pytest.mark.parametrize("order", [0, 1, 5, 6])
+def test_double_buffered_cp_async(instructions, rng, order):
+    x, y = rng.standard_normal((5, 512)).astype(np.float32), np.zeros((5, 512), np.float32)
+    instructions.launch("double_buffered", 1, 128, [x, y, np.int32(5)], order=order)
+    np.testing.assert_array_equal(y, x[:, ::-1] + x[:, :1])
 
 
 def test_barriers_that_reduce(instructions, rng):

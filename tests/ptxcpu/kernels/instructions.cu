@@ -96,7 +96,7 @@ extern "C" __global__ void produce_and_consume(const float* x, float* y, int rou
     for (int i = 0; i < rounds; i++) {
       asm volatile("bar.arrive 2, 128;" ::: "memory");
       asm volatile("bar.sync 1, 128;" ::: "memory");
-      y[i * 64 + t] = buffer[63 - t];
+      y[i * 64 + t] = buffer[63 - t] + buffer[0];
     }
   }
 }
@@ -125,6 +125,31 @@ extern "C" __global__ void copy_over_what_is_read(const float* x, float* y) {
     }
     __syncthreads();
     y[i * 128 + t] = buffer[t] + buffer[(t + 1) % 128];
+  }
+}
+
+// Nothing is wrong with this one.
+extern "C" __global__ void double_buffered(const float* x, float* y, int rounds) {
+  __shared__ __align__(16) float buffer[2][512];
+  int t = threadIdx.x;
+  auto load = [&](int i) {
+    uint32_t to = shared_address(&buffer[i % 2][4 * t]);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(x + i * 512 + 4 * t));
+    asm volatile("cp.async.commit_group;");
+  };
+  load(0);
+  for (int i = 0; i < rounds; i++) {
+    if (i + 1 < rounds) {
+      load(i + 1);
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
+    __syncthreads();
+    for (int j = 0; j < 4; j++) {
+      y[i * 512 + j * 128 + t] = buffer[i % 2][511 - j * 128 - t] + buffer[i % 2][0];
+    }
+    __syncthreads();
   }
 }
 

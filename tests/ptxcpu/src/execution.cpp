@@ -298,7 +298,8 @@ void Block::arrive(Warp& warp, const Instruction& instruction, Mask lanes) {
   for (size_t i = 0; i < warps.size(); i++) {
     state.known[i] = std::max(state.known[i], warp.clock.known[i]);
   }
-  state.known[warp.id] = ++checks.time;
+  if (barrier.arrive) checks.time++;
+  state.known[warp.id] = checks.time + !barrier.arrive;
   if (!barrier.arrive) {
     warp.state = Warp::State::kWaiting;
     warp.barrier = &instruction;
@@ -314,6 +315,7 @@ void Block::complete(BarrierState& state) {
   uint32_t expected = state.expected;
   state = BarrierState();
   launch.statistics.barriers++;
+  checks.time++;
   if (waiting.empty()) return;
   const Instruction* where = waiting[0]->barrier;
   if (!expected) {

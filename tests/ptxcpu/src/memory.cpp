@@ -93,7 +93,35 @@ void Footprint::count(Statistics& statistics) const {
 
 void SharedChecks::reset(uint32_t bytes) {
   cells_.assign(bytes / kCell + 1, Cell());
+  times_of_reads_.clear();
   time = 1;
+}
+
+uint32_t SharedChecks::time_of_read(const Cell& cell, int warp) const {
+  return cell.mixed ? times_of_reads_.at(&cell)[warp] : cell.read;
+}
+
+// Readers that this warp knows to be done with the cell are forgotten: what waits for this warp
+// waits for them as well.
+void SharedChecks::note_reader(const Warp& warp, Cell& cell) {
+  const WarpClock& clock = warp.clock;
+  if (cell.read >= clock.all_known) {
+    for (uint32_t left = cell.readers; left; left &= left - 1) {
+      int reader = first(left);
+      bool done = reader == warp.id || time_of_read(cell, reader) < clock.known[reader];
+      if (done) cell.readers &= ~(1u << reader);
+    }
+  } else {
+    cell.readers = 0;
+  }
+  if (!cell.readers) {
+    cell.mixed = false;
+  } else if (cell.read != time && !cell.mixed) {
+    times_of_reads_[&cell].fill(cell.read);
+    cell.mixed = true;
+  }
+  if (cell.mixed) times_of_reads_[&cell][warp.id] = time;
+  cell.readers |= 1u << warp.id;
 }
 
 void SharedChecks::read_cell(const Warp& warp, int thread, uint32_t offset, Cell& cell) {
@@ -117,17 +145,9 @@ void SharedChecks::read_cell(const Warp& warp, int thread, uint32_t offset, Cell
     warp.report("shared hazard in a warp: read of what another lane wrote, no __syncwarp between",
                 detail());
   }
-  bool all_ordered = cell.read < clock.all_known;
-  if (!all_ordered) {
-    all_ordered = true;
-    for (uint32_t left = cell.readers; left; left &= left - 1) {
-      int reader = first(left);
-      all_ordered = all_ordered && (reader == warp.id || cell.read < clock.known[reader]);
-    }
-  }
+  note_reader(warp, cell);
   bool mine = cell.reader / kLanes == warp.id && cell.read_synchronised == clock.synchronised;
   cell.several_lanes = mine && cell.read && (cell.several_lanes || cell.reader != thread);
-  cell.readers = (all_ordered ? 0 : cell.readers) | 1u << warp.id;
   cell.reader = thread;
   cell.read = time;
   cell.read_synchronised = clock.synchronised;
@@ -154,7 +174,7 @@ void SharedChecks::write_cell(const Warp& warp, int thread, uint32_t offset, Cel
   if (cell.read && cell.readers) {
     bool race = false;
     for (uint32_t left = cell.readers & ~(1u << warp.id); left; left &= left - 1) {
-      race = race || cell.read >= clock.known[first(left)];
+      race = race || time_of_read(cell, first(left)) >= clock.known[first(left)];
     }
     if (race) {
       warp.report("shared race: write over what another warp read since the last barrier",
