@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*) \
-	benchmarks/limits.cpp
+	$(wildcard tests/ptxcpu/*.cpp tests/ptxcpu/src/*.cpp tests/ptxcpu/src/*.h) \
+	$(wildcard tests/ptxcpu/kernels/*.cu) benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 

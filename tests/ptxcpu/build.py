@@ -103,7 +103,8 @@ def _cpu() -> str:
 def library() -> Path:
     """The folder of libptxcpu.so and of the stand-in libcudart.so.13; a minute's work."""
     source = HERE / "src"
-    flags = ["-std=c++20", "-O2", "-march=native", "-fPIC", f"-I{toolkit() / 'include'}"]
+    flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC"]
+    flags += ["-fno-semantic-interposition", f"-I{toolkit() / 'include'}"]
     files = sorted(source.glob("*.cpp"))
 
     def make(folder: Path) -> None:

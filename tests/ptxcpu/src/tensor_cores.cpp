@@ -80,7 +80,11 @@ void mma_sync(Statement& s) {
             float_in ? bits<float>(from[lane]) : element(Type::kF16, from[lane], i & 1);
       }
     }
-    multiply(&A[0][0], &B[0][0], &C[0][0], M, N, K);
+    for (int i = 0; i < M; i++) {
+      for (int k = 0; k < K; k++) {
+        for (int j = 0; j < N; j++) C[i][j] += double(A[i][k]) * B[k][j];
+      }
+    }
     for (int i = 0; i < 4; i++) {
       uint32_t* to = d[float_out ? i : i / 2](warp);
       for (int lane = 0; lane < kLanes; lane++) {
