@@ -68,6 +68,8 @@ struct Backward {
   Pack<T> bk[C][Shape::kKeyPacks];    // B_t k_t, then G v_t
   Pack<T> all[Shape::kKeyPacks];      // product of the chunk's decays
   Pack<T> meeting[Shape::kKeyPacks];  // sum_j S G
+  Pack<T> u[Shape::kKeyPacks];
+  Pack<T> grad_u[Shape::kKeyPacks];
   // Of all columns; a pack more than needed, so that the rows start at different banks.
   Pack<T> v[C][Shape::kRowPacks + 1];  // then G^T (B_t k_t)
   Pack<T> grad_y[C][Shape::kRowPacks + 1];
@@ -486,16 +488,17 @@ __device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::St
 }
 
 // The pairs of the chunk, every key by itself: dr, dk and dw in the place of r, k and the rates,
-// the warp's share of A, and what the chunk adds to du.
+// the warp's share of A, and du so far.
 //
 // D[s] is D(s, t). `passed` is what arrives at t of the sources met so far, first S, then the
 // tokens one by one: passing s on their way, they are q's at s.
 template <class T, int P>
-__device__ T pair_up(Backward<T, P>& back, T u) {
+__device__ void pair_up(Backward<T, P>& back) {
   constexpr int C = Shape<T, P>::kChunk;
   const Lane<T, P> lane;
   const int i = lane.own_key;
   T k[C], D[C], grad_k[C], q[C];
+  const T u = elements(back.u)[i];
   T F = 1, grad_u = 0;
 #pragma unroll
   for (int t = 0; t < C; t++) {
@@ -527,7 +530,8 @@ __device__ T pair_up(Backward<T, P>& back, T u) {
     if (lane.owns) elements(back.r[t])[i] = passed + m_tt * u_k;
     F *= d;
   }
-  if (!lane.owns) return grad_u;
+  if (!lane.owns) return;
+  elements(back.grad_u)[i] += grad_u;
   T passed = F * elements(back.meeting)[i];  // at G
 #pragma unroll
   for (int s = 0; s < C; s++) {
@@ -537,7 +541,6 @@ __device__ T pair_up(Backward<T, P>& back, T u) {
     elements(back.k[s])[i] = grad_k[s] + arriving;
     elements(back.w[s])[i] *= -q[s];
   }
-  return grad_u;
 }
 
 // dv, from what has been found with G and the rows of A.
@@ -601,10 +604,12 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
   const Lane<T, P> lane;
   const bool owns = lane.owns && lane.own_key < place.keys.count;
-  const T u =
-      owns ? load_element<T>(job.u.row(place.h), job.u.dtype, place.keys.first + lane.own_key)
-           : T(0);
-  T grad_u_sum = 0;
+  if (lane.owns) {
+    elements(back.u)[lane.own_key] =
+        owns ? load_element<T>(job.u.row(place.h), job.u.dtype, place.keys.first + lane.own_key)
+             : T(0);
+    elements(back.grad_u)[lane.own_key] = 0;
+  }
   typename Shape::State S, G;
   load_matrix<T, P>(place, chunks, job.grad_final, place.m, whole.grad_final);
   load_checkpoint<T, P>(place, chunks, G);
@@ -633,7 +638,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     apply_gradient(back, G);
     load_checkpoint<T, P>(place, chunk, S);  // not before: with G it takes most registers
     apply_state(back, S, G);
-    grad_u_sum += pair_up(back, u);
+    pair_up(back);
     __syncthreads();
 #pragma unroll 1
     for (int at = threadIdx.x; at < C * C; at += blockDim.x) {
@@ -651,7 +656,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     __syncthreads();
   }
 
-  if (owns) grad_u[place.keys.first + lane.own_key] = grad_u_sum;
+  if (owns) grad_u[place.keys.first + lane.own_key] = elements(back.grad_u)[lane.own_key];
   if (!job.grad_initial.data) return;
   store_checkpoint<T, P>(place, chunks, G);
   store_matrix<T, P>(place, chunks, job.grad_initial, place.m, whole.grad_initial);
