@@ -54,22 +54,30 @@ struct Lane {
 };
 
 // Starts to copy 16 rows of x, tokens from `first` on, to shared memory; zeros beyond the end.
-template <int N, int kThreads>
+template <int N, int kThreads, int element_bytes = 2>
 __device__ inline void stage(uint32_t* raw, const Tokens& x, const Place& at, int64_t first) {
-  const int row_bytes = N * (x.dtype == DType::f32 ? 4 : 2), pieces = row_bytes / 16;
+  constexpr int kRowBytes = N * element_bytes, kPieces = kRowBytes / 16, kAll = kChunk * kPieces;
   const char* rows = x.row(at.span.b, at.span.begin + first, at.h);
   const int64_t distance = x.distance(1, 0);
+  const int tokens = int(min(at.last - first, int64_t(kChunk)));
 #pragma unroll
-  for (int i = 0; i < 2; i++) {  // at most kThreads = 2 N at a time: 2 N or 4 N pieces
-    const int piece = threadIdx.x + i * kThreads;
-    if (piece >= kChunk * pieces) break;
-    const int row = piece / pieces, column = piece % pieces * 16;
-    char* to = reinterpret_cast<char*>(raw) + row * (row_bytes + 32) + column;
-    if (x.data && first + row < at.last)
+  for (int begin = 0; begin < kAll; begin += kThreads) {
+    const int piece = begin + threadIdx.x;
+    if (kAll % kThreads && piece >= kAll) break;
+    const int row = piece / kPieces, column = piece % kPieces * 16;
+    char* to = reinterpret_cast<char*>(raw) + row * (kRowBytes + 32) + column;
+    if (x.data && row < tokens)
       copy_async(to, rows + row * distance + column);
     else
       *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
   }
+}
+template <int N, int kThreads>
+__device__ inline void stage_w(uint32_t* raw, const Tokens& w, const Place& at, int64_t first) {
+  if (w.dtype == DType::f32)
+    stage<N, kThreads, 4>(raw, w, at, first);
+  else
+    stage<N, kThreads>(raw, w, at, first);
 }
 
 // exp(-exp(w)); in base 2, and exactly 1 where exp(w) is too small to tell.
@@ -87,8 +95,9 @@ struct Quad {
   static constexpr int K = N * kQuads / kThreads;
   using Values = float[kQuad][K];
   int quad, key;
-  Values d;              // decays
-  Values before, after;  // their products within the quad, before and after a token
+  Values d;                   // decays
+  Values before, after;       // their products within the quad, before and after a token
+  float products[kQuads][K];  // over each quad of the chunk
 
   __device__ Quad() : quad(threadIdx.x / (N / K)), key(threadIdx.x % (N / K) * K) {}
 
@@ -110,7 +119,7 @@ struct Quad {
   }
 
   // Makes the decays of the raw w, 1 for tokens from `tokens` on, and shares their products.
-  __device__ void decays(const Values& w, int tokens, float (*products)[N]) {
+  __device__ void decays(const Values& w, int tokens, float (*shared)[N]) {
 #pragma unroll
     for (int t = 0; t < kQuad; t++)
 #pragma unroll
@@ -123,25 +132,31 @@ struct Quad {
         before[t][i] = before[t - 1][i] * d[t - 1][i];
         after[kQuad - 1 - t][i] = after[kQuad - t][i] * d[kQuad - t][i];
       }
-      products[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
+      shared[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
     }
   }
 
-  // The product over the quads [first, last).
-  __device__ void product(float (&x)[K], const float (*products)[N], int first, int last) const {
+  // The products of all quads, when all threads have shared theirs.
+  __device__ void load_products(const float (*shared)[N]) {
+#pragma unroll
+    for (int q = 0; q < kQuads; q++)
+#pragma unroll
+      for (int i = 0; i < K; i++) products[q][i] = shared[q][key + i];
+  }
+  // Their product over the quads [first, last).
+  __device__ void product(float (&x)[K], int first, int last) const {
 #pragma unroll
     for (int i = 0; i < K; i++) {
       x[i] = 1.f;
 #pragma unroll
-      for (int q = 0; q < kQuads; q++)
-        if (first <= q && q < last) x[i] *= products[q][key + i];
+      for (int q = 0; q < kQuads; q++) x[i] *= first <= q && q < last ? products[q][i] : 1.f;
     }
   }
-
   // What lies between the quad and the middle of the chunk.
-  __device__ void outer_scale(float (&x)[K], const float (*products)[N]) const {
-    const int neighbour = quad == 0 ? 1 : quad == 3 ? 2 : kQuads;
-    product(x, products, neighbour, neighbour + 1);
+  __device__ void outer_scale(float (&x)[K]) const {
+#pragma unroll
+    for (int i = 0; i < K; i++)
+      x[i] = quad == 0 ? products[1][i] : quad == 3 ? products[2][i] : 1.f;
   }
 
   // rows[token][key] = x scale, as mma operand
@@ -226,9 +241,9 @@ template <class E, int N, int kThreads, int K>
 __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N, kThreads>& my,
                                     const float (&r)[kQuad][K], const float (&k)[kQuad][K],
                                     const float (&from_before)[kQuad][K],
-                                    const float (&to_after)[kQuad][K], const float (*products)[N]) {
+                                    const float (&to_after)[kQuad][K]) {
   float x[kQuad][K], scale[K];
-  my.product(scale, products, 0, 0);  // 1
+  my.product(scale, 0, 0);  // 1
 #pragma unroll
   for (int i = 0; i < K; i++)  // neighbours: nothing between them
     x[0][i] = k[0][i], x[1][i] = r[1][i], x[2][i] = k[2][i], x[3][i] = r[3][i];
@@ -247,7 +262,7 @@ __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N,
   };
   choose(my.quad % 2);
   my.store(levels[2], x, scale);  // neighbouring quads
-  my.outer_scale(scale, products);
+  my.outer_scale(scale);
   choose(my.quad / 2);
   my.store(levels[3], x, scale);  // the halves of the chunk
 }
