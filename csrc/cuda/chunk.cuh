@@ -436,15 +436,15 @@ __device__ inline void pair_level(Pairs& pairs, int level, const Rows<N>& rows) 
   }
 }
 
-// NaN or zeros for the segment's rows of an output.
+// Fills the segment's rows of an output: 16-bit or f32, with zeros or NaN.
 template <int N>
-__device__ inline void fill_rows(const Tokens& to, const Place& at, uint32_t two_elements) {
-  const int64_t words = (at.last - at.first) * (N / 2);
-  for (int64_t i = threadIdx.x; i < words; i += blockDim.x) {
-    char* row = to.row(at.span.b, at.span.begin + at.first + i / (N / 2), at.h);
-    reinterpret_cast<uint32_t*>(row)[i % (N / 2)] = two_elements;
+__device__ inline void fill_rows(const Tokens& to, const Place& at, bool nan = true) {
+  const int words = to.dtype == DType::f32 ? N : N / 2;
+  const uint32_t filling = nan ? 0x7fff7fffu : 0;  // a NaN of each dtype
+  for (int64_t i = threadIdx.x; i < (at.last - at.first) * words; i += blockDim.x) {
+    char* row = to.row(at.span.b, at.span.begin + at.first + i / words, at.h);
+    reinterpret_cast<uint32_t*>(row)[i % words] = filling;
   }
 }
-constexpr uint32_t kTwoNans = 0x7fff7fff;  // of bf16 and of f16
 
 }  // namespace rwkv6::cuda

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(2 * N)
   const int warp = threadIdx.x / 32, value = 16 * warp;
 
   if (!at.span.valid || at.span.padding) {
-    fill_rows<N>(job.y, at, at.span.valid ? 0 : kTwoNans);
+    fill_rows<N>(job.y, at, !at.span.valid);
     if (!at.span.valid && at.segment == 0 && at.span.final >= 0)
       fill_matrix<N>(f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, NAN);
     return;
