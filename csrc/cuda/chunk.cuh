@@ -124,6 +124,12 @@ struct Quad {
     for (int t = 0; t < kQuad; t++)
 #pragma unroll
       for (int i = 0; i < K; i++) d[t][i] = kQuad * quad + t < tokens ? decay(w[t][i]) : 1.f;
+    multiply_out();
+#pragma unroll
+    for (int i = 0; i < K; i++) shared[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
+  }
+  // `before` and `after`, from d.
+  __device__ void multiply_out() {
 #pragma unroll
     for (int i = 0; i < K; i++) {
       before[0][i] = after[kQuad - 1][i] = 1.f;
@@ -132,7 +138,6 @@ struct Quad {
         before[t][i] = before[t - 1][i] * d[t - 1][i];
         after[kQuad - 1 - t][i] = after[kQuad - t][i] * d[kQuad - t][i];
       }
-      shared[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
     }
   }
 
@@ -273,17 +278,35 @@ __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N,
 template <int N>
 using StateTile = float[N / 8][4];
 
-// `states` is [key][value] with `stride` elements from key to key; value is the warp's first.
-template <int N>
-__device__ inline void load_state(StateTile<N>& s, const float* state, int64_t stride, int value) {
+// Keys 8j to 8j + 7 and all of them; `state` is [key][value] with `stride` elements from key to
+// key, value is the warp's first.
+__device__ inline void load_keys(float (&s)[4], int j, const float* state, int64_t stride,
+                                 int value) {
   const Lane lane;
 #pragma unroll
-  for (int j = 0; j < N / 8; j++)
+  for (int e = 0; e < 2; e++) {
+    const float* from = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
+    s[e] = from[0], s[e + 2] = from[1];
+  }
+}
+__device__ inline void store_keys(const float (&s)[4], int j, float* state, int64_t stride,
+                                  int value) {
+  const Lane lane;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float* from = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
-      s[j][e] = from[0], s[j][e + 2] = from[1];
-    }
+  for (int e = 0; e < 2; e++) {
+    float* to = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
+    to[0] = s[e], to[1] = s[e + 2];
+  }
+}
+template <int N>
+__device__ inline void load_state(StateTile<N>& s, const float* state, int64_t stride, int value) {
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) load_keys(s[j], j, state, stride, value);
+}
+template <int N>
+__device__ inline void store_state(const StateTile<N>& s, float* state, int64_t stride, int value) {
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) store_keys(s[j], j, state, stride, value);
 }
 template <int N>
 __device__ inline void fill_state(StateTile<N>& s, float x) {
@@ -308,17 +331,6 @@ __device__ inline void load_state(StateTile<N>& s, const States& states, int64_t
     for (int e = 0; e < 2; e++) {
       const uint16_t* two = from + (8 * j + 2 * lane.t + e) * states.stride_row;
       s[j][e] = E::low(two[0]), s[j][e + 2] = E::low(two[1]);
-    }
-}
-template <int N>
-__device__ inline void store_state(const StateTile<N>& s, float* state, int64_t stride, int value) {
-  const Lane lane;
-#pragma unroll
-  for (int j = 0; j < N / 8; j++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float* to = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
-      to[0] = s[j][e], to[1] = s[j][e + 2];
     }
 }
 __device__ inline float* f32_matrix(const States& states, int64_t row, int64_t h) {
@@ -346,21 +358,24 @@ __device__ inline void load_values(ValueTile& v, const uint32_t* raw, int value)
     }
 }
 
-// S <- total S + sum_t rows[t] v_t
+// S <- total S + sum_t rows[t] v_t, for keys 8j to 8j + 7 and for all.
+template <int N>
+__device__ inline void update_keys(float (&s)[4], int j, const float (&total)[N],
+                                   const Rows<N>& rows, const ValueTile& v) {
+  const Lane lane;
+  const float2 d = *reinterpret_cast<const float2*>(&total[8 * j + 2 * lane.t]);
+  s[0] *= d.x, s[1] *= d.y, s[2] *= d.x, s[3] *= d.y;
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    const float* column = &rows[8 * step + lane.t][8 * j + lane.g];
+    mma(s, v[step], __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
+  }
+}
 template <int N>
 __device__ inline void update_state(StateTile<N>& s, const float (&total)[N], const Rows<N>& rows,
                                     const ValueTile& v) {
-  const Lane lane;
 #pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const float2 d = *reinterpret_cast<const float2*>(&total[8 * j + 2 * lane.t]);
-    s[j][0] *= d.x, s[j][1] *= d.y, s[j][2] *= d.x, s[j][3] *= d.y;
-#pragma unroll
-    for (int step = 0; step < 2; step++) {
-      const float* column = &rows[8 * step + lane.t][8 * j + lane.g];
-      mma(s[j], v[step], __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
-    }
-  }
+  for (int j = 0; j < N / 8; j++) update_keys<N>(s[j], j, total, rows, v);
 }
 
 // y[16 tokens][16 values] of a warp: accumulators for value 2g + e of column g.

@@ -39,7 +39,7 @@ template <int N>
 using KeyTile = float[N / 16][2][4];
 
 template <int N>
-__device__ inline void load_keys(KeyTile<N>& x, const float* state, int64_t stride, int key) {
+__device__ inline void load_key_tile(KeyTile<N>& x, const float* state, int64_t stride, int key) {
   const Lane lane;
 #pragma unroll
   for (int p = 0; p < N / 16; p++)
@@ -68,8 +68,8 @@ __device__ inline void load_tokens(uint32_t (&a)[2][4], const uint32_t* raw, int
 
 // G <- total G + sum_t rows[t] grad_y_t, for the warp's keys
 template <class E, int N>
-__device__ inline void update_keys(KeyTile<N>& x, const float (&total)[N], const Rows<N>& rows,
-                                   const uint32_t* raw, int key) {
+__device__ inline void update_key_tile(KeyTile<N>& x, const float (&total)[N], const Rows<N>& rows,
+                                       const uint32_t* raw, int key) {
   const Lane lane;
   const float upper = total[key + lane.g], lower = total[key + lane.g + 8];
   uint32_t a[2][4];
@@ -220,12 +220,90 @@ __device__ inline void advance_state(float* to,          // [N][N]
                                      const float* from,  // [N][N]
                                      const float (&total)[N], const Rows<N>& rows,
                                      const uint32_t* raw_v, int value) {
-  StateTile<N> s;
   ValueTile v;
   load_values<E, N>(v, raw_v, value);
-  load_state<N>(s, from, N, value);
-  update_state<N>(s, total, rows, v);
-  store_state<N>(s, to, N, value);
+  constexpr int kAtOnce = 4;  // all would take more registers than there are beside G
+#pragma unroll 1
+  for (int j = 0; j < N / 8; j += kAtOnce) {
+    float s[kAtOnce][4];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) load_keys(s[i], j + i, from, N, value);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) update_keys<N>(s[i], j + i, total, rows, v);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) store_keys(s[i], j + i, to, N, value);
+  }
+}
+
+// Of one key and the tokens of a quad; w that of log(d) until it is finished.
+struct Gradients {
+  float r[kQuad], k[kQuad], w[kQuad];
+};
+// Scales the rows' gradients and adds up what crosses each token within the quad; shares what
+// crosses the other quads.
+template <class E, int N>
+__device__ inline void collect(Gradients& out, Shared<N>& shared, const Quad<E, N, 4 * N>& my,
+                               const float (&r)[kQuad][1], const float (&k)[kQuad][1]) {
+  float to_start[1], to_end[1], to_middle[1], sums[3] = {};
+  my.product(to_start, 0, my.quad);
+  my.product(to_end, my.quad + 1, kQuads);
+  my.outer_scale(to_middle);
+  const bool upper_half = my.quad / 2, odd_quad = my.quad % 2;
+#pragma unroll
+  for (int t = 0; t < kQuad; t++) {
+    const int token = kQuad * my.quad + t;
+    const float before = my.before[t][0], after = my.after[t][0];
+    const float of_states = before * to_start[0] * shared.r[token][my.key];
+    const float of_later = after * to_end[0] * shared.k[token][my.key];
+    const float of_half =
+        (upper_half ? before : after) * to_middle[0] * shared.levels[3][token][my.key];
+    const float of_quad = (odd_quad ? before : after) * shared.levels[2][token][my.key];
+    const float of_pair = (t == 0   ? my.d[1][0]
+                           : t == 3 ? my.d[2][0]
+                                    : 1.f) *
+                          shared.levels[1][token][my.key];
+    const float of_neighbour = shared.levels[0][token][my.key];
+    out.r[t] = of_states + (upper_half ? of_half : 0.f) + (odd_quad ? of_quad : 0.f);
+    out.k[t] = of_later + (upper_half ? 0.f : of_half) + (odd_quad ? 0.f : of_quad);
+    // r's gradient crosses the tokens before, k's the tokens after
+    const float back = r[t][0] * out.r[t], on = k[t][0] * out.k[t];
+#pragma unroll
+    for (int s = 0; s < kQuad; s++) out.w[s] += s < t ? back : s > t ? on : 0.f;
+    sums[0] += r[t][0] * of_states;
+    sums[1] += k[t][0] * of_later;
+    sums[2] += (upper_half ? r[t][0] : k[t][0]) * of_half;
+    if (t == 0) out.w[1] += k[t][0] * of_pair;
+    if (t == 3) out.w[2] += r[t][0] * of_pair;
+    (t / 2 ? out.r : out.k)[t] += of_pair;
+    (t % 2 ? out.r : out.k)[t] += of_neighbour;
+  }
+#pragma unroll
+  for (int i = 0; i < 3; i++) shared.sums[i][my.quad][my.key] = sums[i];
+}
+
+// Adds the other quads' terms and the bonus; returns the gradient of u.
+template <class E, int N>
+__device__ inline float finish(Gradients& out, const Shared<N>& shared, const Quad<E, N, 4 * N>& my,
+                               const float (&r)[kQuad][1], const float (&k)[kQuad][1],
+                               const float (&w)[kQuad][1], float u) {
+  float all[1], du = 0.f;
+  my.product(all, 0, kQuads);
+  float crossing = all[0] * shared.crossing[my.key];
+#pragma unroll
+  for (int q = 0; q < kQuads; q++)
+    if (q != my.quad) crossing += shared.sums[q > my.quad ? 0 : 1][q][my.key];
+  if (my.quad == 1) crossing += shared.sums[2][0][my.key];
+  if (my.quad == 2) crossing += shared.sums[2][3][my.key];
+#pragma unroll
+  for (int t = 0; t < kQuad; t++) {
+    const float p = shared.diagonal[kQuad * my.quad + t];
+    out.r[t] += u * k[t][0] * p;
+    out.k[t] += u * r[t][0] * p;
+    du += r[t][0] * k[t][0] * p;
+    // where exp(w) has no value in f32, what crosses is exactly 0
+    out.w[t] = -power_of_2(kLog2E * fminf(w[t][0], 80.f)) * (crossing + out.w[t]);
+  }
+  return du;
 }
 
 // Stores four tokens of one key, two neighbours of a pair of lanes at a time.
@@ -285,7 +363,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
                                   : f32_matrix(job.grad_final, at.m, at.h);
     const int64_t stride = given.ends ? N : job.grad_final.stride_row;
     if (!has_values)
-      load_keys<N>(g_keys, end, stride, key);
+      load_key_tile<N>(g_keys, end, stride, key);
     else if (end)
       load_state<N>(g, end, stride, value);
     else
@@ -399,7 +477,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     } else {
       meet_states<E, N>(dr_tile, dk_tile, shared.crossing, state_before(step), g_keys, raw_grad_y,
                         raw_v, key);
-      update_keys<E, N>(g_keys, shared.total, shared.r, raw_grad_y, key);
+      update_key_tile<E, N>(g_keys, shared.total, shared.r, raw_grad_y, key);
     }
     __syncthreads();
 
@@ -417,78 +495,19 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     }
     __syncthreads();
 
-    // A thread's key and quad again. `across` collects what crosses each of its tokens.
-    float dr[kQuad], dk[kQuad], across[kQuad] = {}, outer[K];
-    my.outer_scale(outer);
-    const int token = kQuad * my.quad;
-    const bool upper_half = my.quad / 2, odd_quad = my.quad % 2;
-    float later[kQuad], earlier[kQuad], halves[kQuad], quads[kQuad], sums[3] = {};
-#pragma unroll
-    for (int t = 0; t < kQuad; t++) {
-      const float r_t = r[t][0], k_t = k[t][0];
-      const float behind = my.before[t][0], ahead = my.after[t][0];
-      dr[t] = behind * before[0] * shared.r[token + t][my.key];
-      dk[t] = ahead * after[0] * shared.k[token + t][my.key];
-      later[t] = r_t * dr[t], earlier[t] = k_t * dk[t];
-      const float at_8 =
-          (upper_half ? behind : ahead) * outer[0] * shared.levels[3][token + t][my.key];
-      const float at_4 = (odd_quad ? behind : ahead) * shared.levels[2][token + t][my.key];
-      const float at_1 = shared.levels[0][token + t][my.key];
-      halves[t] = (upper_half ? r_t : k_t) * at_8;
-      quads[t] = (odd_quad ? r_t : k_t) * at_4;
-      dr[t] += (upper_half ? at_8 : 0.f) + (odd_quad ? at_4 : 0.f) + (t % 2 ? at_1 : 0.f);
-      dk[t] += (upper_half ? 0.f : at_8) + (odd_quad ? 0.f : at_4) + (t % 2 ? 0.f : at_1);
-      sums[0] += later[t], sums[1] += earlier[t], sums[2] += halves[t];
-    }
-#pragma unroll
-    for (int i = 0; i < 3; i++) shared.sums[i][my.quad][my.key] = sums[i];
-    {
-      const float* column = &shared.levels[1][token][my.key];
-      const float at_0 = column[0] * my.d[1][0], at_3 = column[3 * (N + 8)] * my.d[2][0];
-      dk[0] += at_0, dk[1] += column[N + 8], dr[2] += column[2 * (N + 8)], dr[3] += at_3;
-      across[1] += k[0][0] * at_0, across[2] += r[3][0] * at_3;
-    }
+    Gradients gradients = {};
+    my.load(r, raw[0]);
+    my.load(k, raw[1]);
+    my.multiply_out();
+    my.load_products(shared.products);
+    collect<E, N>(gradients, shared, my, r, k);
     __syncthreads();
-
-    float common = shared.crossing[my.key];  // what crosses all of the quad
-    {
-      float all[K];
-      my.product(all, 0, kQuads);
-      common *= all[0];
-    }
-#pragma unroll
-    for (int q = 0; q < kQuads; q++)
-      common += q > my.quad   ? shared.sums[0][q][my.key]
-                : q < my.quad ? shared.sums[1][q][my.key]
-                              : 0.f;
-    if (my.quad == 1 || my.quad == 2) common += shared.sums[2][my.quad == 1 ? 0 : 3][my.key];
-    const auto add_before = [&](const float (&terms)[kQuad]) {  // each crosses the tokens after it
-      float sum = 0.f;
-#pragma unroll
-      for (int t = 1; t < kQuad; t++) across[t] += sum += terms[t - 1];
-    };
-    const auto add_behind = [&](const float (&terms)[kQuad]) {  // each crosses the tokens before it
-      float sum = 0.f;
-#pragma unroll
-      for (int t = kQuad - 2; t >= 0; t--) across[t] += sum += terms[t + 1];
-    };
-    add_behind(later);
-    add_before(earlier);
-    upper_half ? add_behind(halves) : add_before(halves);
-    odd_quad ? add_behind(quads) : add_before(quads);
-    float dw[kQuad];
-#pragma unroll
-    for (int t = 0; t < kQuad; t++) {
-      const float p = shared.diagonal[token + t];
-      dr[t] += u[0] * k[t][0] * p;
-      dk[t] += u[0] * r[t][0] * p;
-      du += r[t][0] * k[t][0] * p;
-      // where exp(w) has no value in f32, `across` is exactly 0
-      dw[t] = -power_of_2(kLog2E * fminf(w[t][0], 80.f)) * (common + across[t]);
-    }
-    store_quad<E>(dr, job.grad_r, at, first + token, my.key);
-    store_quad<E>(dk, job.grad_k, at, first + token, my.key);
-    store_quad<E>(dw, job.grad_w, at, first + token, my.key);
+    my.load(w, raw_w + buffer * w_words, wide);
+    du += finish<E, N>(gradients, shared, my, r, k, w, u[0]);
+    const int64_t token = first + kQuad * my.quad;
+    store_quad<E>(gradients.r, job.grad_r, at, token, my.key);
+    store_quad<E>(gradients.k, job.grad_k, at, token, my.key);
+    store_quad<E>(gradients.w, job.grad_w, at, token, my.key);
   }
 
   if (at.segment == 0 && has_values && job.grad_initial.data)
