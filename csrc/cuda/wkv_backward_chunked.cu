@@ -330,6 +330,14 @@ __device__ inline void store_quad(const float (&x)[kQuad], const Tokens& to, con
   }
 }
 
+// What a warp has of the states: 16 values, or 16 keys; its first.
+template <int N>
+struct Share {
+  int warp = thread_index() / 32;
+  bool has_values = warp < N / 16;
+  int value = 16 * warp, key = value - N;
+};
+
 struct Given {
   const float* checkpoints;  // [group][H][N][N]
   const float* ends;         // [unit][segment][N][N], G behind each segment, or nullptr
@@ -359,26 +367,24 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     return;
   }
 
-  const int warp = threadIdx.x / 32;
-  const bool has_values = warp < kValueWarps;
-  const int value = 16 * warp, key = 16 * (warp - kValueWarps);  // the first of a warp
   float g[N / 8][4];  // G: the StateTile of a warp with values, the KeyTile of one with keys
   KeyTile<N>& g_keys = reinterpret_cast<KeyTile<N>&>(g);
   {
+    const Share<N> of = {};
     const float* end = given.ends ? given.ends + int64_t(blockIdx.x) * (N * N)
                                   : f32_matrix(job.grad_final, at.m, at.h);
     const int64_t stride = given.ends ? N : job.grad_final.stride_row;
-    if (!has_values)
-      load_key_tile<N>(g_keys, end, stride, key);
+    if (!of.has_values)
+      load_key_tile<N>(g_keys, end, stride, of.key);
     else if (end)
-      load_state<N>(g, end, stride, value);
+      load_state<N>(g, end, stride, of.value);
     else
       fill_state<N>(g, 0.f);
   }
 
   const bool wide = job.w.dtype == DType::f32;
   uint32_t* raw_w = reinterpret_cast<uint32_t*>(&shared + 1);
-  const int chunks = int((at.last - at.first + kChunk - 1) / kChunk);
+  const auto chunks = [&] { return int((at.last - at.first + kChunk - 1) / kChunk); };
 
   // The steps of a group of n chunks: the first n - 1 to compute their states again, then all n
   // backwards.
@@ -388,7 +394,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     __device__ int chunk() const { return again() ? i : 2 * (n - 1) - i; }
   };
   const auto start_of = [&](int group) {
-    return Step{group, 0, min(chunks - group * kGroup, kGroup)};
+    return Step{group, 0, min(chunks() - group * kGroup, kGroup)};
   };
   const auto next = [&](const Step& step) {
     if (step.i < 2 * (step.n - 1)) return Step{step.group, step.i + 1, step.n};
@@ -427,9 +433,9 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
   for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
 
-  Step step = start_of((chunks - 1) / kGroup);
-  if (chunks) stage_step(step, 0);
-  for (int buffer = 0; chunks && step.group >= 0; step = next(step), buffer ^= 1) {
+  Step step = start_of((chunks() - 1) / kGroup);
+  if (chunks()) stage_step(step, 0);
+  for (int buffer = 0; at.first < at.last && step.group >= 0; step = next(step), buffer ^= 1) {
     const int64_t first = first_of(step);
     const uint32_t (*raw)[kChunk * kRawRow<N>] = shared.raw[buffer];
     const uint32_t *raw_v = raw[2], *raw_grad_y = raw[3];
@@ -461,9 +467,10 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     }
     if (step.again()) {
       __syncthreads();
-      if (has_values)
+      const Share<N> of = {};
+      if (of.has_values)
         advance_state<E, N>(scratch(step.chunk()), state_before(step), shared.total, shared.k,
-                            raw_v, value);
+                            raw_v, of.value);
       continue;
     }
     {
@@ -475,36 +482,37 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     __syncthreads();
 
     float tiles[2][2][4] = {};  // dv, or dr and dk
-    if (has_values) {
-      for (int level = warp; level < kLevels; level += kValueWarps)
+    const Share<N> of = {};
+    if (of.has_values) {
+      for (int level = of.warp; level < kLevels; level += kValueWarps)
         pair_level<N, true>(shared.pairs, level, shared.levels[level]);
       if (threadIdx.x < kChunk)
         shared.pairs[threadIdx.x][threadIdx.x] =
             __uint_as_float(tf32(bonus_of(shared.bonus, threadIdx.x)));
       times_state<N>(tiles[0], shared.k, g);
       ValueTile grad_y;
-      load_values<E, N>(grad_y, raw_grad_y, value);
+      load_values<E, N>(grad_y, raw_grad_y, of.value);
       update_state<N>(g, shared.total, shared.r, grad_y);
     } else {
       meet_states<E, N>(tiles[0], tiles[1], shared.crossing, state_before(step), g_keys, raw_grad_y,
-                        raw_v, key);
-      update_key_tile<E, N>(g_keys, shared.total, shared.r, raw_grad_y, key);
+                        raw_v, of.key);
+      update_key_tile<E, N>(g_keys, shared.total, shared.r, raw_grad_y, of.key);
     }
     __syncthreads();
 
-    if (has_values) {
+    if (of.has_values) {
       ValueTile grad_y;
-      load_values<E, N>(grad_y, raw_grad_y, value);
+      load_values<E, N>(grad_y, raw_grad_y, of.value);
       times_values(tiles[0], shared.pairs, grad_y);
-      store_output<E>(tiles[0], job.grad_v, at, first, value);
+      store_output<E>(tiles[0], job.grad_v, at, first, of.value);
     } else {
-      store_tile<N>(shared.r, tiles[0], key);
-      store_tile<N>(shared.k, tiles[1], key);
+      store_tile<N>(shared.r, tiles[0], of.key);
+      store_tile<N>(shared.k, tiles[1], of.key);
       PairTile pairs;
-      load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, key == 0);
+      load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, of.key == 0);
 #pragma unroll
       for (int level = 0; level < kLevels; level++)
-        level_gradient<N>(shared.levels[level], level, pairs, key);
+        level_gradient<N>(shared.levels[level], level, pairs, of.key);
     }
     __syncthreads();
 
@@ -525,8 +533,9 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     store_quad<E>(gradients.w, job.grad_w, at, token, my.key);
   }
 
-  if (at.segment == 0 && has_values && job.grad_initial.data)
-    store_state<N>(g, f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row, value);
+  if (at.segment == 0 && Share<N>().has_values && job.grad_initial.data)
+    store_state<N>(g, f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row,
+                   Share<N>().value);
   __syncthreads();
   if (threadIdx.x < N) {
     float sum = 0.f;
