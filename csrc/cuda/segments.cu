@@ -1,0 +1,184 @@
+// The walk of a state alone, and the scan over segments. See segments.h.
+#include "cuda/segments.h"
+
+#include <cstdlib>
+
+#include "cuda/chunk.cuh"
+#include "cuda/chunked.cuh"
+
+namespace rwkv6::cuda {
+namespace {
+
+template <int N>
+struct Shared {
+  Rows<N> rows;  // of x, decayed to the chunk's end (backwards: from its beginning)
+  float products[kQuads][N], total[N];
+  uint32_t raw[2][2][kChunk * kRawRow<N>];  // x, v of two chunks
+  uint32_t raw_w[2][kChunk * (N + 8)];      // rows of 16 or 32 bits
+};
+
+// What the walk leaves behind: the segment's end from zeros and its decay, or checkpoints.
+struct Results {
+  float* ends;         // [unit][segment][N][N] or nullptr
+  float* decays;       // [unit][segment][N], with ends
+  float* checkpoints;  // [group][H][N][N] or nullptr
+};
+
+template <class E, int N, bool reverse>
+__global__ void __launch_bounds__(2 * N)
+    state_walk_kernel(const __grid_constant__ Walk walk, const __grid_constant__ Segments segments,
+                      const float* starts,  // [unit][segment][N][N] or nullptr
+                      const Results results) {
+  constexpr int kThreads = 2 * N, K = 2;
+  extern __shared__ __align__(16) char memory[];
+  Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
+  const Place at(walk.sequences, segments, walk.H);
+  if (!at.span.valid) return;
+  const int value = threadIdx.x / 32 * 16;
+
+  StateTile<N> s;
+  if (results.ends)
+    fill_state<N>(s, 0.f);
+  else if (starts)
+    load_state<N>(s, starts + int64_t(blockIdx.x) * (N * N), N, value);
+  else
+    load_state<E, N>(s, walk.from, at.span.initial, at.h, value);
+
+  const bool wide = walk.w.dtype == DType::f32;
+  const auto stage_chunk = [&](int64_t first, int buffer) {
+    stage<N, kThreads>(shared.raw[buffer][0], walk.x, at, first);
+    stage<N, kThreads>(shared.raw[buffer][1], walk.v, at, first);
+    stage<N, kThreads>(shared.raw_w[buffer], walk.w, at, first);
+    commit_copies();
+  };
+  const int64_t chunks = (at.last - at.first + kChunk - 1) / kChunk;
+  const auto first_of = [&](int64_t c) {
+    return at.first + kChunk * (reverse ? chunks - 1 - c : c);
+  };
+  Quad<E, N, kThreads> my;
+  float decay[K] = {1.f, 1.f};  // of all the segment, in the threads of the first quad
+  if (chunks) stage_chunk(first_of(0), 0);
+  for (int64_t c = 0; c < chunks; c++) {
+    const int64_t first = first_of(c);
+    const int buffer = int(c % 2);
+    wait_for_copies<0>();
+    __syncthreads();
+    if (c + 1 < chunks) stage_chunk(first_of(c + 1), buffer ^ 1);
+    if (results.checkpoints && first % (kChunk * kGroup) == 0) {
+      const int64_t position = at.span.b * walk.sequences.tokens + at.span.begin;
+      const int64_t group = group_of(position, at.m, first);
+      store_state<N>(s, results.checkpoints + (group * walk.H + at.h) * (N * N), N, value);
+    }
+
+    float x[kQuad][K], scale[K];
+    my.load(x, shared.raw_w[buffer], wide);
+    my.decays(x, int(min(at.last - first, int64_t(kChunk))), shared.products);
+    my.load(x, shared.raw[buffer][0]);
+    __syncthreads();
+    multiply(x, x, reverse ? my.before : my.after);
+    my.product(scale, shared.products, reverse ? 0 : my.quad + 1, reverse ? my.quad : kQuads);
+    my.store(shared.rows, x, scale);
+    if (my.quad == 0) {
+      my.product(scale, shared.products, 0, kQuads);
+#pragma unroll
+      for (int i = 0; i < K; i++) shared.total[my.key + i] = scale[i], decay[i] *= scale[i];
+    }
+    ValueTile v;
+    load_values<E, N>(v, shared.raw[buffer][1], value);
+    __syncthreads();
+    update_state<N>(s, shared.total, shared.rows, v);
+  }
+
+  if (!results.ends) return;
+  store_state<N>(s, results.ends + int64_t(blockIdx.x) * (N * N), N, value);
+  if (my.quad == 0)
+#pragma unroll
+    for (int i = 0; i < K; i++) results.decays[int64_t(blockIdx.x) * N + my.key + i] = decay[i];
+}
+
+// From where each segment ends when it starts from zeros to where it starts, in place. One block
+// per (sequence, head) and part of the matrix, one thread per element.
+template <class E>
+__global__ void scan_kernel(const __grid_constant__ Walk walk,
+                            const __grid_constant__ Segments segments,
+                            float* ends,            // [unit][segment][N][N]
+                            const float* decays) {  // [unit][segment][N]
+  const int64_t N = walk.N, parts = N * N / blockDim.x, unit = blockIdx.x / parts;
+  const int64_t element = blockIdx.x % parts * blockDim.x + threadIdx.x, key = element / N;
+  const int64_t m = unit / walk.H, h = unit % walk.H;
+  const Span span = span_of(walk.sequences, m);
+  if (!span.valid) return;
+  const int64_t row = walk.reverse ? m : span.initial;
+  float s = 0.f;
+  if (walk.from.data && row >= 0) {
+    const char* state = walk.from.matrix(row, h);
+    const int64_t at = key * walk.from.stride_row + element % N;
+    s = walk.from.dtype == DType::f32 ? reinterpret_cast<const float*>(state)[at]
+                                      : E::low(reinterpret_cast<const uint16_t*>(state)[at]);
+  }
+  for (int64_t i = 0; i < segments.count; i++) {
+    const int64_t segment = unit * segments.count + (walk.reverse ? segments.count - 1 - i : i);
+    float& end = ends[segment * (N * N) + element];
+    const float added = end;
+    end = s;
+    s = decays[segment * N + key] * s + added;
+  }
+}
+
+template <class E, int N>
+void walk_states(const Launch& launch, const Walk& walk, const Segments& segments,
+                 const float* starts, const Results& results) {
+  launch_chunked("state_walk",
+                 walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>,
+                 launch, walk.sequences.count * walk.H * segments.count, 2 * N,
+                 int(sizeof(Shared<N>)), walk, segments, starts, results);
+}
+
+}  // namespace
+
+Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H) {
+  constexpr int64_t kGroupTokens = kChunk * kGroup, kBlocksEach = 4, kShortest = 256;
+  const auto whole_groups = [](int64_t tokens) {
+    return (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
+  };
+  const int64_t T = std::max<int64_t>(sequences.tokens, 1);
+  int64_t length = T;
+  if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT")) {
+    length = std::max<int64_t>(std::atoll(forced), 1);
+  } else {
+    const int64_t units = std::max<int64_t>(sequences.count * H, 1);
+    const int64_t wanted = launch.multiprocessors * kBlocksEach / units;
+    if (wanted > 1) length = std::max(T / wanted, kShortest);
+  }
+  length = whole_groups(std::min(length, T));
+  return {(T + length - 1) / length, length};
+}
+
+const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments) {
+  const int64_t units = walk.sequences.count * walk.H;
+  float* ends = launch.workspace<float>(units * segments.count * walk.N * walk.N);
+  float* decays = launch.workspace<float>(units * segments.count * walk.N);
+  for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
+    using E = decltype(element);
+    constexpr int N = decltype(size)::value, kThreads = 256;
+    walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, nullptr});
+    launch_chunked("scan", scan_kernel<E>, launch, units * (N * N / kThreads), kThreads, 0, walk,
+                   segments, ends, decays);
+  });
+  return ends;
+}
+
+const float* checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,
+                         const float* starts) {
+  const Sequences& all = walk.sequences;
+  const int64_t tokens = all.cu_seqlens.data ? all.tokens : all.count * all.tokens;
+  float* result =
+      launch.workspace<float>(group_of(tokens, all.count, 0) * walk.H * walk.N * walk.N);
+  for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
+    walk_states<decltype(element), decltype(size)::value>(launch, walk, segments, starts,
+                                                          {nullptr, nullptr, result});
+  });
+  return result;
+}
+
+}  // namespace rwkv6::cuda

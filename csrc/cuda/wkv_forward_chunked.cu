@@ -1,0 +1,131 @@
+// The chunked forward: see chunk.cuh. One block walks the chunks of a segment, with the state in
+// its registers; every warp has 16 values of it.
+#include "cuda/chunk.cuh"
+#include "cuda/chunked.cuh"
+
+namespace rwkv6::cuda {
+namespace {
+
+template <int N>
+struct Shared {
+  static constexpr int K = 2;
+  Rows<N> levels[kLevels], r, k;  // r decayed from the chunk's beginning, k to its end
+  float products[kQuads][N], total[N];
+  Pairs pairs;
+  Bonus<N, K> bonus;
+  uint32_t raw[2][3][kChunk * kRawRow<N>];  // r, k, v of two chunks
+  // and behind it w: [2][kChunk] rows of N elements + 32 bytes
+  static __device__ __host__ int w_words(bool wide) { return kChunk * (wide ? N + 8 : kRawRow<N>); }
+};
+
+template <class E, int N>
+__global__ void __launch_bounds__(2 * N)
+    forward_chunked_kernel(const __grid_constant__ ForwardJob job,
+                           const __grid_constant__ Segments segments,
+                           const float* starts) {  // [unit][segment][N][N] or nullptr
+  constexpr int kThreads = 2 * N, K = 2;
+  extern __shared__ __align__(16) char memory[];
+  Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
+  const Place at(job.sequences, segments, job.H);
+  const int warp = threadIdx.x / 32, value = 16 * warp;
+
+  if (!at.span.valid || at.span.padding) {
+    fill_rows<N>(job.y, at, at.span.valid ? 0 : kTwoNans);
+    if (!at.span.valid && at.segment == 0 && at.span.final >= 0)
+      fill_matrix<N>(f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, NAN);
+    return;
+  }
+  StateTile<N> s;
+  if (starts)
+    load_state<N>(s, starts + int64_t(blockIdx.x) * (N * N), N, value);
+  else
+    load_state<E, N>(s, job.initial, at.span.initial, at.h, value);
+
+  const bool wide = job.w.dtype == DType::f32;
+  uint32_t* raw_w = reinterpret_cast<uint32_t*>(&shared + 1);
+  const auto stage_chunk = [&](int64_t first, int buffer) {
+    stage<N, kThreads>(shared.raw[buffer][0], job.r, at, first);
+    stage<N, kThreads>(shared.raw[buffer][1], job.k, at, first);
+    stage<N, kThreads>(shared.raw[buffer][2], job.v, at, first);
+    stage<N, kThreads>(raw_w + buffer * Shared<N>::w_words(wide), job.w, at, first);
+    commit_copies();
+  };
+  Quad<E, N, kThreads> my;
+  float u[K];
+  load_u<E, K>(u, job.u, at.h, my.key);
+  for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
+  if (at.first < at.last) stage_chunk(at.first, 0);
+
+  int buffer = 0;
+  for (int64_t first = at.first; first < at.last; first += kChunk, buffer ^= 1) {
+    const uint32_t (*raw)[kChunk * kRawRow<N>] = shared.raw[buffer];
+    wait_for_copies<0>();
+    __syncthreads();
+    if (first + kChunk < at.last) stage_chunk(first + kChunk, buffer ^ 1);
+
+    float r[kQuad][K], k[kQuad][K], x[kQuad][K], scale[K];
+    my.load(x, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.decays(x, int(min(at.last - first, int64_t(kChunk))), shared.products);
+    my.load(r, raw[0]);
+    my.load(k, raw[1]);
+    share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
+    __syncthreads();
+    {
+      float from_before[kQuad][K], to_after[kQuad][K];
+      multiply(from_before, r, my.before);
+      multiply(to_after, k, my.after);
+      store_levels<E, N, kThreads, K>(shared.levels, my, r, k, from_before, to_after,
+                                      shared.products);
+      my.product(scale, shared.products, 0, my.quad);
+      my.store(shared.r, from_before, scale);
+      my.product(scale, shared.products, my.quad + 1, kQuads);
+      my.store(shared.k, to_after, scale);
+    }
+    if (my.quad == 0) {
+      my.product(scale, shared.products, 0, kQuads);
+#pragma unroll
+      for (int i = 0; i < K; i++) shared.total[my.key + i] = scale[i];
+    }
+    __syncthreads();
+
+    for (int level = warp; level < kLevels; level += kThreads / 32)
+      pair_level<N, false>(shared.pairs, level, shared.levels[level]);
+    if (threadIdx.x < kChunk)
+      shared.pairs[threadIdx.x][threadIdx.x] =
+          __uint_as_float(tf32(bonus_of(shared.bonus, threadIdx.x)));
+    OutputTile y = {};
+    ValueTile v;
+    load_values<E, N>(v, raw[2], value);
+    times_state<N>(y, shared.r, s);
+    update_state<N>(s, shared.total, shared.k, v);
+    __syncthreads();
+
+    times_values(y, shared.pairs, v);
+    store_output<E>(y, job.y, at, first, value);
+  }
+  if (at.is_end())
+    store_state<N>(s, f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, value);
+}
+
+template <class E, int N>
+void run(const Launch& launch, const ForwardJob& job) {
+  const Segments segments = segments_of(launch, job.sequences, job.H);
+  const float* starts = nullptr;
+  if (segments.count > 1)
+    starts = segment_starts(
+        launch, {job.sequences, job.H, job.N, job.k, job.v, job.w, job.initial, false}, segments);
+  const int w_bytes = 2 * 4 * Shared<N>::w_words(job.w.dtype == DType::f32);
+  launch_chunked("forward_chunked", forward_chunked_kernel<E, N>, launch,
+                 job.sequences.count * job.H * segments.count, 2 * N,
+                 int(sizeof(Shared<N>)) + w_bytes, job, segments, starts);
+}
+
+}  // namespace
+
+void forward_chunked(const Launch& launch, const ForwardJob& job) {
+  for_chunked(job.r.dtype, job.N, [&](auto element, auto size) {
+    run<decltype(element), decltype(size)::value>(launch, job);
+  });
+}
+
+}  // namespace rwkv6::cuda
