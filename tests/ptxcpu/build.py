@@ -1,0 +1,162 @@
+"""Builds what the tests of CUDA kernels need, into build/ptxcpu, whenever a source has changed.
+
+Everything is built once: concurrent test processes wait for the first that wants it.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parents[1] / "build/ptxcpu"
+NVCC_MISSING = (
+    "nvcc was not found: looked in CUDA_HOME/bin, PATH, /usr/local/cuda/bin and where the PyPI "
+    "packages nvidia-cuda-nvcc, nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-nvvm put it"
+)
+
+
+@functools.cache
+def find_tool(name: str) -> Path | None:
+    """A program of the CUDA toolkit: nvcc, nvdisasm, cuobjdump, cu++filt."""
+    folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if os.environ.get("CUDA_HOME") else []
+    folders += map(Path, os.environ.get("PATH", "").split(os.pathsep))
+    folders += [Path("/usr/local/cuda/bin")]
+    folders += [Path(site) / "nvidia/cu13/bin" for site in sys.path]
+    if name != "nvcc" and find_nvcc():
+        folders.insert(0, toolkit() / "bin")
+    found = shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    return Path(found) if found else None
+
+
+def find_nvcc() -> Path | None:
+    return find_tool("nvcc")
+
+
+def tool(name: str) -> Path:
+    """find_tool, or an error that says where it was looked for."""
+    path = find_tool(name)
+    if path is None:
+        raise FileNotFoundError(NVCC_MISSING.replace("nvcc", name, 1))
+    return path
+
+
+@functools.cache
+def toolkit() -> Path:
+    """The toolkit's folder as nvcc names it: nvcc on the PATH may be a script or a link."""
+    plan = run([tool("nvcc"), "--dryrun", "-x", "cu", "/dev/null"]).stderr
+    top = next(line for line in plan.splitlines() if line.startswith("#$ TOP="))
+    return Path(top.split("=", 1)[1]).resolve()
+
+
+def run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """Runs a program and returns what it wrote; its complaints become the error's message."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        line = " ".join(map(str, command))
+        raise RuntimeError(f"{line}\nfailed:\n{result.stdout}{result.stderr}")
+    return result
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cached(
+    name: str, command: Sequence[str | Path], depends: Iterable[Path], make: Callable[[Path], None]
+) -> Path:
+    """A folder that make(folder) has filled, kept until the command or a file of depends changes."""
+    digest = hashlib.sha256("\0".join(map(str, command)).encode())
+    for path in sorted(depends):
+        digest.update(path.read_bytes())
+    folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _locked(CACHE / f"{name}.lock"):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
+                make(Path(unfinished))
+                for old in CACHE.glob(f"{name}-????????????????"):
+                    shutil.rmtree(old, ignore_errors=True)
+                shutil.copytree(unfinished, folder)
+    return folder
+
+
+@functools.cache
+def _cpu() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
+
+
+@functools.cache
+def library() -> Path:
+    """The folder of libptxcpu.so and of the stand-in libcudart.so.13; about half a minute."""
+    source = HERE / "src"
+    include = toolkit() / "include"
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-march=native",
+        "-shared",
+        "-fPIC",
+        "-Wno-unused",
+        f"-I{include}",
+    ]
+
+    def make(folder: Path) -> None:
+        jobs = [
+            ["libptxcpu.so", source / "ptxcpu.cpp"],
+            [
+                "libcudart.so.13",
+                source / "fakecudart.cpp",
+                source / "fakeprops.cpp",
+                f"-Wl,--version-script={source / 'cudart.map'}",
+                "-Wl,-soname,libcudart.so.13",
+            ],
+        ]
+        for name, *arguments in jobs:
+            run(["g++", *flags, *arguments, "-o", folder / name])
+        (folder / "libcudart.so").symlink_to("libcudart.so.13")
+
+    return cached("library", [*flags, _cpu()], source.iterdir(), make)
+
+
+def ptx(source: Path, arch: str = "80", flags: Sequence[str] = ()) -> str:
+    """nvcc's PTX of a .cu file for compute_<arch>."""
+    command = [tool("nvcc"), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{arch}", *flags, source]
+    name = f"{source.stem}-{arch}"
+    folder = cached(name, command, [source], lambda to: run([*command, "-o", to / "ptx"]) and None)
+    return (folder / "ptx").read_text()
+
+
+def cuda_library(
+    name: str,
+    sources: Sequence[Path],
+    arch: Sequence[str] = ("80",),
+    flags: Sequence[str | Path] = (),
+    depends: Iterable[Path] = (),
+) -> Path:
+    """A shared library of .cu and .cpp files whose kernels run on the CPU: it carries their PTX
+    for each of arch and is linked with the stand-in libcudart.so.13.
+
+    depends: what else the library is made of, headers above all.
+    """
+    command: list[str | Path] = [tool("nvcc"), "-std=c++17", "-O3", "--no-compress", *flags]
+    command += [f"-gencode=arch=compute_{one},code=compute_{one}" for one in arch]
+    command += ["-Xcompiler=-fPIC", "-shared", "--cudart=shared"]
+    command += [f"-L{library()}", *sources]
+    file = f"lib{name}.so"
+    folder = cached(
+        name, command, [*sources, *depends], lambda to: run([*command, "-o", to / file]) and None
+    )
+    return folder / file

@@ -1,0 +1,45 @@
+// fake libcudart.so.13: an nvcc-built host+device program (--cudart shared, --no-compress, code=compute_XX) runs with its kernels executed by ptxcpu.
+// env: PTXCPU_CHECK=0|1 (races between warps, bounds of shared, uninitialised shared)|2 (also inside a warp, default) PTXCPU_ORDER=n PTXCPU_VERBOSE=1 PTXCPU_CC=80 PTXCPU_ABORT=1
+#include "ptxcpu.cpp"
+#include <chrono>
+typedef int E; struct D3 { unsigned x, y, z; };
+namespace { struct Fn_ { void* mod; string name; int maxdyn = 48 * 1024; }; std::map<const void*, Fn_> fns; std::map<const void*, std::pair<u64, u64>> vars; std::map<void*, vector<void*>> mods; std::map<u64, u64> allocs; E last; struct Cfg { D3 g, b; size_t s; void* st; }; vector<Cfg> cfg; 
+int env(const char* n, int d) { auto* p = getenv(n); return p ? atoi(p) : d; } E setE(E e) { if (e) last = e; return e; }
+Kernel* kern(const Fn_& f) { for (void* m : mods[f.mod]) { auto it = ((Module*)m)->k.find(f.name); if (it != ((Module*)m)->k.end()) return &it->second; } return nullptr; }
+void* modof(const Fn_& f) { for (void* m : mods[f.mod]) if (((Module*)m)->k.count(f.name)) return m; return nullptr; } }
+extern "C" {
+void** __cudaRegisterFatBinary(void* w) { struct W { int magic, ver; const char* data; void* f; }; const char* d = ((W*)w)->data; struct H { u32 magic; u16 ver, hs; u64 size; }; H* h = (H*)d; u64 tot = h->hs + h->size; void** hd = (void**)new char[8]; 
+  for (u64 i = 0; i + 9 < tot; i++) if (!memcmp(d + i, ".version ", 9)) { string t(d + i, strnlen(d + i, tot - i)); i += t.size(); void* m = ptx_load(t.c_str()); for (auto& e : g_err) fprintf(stderr, "ptxcpu: %s\n", e.c_str()); if (m) mods[hd].push_back(m); }
+  if (mods[hd].empty()) fprintf(stderr, "ptxcpu: no PTX text in the fat binary (build with -gencode arch=compute_80,code=compute_80 --no-compress)\n"); u32 n = 1; for (auto& q : mods) for (void* m : q.second) n = std::max(n, (u32)((Module*)m)->opnames.size()); g_opcnt.assign(n + 1, 0); return hd; }
+void __cudaRegisterFatBinaryEnd(void**) {} void __cudaUnregisterFatBinary(void**) {} char __cudaInitModule(void**) { return 1; }
+void __cudaRegisterFunction(void** h, const char* hf, char*, const char* name, int, void*, void*, void*, void*, int*) { fns[hf] = {h, name}; }
+void __cudaRegisterVar(void** h, char* hv, char*, const char* name, int, size_t sz, int, int) { for (void* m : mods[h]) { auto it = ((Module*)m)->gaddr.find(name); if (it != ((Module*)m)->gaddr.end()) vars[hv] = it->second; } }
+unsigned __cudaPushCallConfiguration(D3 g, D3 b, size_t s, void* st) { cfg.push_back({g, b, s, st}); return 0; }
+E __cudaPopCallConfiguration(D3* g, D3* b, size_t* s, void* st) { auto c = cfg.back(); cfg.pop_back(); *g = c.g; *b = c.b; *s = c.s; *(void**)st = c.st; return 0; }
+E __cudaGetKernel(void** k, const void* f) { *k = (void*)f; return fns.count(f) ? 0 : 98; }
+E cudaLaunchKernel(const void* f, D3 g, D3 b, void** args, size_t smem, void*) {
+  auto it = fns.find(f); if (it == fns.end()) return setE(98); Kernel* K = kern(it->second); if (!K) { fprintf(stderr, "ptxcpu: kernel %s was not loaded\n", it->second.name.c_str()); return setE(98); }
+  u64 nt = (u64)b.x * b.y * b.z; if (nt == 0 || nt > 1024 || g.x == 0 || g.y == 0 || g.z == 0 || g.y > 65535 || g.z > 65535) return setE(9); if ((int)smem > it->second.maxdyn || smem + K->sstatic > 227 * 1024) { fprintf(stderr, "ptxcpu: %s wants %zu bytes of dynamic shared memory, allowed %d\n", K->name.c_str(), smem, it->second.maxdyn); return setE(1); }
+  vector<u8> pb(K->parambytes + 16); for (size_t i = 0; i < K->plist.size(); i++) if (args[i]) memcpy(&pb[K->plist[i].first], args[i], K->plist[i].second); g_regions.clear(); for (auto& a : allocs) g_regions.push_back({a.first, a.first + a.second});
+  auto t0 = std::chrono::steady_clock::now(); int v = env("PTXCPU_VERBOSE", 0); int r = ptx_launch(modof(it->second), K->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, smem, pb.data(), env("PTXCPU_CHECK", 2), v, env("PTXCPU_ORDER", 0));
+  if (v) fprintf(stderr, "ptxcpu: %s grid %u,%u,%u block %u,%u,%u smem %zu: %.1f ms, warp insts %llu, gld %llu B / %llu sectors, gst %llu B / %llu sectors, shared wavefronts %llu (ideal %llu), flops %llu, mma flops %llu, barriers %llu\n", K->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, smem, std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count() * 1e3, (unsigned long long)g_st.winst, (unsigned long long)g_st.gld_bytes, (unsigned long long)g_st.gld_sec, (unsigned long long)g_st.gst_bytes, (unsigned long long)g_st.gst_sec, (unsigned long long)g_st.sh_wave, (unsigned long long)g_st.sh_ideal, (unsigned long long)g_st.flops, (unsigned long long)g_st.mmaflops, (unsigned long long)g_st.bars);
+  if (r) { for (auto& e : g_err) fprintf(stderr, "ptxcpu: %s: %s\n", K->name.c_str(), e.c_str()); if (env("PTXCPU_ABORT", 0)) abort(); return setE(719); } return 0; }
+E __cudaLaunchKernel(void* k, D3 g, D3 b, void** a, size_t s, void* st) { return cudaLaunchKernel(k, g, b, a, s, st); }
+E __cudaLaunchKernel_ptsz(void* k, D3 g, D3 b, void** a, size_t s, void* st) { return cudaLaunchKernel(k, g, b, a, s, st); }
+E cudaFuncSetAttribute(const void* f, int a, int v) { auto it = fns.find(f); if (it == fns.end()) return setE(98); if (a == 8) { if (v > 227 * 1024) return setE(1); it->second.maxdyn = v; } return 0; }
+E cudaMalloc(void** p, size_t n) { size_t r = (n + 255) / 256 * 256 + 256; *p = aligned_alloc(256, r); memset(*p, 0xff, r); allocs[(u64)*p] = n; return 0; }
+E cudaMallocAsync(void** p, size_t n, void*) { return cudaMalloc(p, n); } E cudaMallocManaged(void** p, size_t n, unsigned) { return cudaMalloc(p, n); } E cudaMallocHost(void** p, size_t n) { *p = malloc(n); return 0; } E cudaFreeHost(void* p) { free(p); return 0; }
+E cudaFree(void* p) { if (p && !allocs.erase((u64)p)) return setE(1); free(p); return 0; } E cudaFreeAsync(void* p, void*) { return cudaFree(p); }
+E cudaMemcpy(void* d, const void* s, size_t n, int k) { g_regions.clear(); for (auto& a : allocs) g_regions.push_back({a.first, a.first + a.second}); if ((k == 1 || k == 3) && !inregion((u64)d, (u64)d + n)) return setE(1); if ((k == 2 || k == 3) && !inregion((u64)s, (u64)s + n)) return setE(1); memmove(d, s, n); return 0; }
+E cudaMemcpyAsync(void* d, const void* s, size_t n, int k, void*) { return cudaMemcpy(d, s, n, k); } E cudaMemset(void* d, int v, size_t n) { memset(d, v, n); return 0; } E cudaMemsetAsync(void* d, int v, size_t n, void*) { return cudaMemset(d, v, n); }
+E cudaMemcpyToSymbol(const void* s, const void* p, size_t n, size_t o, int) { auto it = vars.find(s); if (it == vars.end() || o + n > it->second.second) return setE(13); memcpy((char*)it->second.first + o, p, n); return 0; }
+E cudaMemcpyFromSymbol(void* p, const void* s, size_t n, size_t o, int) { auto it = vars.find(s); if (it == vars.end() || o + n > it->second.second) return setE(13); memcpy(p, (char*)it->second.first + o, n); return 0; }
+E cudaGetSymbolAddress(void** p, const void* s) { auto it = vars.find(s); if (it == vars.end()) return setE(13); *p = (void*)it->second.first; return 0; }
+E cudaGetLastError() { E e = last; last = 0; return e; } E cudaPeekAtLastError() { return last; } const char* cudaGetErrorString(E e) { return e == 0 ? "no error" : e == 719 ? "unspecified launch failure (ptxcpu checker)" : "error"; } const char* cudaGetErrorName(E e) { return e ? "cudaErrorPtxcpu" : "cudaSuccess"; }
+E cudaDeviceSynchronize() { return 0; } E cudaStreamSynchronize(void*) { return 0; } E cudaStreamCreate(void** s) { *s = (void*)1; return 0; } E cudaStreamCreateWithFlags(void** s, unsigned) { *s = (void*)1; return 0; } E cudaStreamDestroy(void*) { return 0; } E cudaStreamWaitEvent(void*, void*, unsigned) { return 0; }
+E cudaEventCreate(void** e) { *e = new double(0); return 0; } E cudaEventCreateWithFlags(void** e, unsigned) { *e = new double(0); return 0; } E cudaEventRecord(void* e, void*) { *(double*)e = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); return 0; } E cudaEventSynchronize(void*) { return 0; } E cudaEventElapsedTime(float* m, void* a, void* b) { *m = (*(double*)b - *(double*)a) * 1e3; return 0; } E cudaEventDestroy(void* e) { delete (double*)e; return 0; }
+E cudaGetDevice(int* d) { *d = 0; return 0; } E cudaSetDevice(int) { return 0; } E cudaGetDeviceCount(int* n) { *n = 1; return 0; }
+E cudaDeviceGetAttribute(int* v, int a, int) { int cc = env("PTXCPU_CC", 80); switch (a) { case 1: *v = 1024; break; case 8: *v = 49152; break; case 97: *v = 232448; break; case 10: *v = 32; break; case 16: *v = 108; break; case 39: *v = 2048; break; case 75: *v = cc / 10; break; case 76: *v = cc % 10; break; case 81: *v = 233472; break; default: *v = 0; } return 0; }
+E cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int thr, size_t, unsigned) { *n = std::max(1, 1024 / std::max(thr, 1)); return 0; } E cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* n, const void* f, int t, size_t s) { return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(n, f, t, s, 0); }
+E cudaRuntimeGetVersion(int* v) { *v = 13000; return 0; } E cudaDriverGetVersion(int* v) { *v = 13000; return 0; }
+}
