@@ -1,4 +1,4 @@
-"""What a GPU adds to the operator's promises: streams, graphs, other devices, and no look at values.
+"""What a GPU adds to the operator's promises: streams, graphs, devices, and no look at values.
 
 With the other tests of the operator it runs on an NVIDIA GPU by `make test-gpu`. The kernels
 themselves are proved without one, by test_cuda_kernels.py.
