@@ -1,0 +1,250 @@
+// WKV6 forward as the recurrence itself, with the state in registers: every dtype and head size,
+// and the kernel of decoding.
+//
+//   y_t[j]  = sum_i r_t[i] S[i][j] + (sum_i r_t[i] u[i] k_t[i]) v_t[j]
+//   S[i][j] = d_t[i] S[i][j] + k_t[i] v_t[j]
+//
+// Value columns are independent. A warp owns some of them with all their keys: a thread has a pack
+// of columns and every kKeyLanes-th pack of keys, and the key lanes of a column add up y with a few
+// shuffles. The warps of a block share the tokens, which come through shared memory a tile at a
+// time, one tile ahead and unpacked by the thread that fetched them: one barrier a tile. Head sizes
+// are padded to 32, 64, 128 or 256 by zeros.
+#include "cuda/decay.cuh"
+#include "cuda/launch.h"
+#include "cuda/load.cuh"
+#include "cuda/span.cuh"
+#include "cuda/warp.cuh"
+
+namespace rwkv6::cuda {
+namespace {
+
+constexpr int kMaxWarps = 8;  // of a block
+
+template <class T, int P>
+struct Shape {
+  static constexpr int kPack = Pack<T>::kSize;
+  static constexpr int kKeyLanes = P <= 64 ? 4 : P / 16;
+  static constexpr int kColumnLanes = 32 / kKeyLanes;
+  static constexpr int kKeyPacks = P / kPack / kKeyLanes;            // of a thread
+  static constexpr int kWarpColumns = kColumnLanes * kPack;          // of a warp
+  static constexpr int kRowPacks = P / kPack;                        // of a token
+  static constexpr int kRowLanes = kRowPacks < 32 ? kRowPacks : 32;  // that share a token's row
+  static constexpr int kTile = 4096 / (P * sizeof(T)) < 8 ? 4096 / (P * sizeof(T)) : 8;  // tokens
+};
+
+// The rows of a tile: as fetched, then unpacked in place.
+template <class T, int P>
+struct Tile {
+  static constexpr int kTokens = Shape<T, P>::kTile;
+  Pack<T> r[kTokens][P / Pack<T>::kSize];
+  Pack<T> k[kTokens][P / Pack<T>::kSize];
+  Pack<T> w[kTokens][P / Pack<T>::kSize];  // then the decay
+  Pack<T> v[kTokens][P / Pack<T>::kSize];
+  T bonus[kTokens];  // sum_i r u k
+};
+
+// Which packs of N elements can be read and written at once.
+struct Whole {
+  bool r, k, v, w, initial, final;
+};
+
+template <class T, int P>
+__global__ void __launch_bounds__(kMaxWarps * 32)
+    forward_recurrent_kernel(ForwardJob job, int64_t parts, Whole whole) {
+  typedef Shape<T, P> Shape;
+  constexpr int kPack = Shape::kPack;
+  constexpr int kTile = Shape::kTile;
+  __shared__ Tile<T, P> tiles[2];
+
+  const int64_t part = blockIdx.x % parts;
+  const int64_t head = blockIdx.x / parts;
+  const int64_t h = head % job.H, m = head / job.H;
+  const int64_t N = job.N;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Span span = span_of(job.sequences, m);
+  const int64_t first = (part * warps + warp) * Shape::kWarpColumns;  // column of the warp
+  T* final = reinterpret_cast<T*>(span.final < 0 ? nullptr : job.final.matrix(span.final, h));
+
+  if (!span.valid || span.padding) {
+    const T fill = span.padding ? T(0) : T(NAN);
+    const int64_t j = first + lane;
+    if (lane >= Shape::kWarpColumns || j >= N) return;
+    for (int64_t t = 0; t < span.length; t++)
+      store_element(job.y.row(span.b, span.begin + t, h), job.y.dtype, j, fill);
+    if (final)
+      for (int64_t i = 0; i < N; i++) final[i * job.final.stride_row + j] = fill;
+    return;
+  }
+
+  // A thread's share of the rows of a tile: tokens row_token + n * row_tokens, packs row_pack + n *
+  // kRowLanes.
+  constexpr int kWarpTokens = 32 / Shape::kRowLanes;
+  const int row_tokens = warps * kWarpTokens;
+  const int row_token = warp * kWarpTokens + lane / Shape::kRowLanes;
+  const int row_pack = lane % Shape::kRowLanes;
+  const auto fetch = [&](int64_t tile) {
+    Tile<T, P>& to = tiles[tile % 2];
+    for (int t = row_token; t < kTile && tile * kTile + t < span.length; t += row_tokens) {
+      const int64_t token = span.begin + tile * kTile + t;
+      const char* r = job.r.row(span.b, token, h);
+      const char* k = job.k.row(span.b, token, h);
+      const char* w = job.w.row(span.b, token, h);
+      const char* v = job.v.row(span.b, token, h);
+#pragma unroll
+      for (int p = row_pack; p < Shape::kRowPacks; p += Shape::kRowLanes) {
+        const int64_t i = p * kPack, count = N - i;
+        fetch_pack(&to.r[t][p], r + i * size_of(job.r.dtype), job.r.dtype, count, whole.r);
+        fetch_pack(&to.k[t][p], k + i * size_of(job.k.dtype), job.k.dtype, count, whole.k);
+        fetch_pack(&to.w[t][p], w + i * size_of(job.w.dtype), job.w.dtype, count, whole.w);
+        fetch_pack(&to.v[t][p], v + i * size_of(job.v.dtype), job.v.dtype, count, whole.v);
+      }
+    }
+    copy_async_end();
+  };
+  fetch(0);
+
+  const int key_lane = lane / Shape::kColumnLanes, column_lane = lane % Shape::kColumnLanes;
+  const int64_t column = first + column_lane * kPack;
+  T state[Shape::kKeyPacks][kPack][kPack];  // [pack of keys][key][column]
+  {
+    const char* initial =
+        job.initial.data && span.initial >= 0
+            ? job.initial.matrix(span.initial, h) + column * size_of(job.initial.dtype)
+            : nullptr;
+#pragma unroll
+    for (int p = 0; p < Shape::kKeyPacks; p++)
+#pragma unroll
+      for (int e = 0; e < kPack; e++) {
+        const int64_t i = (p * Shape::kKeyLanes + key_lane) * kPack + e;
+        const bool there = initial && i < N;
+        const Pack<T> row =
+            there ? load_pack<T>(initial + i * job.initial.stride_row * size_of(job.initial.dtype),
+                                 job.initial.dtype, N - column, whole.initial)
+                  : zeros<T>();
+#pragma unroll
+        for (int c = 0; c < kPack; c++) state[p][e][c] = row.x[c];
+      }
+  }
+
+  T u[Shape::kRowPacks / Shape::kRowLanes][kPack];
+#pragma unroll
+  for (int n = 0; n < Shape::kRowPacks / Shape::kRowLanes; n++)
+#pragma unroll
+    for (int e = 0; e < kPack; e++) {
+      const int64_t i = (row_pack + n * Shape::kRowLanes) * kPack + e;
+      u[n][e] = i < N ? load_element<T>(job.u.row(h), job.u.dtype, i) : T(0);
+    }
+
+  const int64_t tile_count = (span.length + kTile - 1) / kTile;
+  for (int64_t tile = 0; tile < tile_count; tile++) {
+    Tile<T, P>& rows = tiles[tile % 2];
+    const int64_t left = span.length - tile * kTile;
+    const int tokens = left < kTile ? int(left) : kTile;
+    copy_async_wait<0>();
+    for (int t0 = 0; t0 < tokens; t0 += row_tokens) {
+      const int t = t0 + row_token;
+      T bonus = 0;
+      if (t < tokens) {
+#pragma unroll
+        for (int n = 0; n < Shape::kRowPacks / Shape::kRowLanes; n++) {
+          const int p = row_pack + n * Shape::kRowLanes;
+          const int64_t count = N - p * kPack;
+          const Pack<T> r = unpack(&rows.r[t][p], job.r.dtype, count);
+          const Pack<T> k = unpack(&rows.k[t][p], job.k.dtype, count);
+          const Pack<T> v = unpack(&rows.v[t][p], job.v.dtype, count);
+          Pack<T> w = unpack(&rows.w[t][p], job.w.dtype, count);
+#pragma unroll
+          for (int e = 0; e < kPack; e++) {
+            bonus += r.x[e] * u[n][e] * k.x[e];
+            w.x[e] = decay_of_rate(decay_rate(w.x[e]));
+          }
+          rows.r[t][p] = r;
+          rows.k[t][p] = k;
+          rows.v[t][p] = v;
+          rows.w[t][p] = w;
+        }
+      }
+      T sum[1] = {bonus};
+      sum_lanes<1, 1, Shape::kRowLanes / 2>(sum, lane);
+      if (t < tokens && row_pack == 0) rows.bonus[t] = sum[0];
+    }
+    __syncthreads();  // the tile is there, and nobody needs the one before
+    if (tile + 1 < tile_count) fetch(tile + 1);
+
+    for (int t = 0; t < tokens; t++) {
+      T y[kPack] = {};
+      if (column < P) {
+        const Pack<T> v = rows.v[t][column / kPack];
+#pragma unroll
+        for (int p = 0; p < Shape::kKeyPacks; p++) {
+          const int at = p * Shape::kKeyLanes + key_lane;
+          const Pack<T> r = rows.r[t][at], k = rows.k[t][at], d = rows.w[t][at];
+#pragma unroll
+          for (int e = 0; e < kPack; e++)
+#pragma unroll
+            for (int c = 0; c < kPack; c++) {
+              T& s = state[p][e][c];
+              y[c] += r.x[e] * s;
+              s = d.x[e] * s + k.x[e] * v.x[c];
+            }
+        }
+      }
+      const int64_t j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y, lane);
+      if (key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
+        const T v = rows.v[t][j / kPack].x[j % kPack];
+        store_element(job.y.row(span.b, span.begin + tile * kTile + t, h), job.y.dtype, j,
+                      y[0] + rows.bonus[t] * v);
+      }
+    }
+  }
+
+  if (!final) return;
+#pragma unroll
+  for (int p = 0; p < Shape::kKeyPacks; p++)
+#pragma unroll
+    for (int e = 0; e < kPack; e++) {
+      const int64_t i = (p * Shape::kKeyLanes + key_lane) * kPack + e;
+      Pack<T> row;
+#pragma unroll
+      for (int c = 0; c < kPack; c++) row.x[c] = state[p][e][c];
+      if (i < N)
+        store_pack(reinterpret_cast<char*>(final + i * job.final.stride_row + column),
+                   job.final.dtype, row, N - column, whole.final);
+    }
+}
+
+template <class T, int P>
+void launch_forward(const Launch& launch, const ForwardJob& job) {
+  typedef Shape<T, P> Shape;
+  const int64_t heads = job.sequences.count * job.H;
+  const int64_t head_warps = (job.N + Shape::kWarpColumns - 1) / Shape::kWarpColumns;
+  int64_t warps = head_warps < kMaxWarps ? head_warps : kMaxWarps;
+  while (warps > 1 && heads * ((head_warps + warps - 1) / warps) < launch.multiprocessors)
+    warps = (warps + 1) / 2;
+  const int64_t parts = (head_warps + warps - 1) / warps;
+  const Whole whole = {rows_whole<T>(job.r), rows_whole<T>(job.k),       rows_whole<T>(job.v),
+                       rows_whole<T>(job.w), rows_whole<T>(job.initial), rows_whole<T>(job.final)};
+  forward_recurrent_kernel<T, P>
+      <<<unsigned(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, whole);
+  check_launched("forward_recurrent");
+}
+
+template <class T>
+void forward(const Launch& launch, const ForwardJob& job) {
+  if (job.N <= 32) return launch_forward<T, 32>(launch, job);
+  if (job.N <= 64) return launch_forward<T, 64>(launch, job);
+  if (job.N <= 128) return launch_forward<T, 128>(launch, job);
+  launch_forward<T, 256>(launch, job);
+}
+
+}  // namespace
+
+void forward_recurrent(const Launch& launch, const ForwardJob& job) {
+  if (job.sequences.count * job.H == 0) return;
+  if (job.r.dtype == DType::f64)
+    forward<double>(launch, job);
+  else
+    forward<float>(launch, job);
+}
+
+}  // namespace rwkv6::cuda
