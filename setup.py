@@ -94,7 +94,7 @@ def cuda_objects(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:
             toolkit.check(options, folder)
             return toolkit, toolkit.compile(sources("cuda/*.cu"), options, folder)
         if wanted == "1":
-            raise nvcc.UnusableError("no nvcc in CUDA_HOME, PATH, /usr/local/cuda or PyPI's packages")
+            raise nvcc.UnusableError("no nvcc in CUDA_HOME, PATH, /usr/local/cuda or from PyPI")
     except nvcc.UnusableError as problem:
         if wanted == "1":
             raise SystemExit(f"RWKV6_CUDA=1: {problem}") from None

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 from dlpack import ALLOCATE, K_CUDA, Context, DLTensor, int64s
+from ptxcpu import build
 from samples import Call
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
-
-from ptxcpu import build
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc/cuda"))
@@ -94,9 +93,8 @@ class Gpu:
         self.library = ctypes.CDLL(str(library))
         for name in ("forward", "backward", "inplace"):
             getattr(self.library, f"rwkv6_wkv_{name}").restype = ctypes.c_char_p
-        self.stream = 0  # that calls are launched on
+        self.context = Context(allocate=ALLOCATE(lambda pool, size: self.allocate(size)))
         self._allocated: list[int] = []
-        self._allocate = ALLOCATE(lambda pool, size: self.allocate(size))
 
     def allocate(self, size: int) -> int:
         address = ctypes.c_void_p()
@@ -109,12 +107,11 @@ class Gpu:
         arguments = ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), kind
         assert size == 0 or self.runtime.cudaMemcpy(*arguments) == 0
 
-    def run(self, name: str, *tensors: Tensor | None, device: int = 0) -> list[Memory | None]:
+    def run(self, name: str, *tensors: Tensor | Memory | None) -> list[Memory | None]:
         """Calls rwkv6_wkv_<name>. RuntimeError with the message that it returns."""
-        memory = [None if x is None else Memory(self, x, device) for x in tensors]
-        context = Context(stream=self.stream, allocate=self._allocate)
+        memory = [Memory(self, x) if isinstance(x, Tensor) else x for x in tensors]
         pointers = [None if m is None else ctypes.byref(m.dl) for m in memory]
-        message = getattr(self.library, f"rwkv6_wkv_{name}")(ctypes.byref(context), *pointers)
+        message = getattr(self.library, f"rwkv6_wkv_{name}")(ctypes.byref(self.context), *pointers)
         if message is not None:
             raise RuntimeError(message.decode())
         return memory
