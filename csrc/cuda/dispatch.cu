@@ -2,14 +2,12 @@
 // small kernels around them.
 #include "cuda/dispatch.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
 
 #include "cuda/launch.h"
+#include "cuda/load.cuh"
 
 namespace rwkv6::cuda {
 namespace {
@@ -85,18 +83,6 @@ __global__ void __launch_bounds__(kThreads) chain_kernel(Sequences sequences, in
   next[i] = m;
 }
 
-template <class T>
-__device__ void store(const States& states, int64_t s, int64_t h, int64_t i, int64_t j, T x) {
-  char* matrix = states.matrix(s, h);
-  const int64_t at = i * states.stride_row + j;
-  switch (states.dtype) {
-    case DType::f64: reinterpret_cast<double*>(matrix)[at] = x; break;
-    case DType::f32: reinterpret_cast<float*>(matrix)[at] = x; break;
-    case DType::bf16: reinterpret_cast<__nv_bfloat16*>(matrix)[at] = __float2bfloat16_rn(x); break;
-    case DType::f16: reinterpret_cast<__half*>(matrix)[at] = __float2half_rn(x); break;
-  }
-}
-
 // out[s] = the sum of parts[m] over the sequences m of row s, in their order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -107,7 +93,8 @@ __global__ void __launch_bounds__(kThreads)
   if (s >= S) return;
   T sum = 0;
   for (int64_t m = next[s]; m < count; m = next[S + m]) sum += parts[m * size + element];
-  store(out, s, element / (N * N), element / N % N, element % N, sum);
+  const int64_t h = element / (N * N), i = element / N % N, j = element % N;
+  store_element(out.matrix(s, h), out.dtype, i * out.stride_row + j, sum);
 }
 
 template <class T>
