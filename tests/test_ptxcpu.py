@@ -1,11 +1,13 @@
 """The interpreter of PTX that the tests of the CUDA kernels stand on: right kernels compute what
 they should, and wrong ones are reported."""
 
+import ctypes
+
 import numpy as np
 import pytest
-
 from ptxcpu import build
 from ptxcpu.interpreter import Module, PtxError, bfloat16, from_bfloat16
+from ptxcpu.runtime import LAUNCH_FAILURE, NO_KERNEL_IMAGE, load
 
 pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason=build.NVCC_MISSING)
 KERNELS = build.HERE / "kernels"
@@ -14,7 +16,7 @@ ARCHITECTURES = ("80", "90")
 
 def module(name: str, arch: str) -> Module:
     loaded = Module(build.ptx(KERNELS / f"{name}.cu", arch, ["--use_fast_math"]))
-    assert not loaded.load_errors
+    assert not any(kernel["error"] for kernel in loaded.kernels.values())
     return loaded
 
 
@@ -144,15 +146,15 @@ def test_mma_ldmatrix_and_cp_async(tensor_cores, rng):
     ("kernel", "threads", "complaint"),
     [
         ("race_sh", 128, "shared memory read before any write"),
-        ("race_war", 128, "shared race"),
-        ("intra_warp", 32, "intra-warp shared hazard"),
+        ("race_war", 128, "shared race: read of what another warp wrote"),
+        ("intra_warp", 32, "shared hazard in a warp: read"),
         ("oob", 128, "global store out of bounds"),
         ("div_bar", 32, "divergent barrier"),
         ("div_bar2", 64, "barrier while other warps of the block have exited"),
-        ("cp_nowait", 32, "read before any write"),
+        ("cp_nowait", 32, "cp.async to it is in flight"),
         ("uninit", 64, "read before any write"),
         ("shfl_div", 32, "have not converged"),
-        ("misalign", 32, "misaligned global access"),
+        ("misalign", 32, "misaligned global load"),
     ],
 )
 def test_wrong_kernels_are_reported(rng, kernel, threads, complaint):
@@ -169,3 +171,106 @@ def test_the_right_kernel_among_the_wrong_is_not_reported(rng):
     stats = module("wrong", "80").launch("ok_warp", 1, 32, [x, y])
     assert not stats["messages"]
     np.testing.assert_array_equal(y, x[::-1])
+
+
+# ---- the stand-in runtime ----
+
+
+def pointer(array):
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+@pytest.fixture
+def host():
+    """The functions of launches.cu, and the runtime with nothing launched yet."""
+    runtime = load()
+    sources = [KERNELS / "launches.cu"]
+    library = ctypes.CDLL(str(build.cuda_library("launches", sources, ["80", "90"])))
+    library.set_offset.argtypes = [ctypes.c_float]
+    assert library.set_offset(0) == 0
+    runtime.reset()
+    return library, runtime
+
+
+def test_launches_are_recorded(host):
+    library, runtime = host
+    x, y = runtime.array(np.arange(300, dtype=np.float32)), runtime.array(np.ones(300, np.float32))
+    assert library.set_offset(0.5) == 0
+    assert library.add_float(pointer(y), pointer(x), 300, None) == 0
+    np.testing.assert_array_equal(y, np.arange(300) + 1.5)
+    (launch,) = runtime.launches()
+    assert launch.name == "void add<float>(float*, float const*, int)"
+    assert (launch.grid, launch.block, launch.stream) == ([3, 1, 1], [128, 1, 1], 0)
+    assert launch.statistics["flops"] == 600
+    assert runtime.calls()["cudaLaunchKernel"] == 1
+
+
+@pytest.mark.parametrize(("cc", "target"), [(75, None), (80, 80), (86, 80), (90, 90), (120, 90)])
+def test_the_device_runs_the_latest_code_that_it_can(host, cc, target):
+    library, runtime = host
+    x, y = runtime.array(np.ones(5)), runtime.array(np.ones(5))
+    with runtime.settings(cc=cc):
+        status = library.add_double(pointer(y), pointer(x), 5, None)
+    assert status == (NO_KERNEL_IMAGE if target is None else 0)
+    assert [launch.target for launch in runtime.launches()] == [target] * (target is not None)
+    assert y.tolist() == [1 if target is None else 2] * 5
+
+
+def test_device_and_stream_of_a_launch(host):
+    library, runtime = host
+    with runtime.settings(devices=2), runtime.device(1):
+        stream = runtime.stream()
+        x, y = runtime.array(np.ones(5)), runtime.array(np.ones(5))
+        assert library.add_double(pointer(y), pointer(x), 5, ctypes.c_void_p(stream)) == 0
+        (launch,) = runtime.launches()
+        assert (launch.device, launch.stream) == (1, stream)
+        with runtime.device(0):  # neither the stream nor the memory is this device's
+            assert library.add_double(pointer(y), pointer(x), 5, ctypes.c_void_p(stream)) == 400
+            assert library.add_double(pointer(y), pointer(x), 5, None) == LAUNCH_FAILURE
+    assert "out of bounds" in runtime.launches()[-1].messages[0]
+
+
+def test_errors_of_a_launch_are_told(host):
+    library, runtime = host
+    x, y = runtime.array(np.ones(10)), runtime.array(np.ones(9))
+    assert library.add_double(pointer(y), pointer(x), 10, None) == LAUNCH_FAILURE
+    (launch,) = runtime.launches()
+    assert launch.status == LAUNCH_FAILURE
+    assert "8 bytes at address" in launch.messages[0]
+    assert "byte 72 of a buffer of 72 bytes" in launch.messages[0]
+
+
+def test_memory_of_the_host_can_be_lent(host):
+    library, runtime = host
+    x, y = np.ones(10), np.ones(10)
+    with runtime.lend(x.ctypes.data, x.nbytes), runtime.lend(y.ctypes.data, y.nbytes):
+        assert library.add_double(pointer(y), pointer(x), 10, None) == 0
+    assert library.add_double(pointer(y), pointer(x), 10, None) == LAUNCH_FAILURE
+
+
+def test_footprint_counts_sectors_once(host):
+    library, runtime = host
+    x, y = runtime.array(np.ones(32, np.float32)), runtime.empty(32, np.float32)
+    with runtime.settings(footprint=1):
+        assert library.read_twice_float(pointer(y), pointer(x)) == 0
+    (launch,) = runtime.launches()
+    assert launch.statistics["global_load_sectors"] == 8
+    assert launch.statistics["footprint_read_sectors"] == 4
+    assert launch.statistics["footprint_written_sectors"] == 4
+
+
+def test_dynamic_shared_memory_must_be_asked_for(host):
+    library, runtime = host
+    y = runtime.empty(256, np.float32)
+    assert library.dynamic_float(pointer(y), 0) == 1
+    assert library.dynamic_float(pointer(y), 1) == 0
+    np.testing.assert_array_equal(y, np.arange(256))
+
+
+def test_graph_capture(host):
+    library, runtime = host
+    x, y = runtime.array(np.ones(40, np.float32)), runtime.array(np.zeros(40, np.float32))
+    refused = library.add_by_graph(pointer(y), pointer(x), 40, 3)
+    assert refused == 900
+    assert y.tolist() == [3] * 40
+    assert len(runtime.launches()) == 3

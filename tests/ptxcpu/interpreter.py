@@ -5,67 +5,38 @@
 
 Arrays become pointers, whose bounds are checked; scalars are NumPy scalars of the parameter's
 size; bfloat16 is np.uint16 (bfloat16, from_bfloat16 convert). launch raises PtxError for what the
-checks found, or with strict=False returns the texts as stats["messages"].
+checks found, or with strict=False returns the texts as "messages".
 """
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import build
 
-STATS = (
-    "warp_instructions",
-    "lane_instructions",
-    "global_load_requests",
-    "global_load_sectors",
-    "global_load_bytes",
-    "global_store_requests",
-    "global_store_sectors",
-    "global_store_bytes",
-    "shared_requests",
-    "shared_wavefronts",
-    "shared_wavefronts_ideal",
-    "flops",
-    "mma_flops",
-    "barriers",
-    "atomics",
-    "local_requests",
-    "divergences",
-    "errors",
-)
-
 
 class PtxError(Exception):
-    """What the checks found in a launch, or why a kernel could not be loaded."""
+    """What the checks found in a launch, or why a kernel cannot run."""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build.library() / "libptxcpu.so"))
-    pointer, text, integer, unsigned = (
-        ctypes.c_void_p,
-        ctypes.c_char_p,
-        ctypes.c_int,
-        ctypes.c_uint32,
-    )
-    library.ptx_load.restype = pointer
-    library.ptx_region.argtypes = [ctypes.c_uint64] * 2
-    library.ptx_nparams.argtypes = [pointer, text]
-    library.ptx_paraminfo.argtypes = [pointer, text, integer, pointer, pointer]
-    library.ptx_kernels.argtypes = [pointer, text, integer]
-    library.ptx_opcounts.argtypes = [pointer, text, integer]
-    library.ptx_launch.argtypes = [pointer, text, *[unsigned] * 7, pointer, *[integer] * 3]
+    pointer, text, integer = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+    for name, result, *arguments in [
+        ("ptxcpu_load", pointer, text),
+        ("ptxcpu_error", text),
+        ("ptxcpu_unload", None, pointer),
+        ("ptxcpu_describe", text, pointer),
+        ("ptxcpu_launch", text, pointer, text, pointer, pointer, pointer, integer, text),
+    ]:
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
-
-
-def _text(function: Any, *arguments: Any) -> str:
-    buffer = ctypes.create_string_buffer(1 << 18)
-    function(*arguments, buffer, len(buffer))
-    return buffer.value.decode()
 
 
 def _three(extent: int | Sequence[int]) -> tuple[int, int, int]:
@@ -76,19 +47,23 @@ def _three(extent: int | Sequence[int]) -> tuple[int, int, int]:
 
 class Module:
     def __init__(self, ptx: str) -> None:
-        library = _library()
-        self._module = library.ptx_load(ptx.encode())
-        self.load_errors = _text(library.ptx_errors).splitlines()
+        self._module = _library().ptxcpu_load(ptx.encode())
         if not self._module:
-            raise PtxError("\n".join(self.load_errors))
-        self.kernels = _text(library.ptx_kernels, self._module).split()
+            raise PtxError(_library().ptxcpu_error().decode())
+        self.kernels: dict[str, dict[str, Any]] = json.loads(
+            _library().ptxcpu_describe(self._module)
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "_module", None):
+            _library().ptxcpu_unload(self._module)
 
     def find(self, part: str) -> str:
         """The one kernel of that name, or with that in its name."""
         found = [name for name in self.kernels if name == part]
         found = found or [name for name in self.kernels if part in name]
         if len(found) != 1:
-            raise PtxError(f"kernel {part!r} names {found}; load errors: {self.load_errors}")
+            raise PtxError(f"{part!r} names {found} of the kernels {list(self.kernels)}")
         return found[0]
 
     def launch(
@@ -96,58 +71,54 @@ class Module:
         name: str,
         grid: int | Sequence[int],
         block: int | Sequence[int],
-        arguments: Sequence[np.ndarray | np.generic | None],
+        arguments: Sequence[np.ndarray | np.generic | bytes | None],
         shared: int = 0,
         check: int = 2,
         order: int = 0,
-        stats: bool = True,
+        statistics: bool = True,
+        footprint: bool = False,
         strict: bool = True,
-    ) -> Mapping[str, Any]:
-        """shared: bytes of dynamic shared memory. check: 0 only bounds, alignment, divergence and
+    ) -> dict[str, Any]:
+        """arguments: an array is a pointer to it, bytes are a structure, None a null pointer.
+        shared: bytes of dynamic shared memory. check: 0 only bounds, alignment, divergence and
         barriers, 1 races between warps and uninitialised shared memory as well, 2 also those
-        within a warp. order of the warps: 0 rising, 1 falling, from 2 on random with that seed."""
-        library, kernel = _library(), self.find(name).encode()
-        count = library.ptx_nparams(self._module, kernel)
-        if count != len(arguments):
-            raise PtxError(f"{name} has {count} parameters, not {len(arguments)}")
-        offset, size = ctypes.c_uint32(), ctypes.c_uint32()
-        packed = bytearray(16)
-        for i, argument in enumerate(arguments):
-            library.ptx_paraminfo(self._module, kernel, i, ctypes.byref(offset), ctypes.byref(size))
-            if argument is None:
-                value = bytes(8)
-            elif isinstance(argument, np.ndarray):
-                library.ptx_region(argument.ctypes.data, argument.nbytes)
+        within a warp. order of the warps and blocks: 0 rising, 1 falling, from 2 on random with
+        that seed. The result has the fields of Statistics in src/memory.h, "messages", and
+        "instructions": how often warps executed each.
+        """
+        name = self.find(name)
+        kernel = self.kernels[name]
+        if kernel["error"]:
+            raise PtxError(kernel["error"])
+        if len(kernel["parameters"]) != len(arguments):
+            raise PtxError(f"{name} has {len(kernel['parameters'])} parameters")
+        parameters, buffers = bytearray(kernel["parameter_bytes"]), []
+        for i, ((offset, size), argument) in enumerate(zip(kernel["parameters"], arguments)):
+            if isinstance(argument, np.ndarray):
+                buffers += [argument.ctypes.data, argument.nbytes]
                 value = argument.ctypes.data.to_bytes(8, "little")
-            else:
+            elif isinstance(argument, np.generic):
                 value = argument.tobytes()
-            if len(value) != size.value:
-                raise PtxError(f"parameter {i} of {name} has {size.value} bytes, not {len(value)}")
-            packed.extend(bytes(max(0, offset.value + size.value - len(packed))))
-            packed[offset.value : offset.value + size.value] = value
-        status = library.ptx_launch(
-            self._module,
-            kernel,
-            *_three(grid),
-            *_three(block),
-            shared,
-            (ctypes.c_uint8 * len(packed)).from_buffer_copy(packed),
-            check,
-            stats,
-            order,
+            else:
+                value = bytes(8) if argument is None else argument
+            if len(value) != size:
+                raise PtxError(f"parameter {i} of {name} has {size} bytes, not {len(value)}")
+            parameters[offset : offset + size] = value
+        done = json.loads(
+            _library().ptxcpu_launch(
+                self._module,
+                name.encode(),
+                (ctypes.c_uint32 * 7)(*_three(grid), *_three(block), shared),
+                (ctypes.c_int * 4)(check, order, statistics, footprint),
+                (ctypes.c_uint64 * len(buffers))(*buffers),
+                len(buffers) // 2,
+                bytes(parameters),
+            )
         )
-        library.ptx_clear_regions()
-        messages = _text(library.ptx_errors).splitlines()
-        if strict and status:
-            raise PtxError("\n".join(messages))
-        values = (ctypes.c_uint64 * len(STATS))()
-        library.ptx_stats(values)
-        return dict(zip(STATS, values)) | {"messages": messages}
-
-    def instruction_counts(self) -> dict[str, int]:
-        """How often warps executed each instruction of PTX in the last launch."""
-        lines = _text(_library().ptx_opcounts, self._module).splitlines()
-        return {name: int(count) for name, count in map(str.split, lines)}
+        if strict and done["messages"]:
+            raise PtxError("\n".join(done["messages"]))
+        messages, instructions = done["messages"], done["instructions"]
+        return done["statistics"] | {"messages": messages, "instructions": instructions}
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
