@@ -4,6 +4,8 @@ What runs is the PTX that nvcc makes for sm_80 and sm_90, with every check of th
 races, bounds, alignment, uninitialised memory, divergent barriers.
 """
 
+import ctypes
+
 import pytest
 import torch
 from dlpack import ALLOCATE, Context
@@ -15,7 +17,7 @@ from torch_rwkv6 import reference
 
 pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason=build.NVCC_MISSING)
 if build.find_nvcc():
-    from cuda.gpu import ARCHITECTURES, Gpu, Memory
+    from cuda.gpu import Gpu, Memory
     from cuda.gpu import gpu as gpu_of
 
 LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 200)
@@ -41,19 +43,19 @@ def kernel_id(value):
     return str(value).removeprefix("torch.")
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=(80, 90), ids="sm_{}".format)
 def gpu(request):
-    device = gpu_of(request.param)
-    yield device
+    device = gpu_of()
+    with device.runtime.settings(cc=request.param):
+        yield device
     device.free()
 
 
 @pytest.fixture
 def sm_80():
     """Where one architecture is enough, because it is about the host's code."""
-    device = gpu_of("80")
-    yield device
-    device.free()
+    yield gpu_of()
+    gpu_of().free()
 
 
 @pytest.fixture
@@ -279,14 +281,14 @@ def test_no_packed_sequence(sm_80):
 
 @pytest.mark.parametrize("name", ["plain", "packed, state map"])
 @pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
-def test_the_order_of_threads_does_not_matter(gpu, force, monkeypatch, family, dtype, N, name):
+def test_the_order_of_threads_does_not_matter(gpu, force, family, dtype, N, name):
     force(family)
     call = sample_inputs(dtype, N=N, T=40)[name]
     grads = call.grad_outputs()
     results = []
-    for order in ("0", "1", "7", "0"):  # and a repeat is the same
-        monkeypatch.setenv("PTXCPU_ORDER", order)
-        results.append([*gpu.forward(call), *gpu.backward(call, *grads)])
+    for order in (0, 1, 7, 0):  # and a repeat is the same
+        with gpu.runtime.settings(order=order):
+            results.append([*gpu.forward(call), *gpu.backward(call, *grads)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -350,9 +352,61 @@ def outputs_of(call: Call) -> list[torch.Tensor]:
 def test_tensors_on_two_devices_are_refused(sm_80):
     call = random_call(states=2)
     arguments = [*call.args(), *outputs_of(call)]
-    arguments[1] = Memory(sm_80, call.k, device=1)
-    with pytest.raises(RuntimeError, match=r"k: expected .* CUDA device 0, got .* device 1"):
-        sm_80.run("forward", *arguments)
+    with sm_80.runtime.settings(devices=2):
+        with sm_80.on(1, 0):
+            arguments[1] = Memory(sm_80, call.k)
+        with pytest.raises(RuntimeError, match=r"k: expected .* CUDA device 0, got .* device 1"):
+            sm_80.run("forward", *arguments)
+
+
+@pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
+def test_launches_go_to_the_callers_stream_and_device(sm_80, force, family, dtype, N):
+    force(family)
+    runtime = sm_80.runtime
+    call = random_call(B=1, T=40, N=N, dtype=dtype, states=1, cu_seqlens=[0, 30, 40])
+    grads = call.grad_outputs()
+    expected = [*sm_80.forward(call), *sm_80.backward(call, *grads)]
+    with runtime.settings(devices=2):
+        with runtime.device(1):
+            stream = runtime.stream()
+        with sm_80.on(1, stream):
+            runtime.reset()
+            found = [*sm_80.forward(call), *sm_80.backward(call, *grads)]
+        current = ctypes.c_int(-1)
+        runtime.cuda.cudaGetDevice(ctypes.byref(current))
+        assert current.value == 0
+    assert {(launch.device, launch.stream) for launch in runtime.launches()} == {(1, stream)}
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
+def test_capture_in_a_graph(sm_80, force, monkeypatch, family, dtype, N):
+    """Which CUDA refuses where something waits, allocates or uses the default stream."""
+    force(family)
+    runtime, cuda = sm_80.runtime, sm_80.runtime.cuda
+    call = random_call(B=1, T=40, N=N, dtype=dtype, states=1, cu_seqlens=[0, 30, 40])
+    expected = sm_80.forward(call)
+    before = [torch.full_like(x, 7) for x in expected]
+    memory = [Memory(sm_80, x) if x is not None else None for x in (*call.args(), *before)]
+    lent = [sm_80.allocate(1 << 20) for _ in range(9)]
+    monkeypatch.setattr(sm_80, "context", Context(allocate=ALLOCATE(lambda pool, size: lent.pop())))
+    stream = ctypes.c_void_p(runtime.stream())
+    graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+    with sm_80.on(0, stream.value):
+        assert cuda.cudaStreamBeginCapture(stream, 0) == 0
+        sm_80.run("forward", *memory)
+        assert cuda.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+    assert all(torch.equal(m.read(), x) for m, x in zip(memory[-2:], before, strict=True))
+    assert cuda.cudaGraphInstantiate(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)) == 0
+    assert cuda.cudaGraphLaunch(executable, stream) == 0
+    assert all(torch.equal(m.read(), x) for m, x in zip(memory[-2:], expected, strict=True))
+
+
+def test_a_gpu_without_code_is_named(sm_80):
+    with sm_80.runtime.settings(cc=75), pytest.raises(RuntimeError) as error:
+        sm_80.forward(random_call())
+    assert "CUDA device 0 has compute capability 7.5" in str(error.value)
+    assert "it was built for 8.0, 9.0" in str(error.value)
 
 
 def test_a_call_that_is_lent_no_memory_is_refused(sm_80, monkeypatch):

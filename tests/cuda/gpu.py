@@ -7,17 +7,18 @@ does outside of these, or before it is initialised, makes the call fail.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from dlpack import ALLOCATE, K_CUDA, Context, DLTensor, int64s
-from ptxcpu import build
+from ptxcpu import build, runtime
 from samples import Call
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
@@ -26,21 +27,21 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc/cuda"))
 import nvcc  # noqa: E402
 
-ARCHITECTURES = ("80", "90")
+ARCHITECTURES = (80, 90)
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 CODES = {"f": 2, "i": 0, "b": 4}  # bfloat16
 
 
-def build_library(arch: str, csrc: Path = ROOT / "csrc") -> Path:
-    """librwkv6.so with PTX for compute_<arch>, and no kernels for the CPU."""
+def build_library(csrc: Path = ROOT / "csrc") -> Path:
+    """librwkv6.so with PTX for the ARCHITECTURES, and no kernels for the CPU."""
     sources = [*csrc.glob("*.cpp"), *(csrc / "cuda").glob("*.cu")]
     sources.append(Path(__file__).with_name("no_cpu_kernels.cpp"))
     options = [
         "-std=c++20", "-O3", "--no-compress", "-Xcompiler=-fPIC", f"-I{csrc}",
         f"-I{csrc / 'include'}", *(arg for path in include_paths() for arg in ("-isystem", path)),
-        f"-gencode=arch=compute_{arch},code=compute_{arch}",
+        *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES),
     ]  # fmt: skip
-    folder = csrc.parent / "build/cuda-tests" / arch
+    folder = csrc.parent / "build/cuda-tests"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "librwkv6.so"
     with open(folder / "lock", "w") as lock:  # of several test processes the first one builds
@@ -58,13 +59,14 @@ def build_library(arch: str, csrc: Path = ROOT / "csrc") -> Path:
 class Memory:
     """A tensor copied to the device as it lies in its storage: with strides, offset and gaps."""
 
-    def __init__(self, gpu: Gpu, host: Tensor, device: int = 0):
+    def __init__(self, gpu: Gpu, host: Tensor):
         self._gpu, self._host = gpu, host
         self._bytes = host.untyped_storage().nbytes()
-        self.address = gpu.allocate(self._bytes)
+        with gpu.runtime.device(gpu.device):
+            self.address = gpu.allocate(self._bytes)
         gpu.copy(self.address, host.untyped_storage().data_ptr(), self._bytes, HOST_TO_DEVICE)
         self.dl = DLTensor(
-            self.address, K_CUDA, device, host.dim(), *_code(host.dtype), 1,
+            self.address, K_CUDA, gpu.device, host.dim(), *_code(host.dtype), 1,
             int64s(host.shape), int64s(host.stride()), host.storage_offset() * host.element_size(),
         )  # fmt: skip
 
@@ -88,24 +90,37 @@ def _code(dtype: torch.dtype) -> tuple[int, int]:
 
 
 class Gpu:
+    """The kernel library over the stand-in runtime. All calls of a test share its device."""
+
     def __init__(self, library: Path):
-        self.runtime = ctypes.CDLL(str(build.library() / "libcudart.so.13"), os.RTLD_GLOBAL)
+        self.runtime = runtime.load()
         self.library = ctypes.CDLL(str(library))
-        for name in ("forward", "backward", "inplace"):
-            getattr(self.library, f"rwkv6_wkv_{name}").restype = ctypes.c_char_p
+        for name in ("rwkv6_wkv_forward", "rwkv6_wkv_backward", "rwkv6_wkv_inplace"):
+            getattr(self.library, name).restype = ctypes.c_char_p
         self.context = Context(allocate=ALLOCATE(lambda pool, size: self.allocate(size)))
+        self.device = 0
         self._allocated: list[int] = []
 
+    @contextlib.contextmanager
+    def on(self, device: int, stream: int) -> Iterator[None]:
+        """Tensors are on that device and calls on that stream, meanwhile."""
+        self.device, self.context.stream = device, stream
+        try:
+            yield
+        finally:
+            self.device, self.context.stream = 0, None
+
     def allocate(self, size: int) -> int:
+        """Memory of the current device, its numbers NaN."""
         address = ctypes.c_void_p()
-        assert self.runtime.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(size)) == 0
+        assert self.runtime.cuda.cudaMalloc(ctypes.byref(address), max(size, 1)) == 0
         assert address.value
         self._allocated.append(address.value)
         return address.value
 
     def copy(self, to: int, source: int, size: int, kind: int) -> None:
         arguments = ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), kind
-        assert size == 0 or self.runtime.cudaMemcpy(*arguments) == 0
+        assert size == 0 or self.runtime.cuda.cudaMemcpy(*arguments) == 0
 
     def run(self, name: str, *tensors: Tensor | Memory | None) -> list[Memory | None]:
         """Calls rwkv6_wkv_<name>. RuntimeError with the message that it returns."""
@@ -118,7 +133,7 @@ class Gpu:
 
     def free(self) -> None:
         for address in self._allocated:
-            assert self.runtime.cudaFree(ctypes.c_void_p(address)) == 0
+            assert self.runtime.cuda.cudaFree(address) == 0
         self._allocated.clear()
 
     def forward(self, call: Call, y: Tensor | None = None, state: Tensor | None = None):
@@ -159,5 +174,5 @@ def _unwritten_states(call: Call) -> Tensor:
 
 
 @functools.cache
-def gpu(arch: str) -> Gpu:
-    return Gpu(build_library(arch))
+def gpu() -> Gpu:
+    return Gpu(build_library())
