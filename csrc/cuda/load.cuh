@@ -159,6 +159,7 @@ __device__ void fetch_pack(Pack<T>* place, const char* from, DType dtype, int64_
     return;
   }
   char* to = reinterpret_cast<char*>(place);
+#pragma unroll 1
   for (int e = 0; e < kSize && e < count; e++, to += size, from += size) {
     if (size == 8)
       copy_async<8>(to, from);

@@ -31,22 +31,27 @@ struct Shape {
   static constexpr int kKeys = kPack;                    // of a thread
   static constexpr int kColumns = P < 64 ? 8 : 16;       // of a thread
   static constexpr int kColumnPacks = kColumns / kPack;  // of a thread
-  static constexpr int kColumnLanes = P / kColumns;
+  static constexpr int kColumnLanes = P / kColumns;      // of a warp
   static constexpr int kKeyLanes = 32 / kColumnLanes;
   static constexpr int kWarpKeys = kKeyLanes * kKeys;
-  static constexpr int kMaxWarps = P / kWarpKeys < 8 ? P / kWarpKeys : 8;  // of a block
-  static constexpr int kBlockKeys = kMaxWarps * kWarpKeys;
+  static constexpr int kMaxWarps = P / kWarpKeys < 4 ? P / kWarpKeys : 4;  // of a block
+  // Registers for 12 warps a multiprocessor, 8 of doubles.
+  static constexpr int kBlocks = (sizeof(T) == 4 ? 12 : 8) / kMaxWarps;
+  static constexpr int kKeyPacks = kMaxWarps * kWarpKeys / kPack;  // of a block
   static constexpr int kRowPacks = P / kPack;
   static constexpr int kGroup = P * sizeof(T) > 1024 ? 1 : 2;  // tokens whose dv is summed at once
   static constexpr int kStatePacks = kKeys * kColumnPacks * 32;  // of a warp
+  static_assert(kColumnLanes >= kKeys && kColumns >= kKeyLanes);
+
+  typedef T State[kKeys][kColumns];  // a thread's share of a state
 };
 
 // What a block shares on the walk there: keys and decays of its own, all values.
 template <class T, int P>
 struct Forward {
   typedef Shape<T, P> Shape;
-  Pack<T> k[Shape::kChunk][Shape::kBlockKeys / Shape::kPack];
-  Pack<T> w[Shape::kChunk][Shape::kBlockKeys / Shape::kPack];  // then the decay
+  Pack<T> k[Shape::kChunk][Shape::kKeyPacks];
+  Pack<T> w[Shape::kChunk][Shape::kKeyPacks];  // then the decay
   Pack<T> v[Shape::kChunk][Shape::kRowPacks];
 };
 
@@ -56,14 +61,14 @@ struct Backward {
   typedef Shape<T, P> Shape;
   static constexpr int C = Shape::kChunk;
   // Of the keys of the block.
-  Pack<T> r[C][Shape::kBlockKeys / Shape::kPack];
-  Pack<T> k[C][Shape::kBlockKeys / Shape::kPack];
-  Pack<T> w[C][Shape::kBlockKeys / Shape::kPack];   // then the decay's rate
-  Pack<T> fr[C][Shape::kBlockKeys / Shape::kPack];  // F_t r_t, then S dy_t
-  Pack<T> bk[C][Shape::kBlockKeys / Shape::kPack];  // B_t k_t, then G v_t
-  T all[Shape::kBlockKeys];                         // product of the chunk's decays
-  T meeting[Shape::kBlockKeys];                     // sum_j S G
-  // Of all columns; a pack more than needed, so that columns of these differ in their banks.
+  Pack<T> r[C][Shape::kKeyPacks];     // then dr
+  Pack<T> k[C][Shape::kKeyPacks];     // then dk
+  Pack<T> w[C][Shape::kKeyPacks];     // then the decay's rate, then dw
+  Pack<T> fr[C][Shape::kKeyPacks];    // F_t r_t, then S dy_t
+  Pack<T> bk[C][Shape::kKeyPacks];    // B_t k_t, then G v_t
+  Pack<T> all[Shape::kKeyPacks];      // product of the chunk's decays
+  Pack<T> meeting[Shape::kKeyPacks];  // sum_j S G
+  // Of all columns; a pack more than needed, so that the rows start at different banks.
   Pack<T> v[C][Shape::kRowPacks + 1];  // then G^T (B_t k_t)
   Pack<T> grad_y[C][Shape::kRowPacks + 1];
   Pack<T> partial[2][Shape::kMaxWarps][Shape::kGroup][Shape::kRowPacks];
@@ -79,446 +84,577 @@ struct Whole {
 };
 
 struct Workspace {
-  void* states;    // [chunks, parts, warps, kStatePacks] packs: S before every chunk
+  void* states;    // [H, chunks, parts, warps, kStatePacks] packs: S before every chunk
   void* grad_v;    // [parts, B T, H, N]: grad_v if there is more than one part
   void* grad_u;    // [count, H, N]
-  int64_t chunks;  // of a batch row; with cu_seqlens of all
-  int64_t tokens;  // B T
+  int64_t chunks;  // of all sequences, and one more for each
+  int64_t parts;
+};
+
+struct Range {  // of the elements of a row
+  int first, count;
+};
+
+// Where a block works. Kept in shared memory: registers are for states.
+template <class T>
+struct Place {
+  Span span;
+  int64_t m, h;
+  Range keys, columns;
+  Tokens grad_v;         // or this part's share of it
+  Pack<T>* states;       // the block's, before the first chunk
+  int64_t chunk_states;  // packs from one chunk's to the next one's
+
+  __device__ char* row(const Tokens& x, int64_t t) const {
+    return x.row(span.b, span.begin + t, h);
+  }
+};
+
+template <class T, int P>
+__device__ Place<T> place_of(const BackwardJob& job, const Workspace& workspace) {
+  typedef Shape<T, P> Shape;
+  constexpr int C = Shape::kChunk;
+  Place<T> place;
+  const int64_t part = blockIdx.x % workspace.parts, head = blockIdx.x / workspace.parts;
+  const int warps = blockDim.x / 32;
+  place.h = head % job.H;
+  place.m = head / job.H;
+  place.span = span_of(job.sequences, place.m);
+  const int N = int(job.N), first = int(part) * warps * Shape::kWarpKeys;
+  const int keys = N - first < warps * Shape::kWarpKeys ? N - first : warps * Shape::kWarpKeys;
+  place.keys = {first, keys};
+  place.columns = {0, N};
+  place.grad_v = job.grad_v;
+  const bool packed = job.sequences.cu_seqlens.data;
+  if (workspace.parts > 1) {
+    const int64_t T_ = job.sequences.tokens, tokens = packed ? T_ : job.sequences.count * T_;
+    place.grad_v = {
+        reinterpret_cast<char*>(static_cast<T*>(workspace.grad_v) + part * tokens * job.H * N),
+        sizeof(T) == 8 ? DType::f64 : DType::f32, T_ * job.H * N, job.H * N, N};
+  }
+  // Sequences of any lengths: begin / C + 2 m leaves room for their chunks and one more.
+  const int64_t chunk = packed ? place.span.begin / C + 2 * place.m
+                               : place.m * ((job.sequences.tokens + C - 1) / C + 1);
+  place.chunk_states = workspace.parts * warps * Shape::kStatePacks;
+  place.states = static_cast<Pack<T>*>(workspace.states) +
+                 (place.h * workspace.chunks + chunk) * place.chunk_states +
+                 part * warps * Shape::kStatePacks;
+  return place;
+}
+
+// A thread's place in its block: its share of the states is kKeys keys by kColumnPacks packs of
+// columns; where keys are treated one by one, it has one of its own.
+template <class T, int P>
+struct Lane {
+  typedef Shape<T, P> Shape;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int column_lane = lane % Shape::kColumnLanes;
+  int key_pack = (warp * Shape::kWarpKeys) / Shape::kPack + lane / Shape::kColumnLanes;
+  int own_key = warp * Shape::kWarpKeys + lane % Shape::kWarpKeys;
+  bool owns = lane < Shape::kWarpKeys;
+
+  __device__ int column_pack(int p) const { return p * Shape::kColumnLanes + column_lane; }
+
+  // The thread's packs of the state before a chunk, which lie 32 packs apart.
+  __device__ Pack<T>* checkpoint(const Place<T>& place, int64_t chunk) const {
+    return place.states + chunk * place.chunk_states + warp * Shape::kStatePacks + lane;
+  }
+
+  // x[key], of this thread's columns, summed over all columns, to its place in a row of keys.
+  __device__ void sum_columns(T (&x)[Shape::kKeys], Pack<T>* row) const {
+    const int a = sum_lanes<Shape::kKeys, 1, Shape::kColumnLanes / 2>(x, lane);
+    __syncwarp();  // everybody has read what was there
+    if (column_lane % (Shape::kColumnLanes / Shape::kKeys) == 0) row[key_pack].x[a] = x[0];
+  }
 };
 
 template <class T>
-__device__ T& element(Pack<T>* row, int i) {
-  return row[i / Pack<T>::kSize].x[i % Pack<T>::kSize];
+__device__ T* elements(Pack<T>* row) {
+  return reinterpret_cast<T*>(row);
 }
 
-// Starts to copy the rows of a chunk: `count` elements from `from` on of each of `tokens` tokens.
+// Starts to copy the rows of `tokens` tokens from `begin` on.
 template <class T, int packs, int pitch>
-__device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Span& span, int64_t h,
-                           int64_t begin, int tokens, int64_t from, int64_t count, bool whole) {
+__device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Place<T>& place,
+                           int64_t begin, int tokens, Range range, bool whole) {
   if (!x.data) return;
+#pragma unroll 1
   for (int at = threadIdx.x; at < tokens * packs; at += blockDim.x) {
-    const int t = at / packs, p = at % packs;
-    const int64_t i = p * Pack<T>::kSize;
-    fetch_pack(&rows[t][p],
-               x.row(span.b, span.begin + begin + t, h) + (from + i) * size_of(x.dtype), x.dtype,
-               count - i, whole);
+    const int t = at / packs, i = at % packs * Pack<T>::kSize;
+    fetch_pack(&rows[t][at % packs], place.row(x, begin + t) + (range.first + i) * size_of(x.dtype),
+               x.dtype, range.count - i, whole);
   }
 }
+
+struct AsItIs {
+  template <class T>
+  __device__ T operator()(T x) const {
+    return x;
+  }
+};
+struct RateOf {
+  template <class T>
+  __device__ T operator()(T w) const {
+    return decay_rate(w);
+  }
+};
+struct DecayOf {
+  template <class T>
+  __device__ T operator()(T w) const {
+    return decay_of_rate(decay_rate(w));
+  }
+};
 
 // What this thread has fetched by fetch_rows, in its place; zeros where there is nothing.
-template <class T, int packs, int pitch, class Change>
-__device__ void unpack_rows(Pack<T> (*rows)[pitch], const Tokens& x, int tokens, int chunk,
-                            int64_t count, const Change& change) {
+template <class T, int packs, int chunk, int pitch, class Change>
+__device__ void unpack_rows(Pack<T> (*rows)[pitch], const Tokens& x, int tokens, int count,
+                            Change change) {
+#pragma unroll 1
   for (int at = threadIdx.x; at < chunk * packs; at += blockDim.x) {
-    const int t = at / packs, p = at % packs;
-    const bool there = x.data && t < tokens;
-    Pack<T> pack = there ? unpack(&rows[t][p], x.dtype, count - p * Pack<T>::kSize) : zeros<T>();
-    if (there) {
-#pragma unroll
-      for (int e = 0; e < Pack<T>::kSize; e++) pack.x[e] = change(pack.x[e]);
+    const int t = at / packs, left = count - at % packs * Pack<T>::kSize;
+    Pack<T>& pack = rows[t][at % packs];
+    if (!x.data || t >= tokens || left <= 0) {
+      pack = zeros<T>();
+      continue;
     }
-    rows[t][p] = pack;
+    Pack<T> changed = unpack(&pack, x.dtype, left);
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kSize; e++) changed.x[e] = change(changed.x[e]);
+    pack = changed;
   }
 }
 
 template <class T, int packs, int pitch>
-__device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Span& span,
-                           int64_t h, int64_t begin, int tokens, int64_t from, int64_t count,
-                           bool whole) {
+__device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Place<T>& place,
+                           int64_t begin, int tokens, Range range, bool whole) {
+#pragma unroll 1
   for (int at = threadIdx.x; at < tokens * packs; at += blockDim.x) {
-    const int t = at / packs, p = at % packs;
-    const int64_t i = p * Pack<T>::kSize;
-    store_pack(x.row(span.b, span.begin + begin + t, h) + (from + i) * size_of(x.dtype), x.dtype,
-               rows[t][p], count - i, whole);
+    const int t = at / packs, i = at % packs * Pack<T>::kSize;
+    store_pack(place.row(x, begin + t) + (range.first + i) * size_of(x.dtype), x.dtype,
+               rows[t][at % packs], range.count - i, whole);
   }
 }
 
 template <class T, int P>
-__global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32)
-    backward_recurrent_kernel(BackwardJob job, int64_t parts, Whole whole, Workspace workspace) {
+__device__ void load_checkpoint(const Place<T>& place, int64_t chunk,
+                                typename Shape<T, P>::State& to) {
+  typedef Shape<T, P> Shape;
+  const Pack<T>* from = Lane<T, P>().checkpoint(place, chunk);
+#pragma unroll
+  for (int a = 0; a < Shape::kKeys; a++)
+#pragma unroll
+    for (int p = 0; p < Shape::kColumnPacks; p++) {
+      const Pack<T> pack = from[(a * Shape::kColumnPacks + p) * 32];
+#pragma unroll
+      for (int c = 0; c < Shape::kPack; c++) to[a][p * Shape::kPack + c] = pack.x[c];
+    }
+}
+
+template <class T, int P>
+__device__ void store_checkpoint(const Place<T>& place, int64_t chunk,
+                                 const typename Shape<T, P>::State& from) {
+  typedef Shape<T, P> Shape;
+  Pack<T>* to = Lane<T, P>().checkpoint(place, chunk);
+#pragma unroll
+  for (int a = 0; a < Shape::kKeys; a++)
+#pragma unroll
+    for (int p = 0; p < Shape::kColumnPacks; p++) {
+      Pack<T> pack;
+#pragma unroll
+      for (int c = 0; c < Shape::kPack; c++) pack.x[c] = from[a][p * Shape::kPack + c];
+      to[(a * Shape::kColumnPacks + p) * 32] = pack;
+    }
+}
+
+// Matrices of any dtype and layout come and go through a checkpoint: what indexes memory can be a
+// loop, what indexes registers could not.
+template <class T, int P>
+__device__ void load_matrix(const Place<T>& place, int64_t chunk, const States& from, int64_t row,
+                            bool whole) {
+  typedef Shape<T, P> Shape;
+  const Lane<T, P> lane;
+  const char* matrix = from.data && row >= 0 ? from.matrix(row, place.h) : nullptr;
+  Pack<T>* to = lane.checkpoint(place, chunk);
+#pragma unroll 1
+  for (int n = 0; n < Shape::kKeys * Shape::kColumnPacks; n++) {
+    const int key = lane.key_pack * Shape::kPack + n / Shape::kColumnPacks;
+    const int64_t i = place.keys.first + key;
+    const int j = lane.column_pack(n % Shape::kColumnPacks) * Shape::kPack;
+    const bool there = matrix && key < place.keys.count;
+    to[n * 32] = there ? load_pack<T>(matrix + (i * from.stride_row + j) * size_of(from.dtype),
+                                      from.dtype, place.columns.count - j, whole)
+                       : zeros<T>();
+  }
+}
+
+template <class T, int P>
+__device__ void store_matrix(const Place<T>& place, int64_t chunk, const States& to, int64_t row,
+                             bool whole) {
+  typedef Shape<T, P> Shape;
+  const Lane<T, P> lane;
+  const Pack<T>* from = lane.checkpoint(place, chunk);
+#pragma unroll 1
+  for (int n = 0; n < Shape::kKeys * Shape::kColumnPacks; n++) {
+    const int key = lane.key_pack * Shape::kPack + n / Shape::kColumnPacks;
+    const int64_t i = place.keys.first + key;
+    const int j = lane.column_pack(n % Shape::kColumnPacks) * Shape::kPack;
+    if (key < place.keys.count)
+      store_pack(to.matrix(row, place.h) + (i * to.stride_row + j) * size_of(to.dtype), to.dtype,
+                 from[n * 32], place.columns.count - j, whole);
+  }
+}
+
+// The walk there: leaves the state before every chunk behind.
+template <class T, int P>
+__device__ void walk_there(const BackwardJob& job, const Whole& whole, const Place<T>& place,
+                           int64_t chunks, Forward<T, P>& rows) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
-  constexpr int kPack = Shape::kPack;
-  constexpr int kKeys = Shape::kKeys;
-  constexpr int kColumnPacks = Shape::kColumnPacks;
-  constexpr int kKeyPacks = Shape::kBlockKeys / kPack;
-  extern __shared__ __align__(16) char shared[];
-  Forward<T, P>& there = *reinterpret_cast<Forward<T, P>*>(shared);
-  Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
-
-  const int64_t part = blockIdx.x % parts;
-  const int64_t head = blockIdx.x / parts;
-  const int64_t h = head % job.H, m = head / job.H;
-  const int64_t N = job.N;
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int column_lane = lane % Shape::kColumnLanes, key_lane = lane / Shape::kColumnLanes;
-  const int block_keys = warps * Shape::kWarpKeys;
-  const int64_t block_key = part * block_keys;              // the first one
-  const int warp_key = warp * Shape::kWarpKeys;             // the first one, within the block
-  const int thread_key = warp_key + key_lane * kKeys;       // likewise
-  const int lane_key = warp_key + lane % Shape::kWarpKeys;  // a key of the lane's own
-  const bool lane_owns = lane < Shape::kWarpKeys && block_key + lane_key < N;
-  const Span span = span_of(job.sequences, m);
-  T* grad_u = static_cast<T*>(workspace.grad_u) + head * N;
-  T* grad_initial = reinterpret_cast<T*>(job.grad_initial.matrix(m, h));
-  // dv goes straight to its place if nothing has to be added to it.
-  Tokens grad_v = job.grad_v;
-  if (parts > 1) {
-    grad_v.data = static_cast<char*>(workspace.grad_v) +
-                  part * workspace.tokens * job.H * N * int64_t(sizeof(T));
-    grad_v.dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
-    grad_v.stride_h = N;
-    grad_v.stride_t = job.H * N;
-    grad_v.stride_b = job.sequences.tokens * job.H * N;
-  }
-
-  if (!span.valid) {
-    for (int64_t i = threadIdx.x; i < N; i += blockDim.x) {
-      const bool own = i >= block_key && i < block_key + block_keys;
-      for (int64_t token = span.begin; token < span.begin + span.length; token++) {
-        store_element(grad_v.row(span.b, token, h), grad_v.dtype, i, T(NAN));
-        if (!own) continue;
-        store_element(job.grad_r.row(span.b, token, h), job.grad_r.dtype, i, T(NAN));
-        store_element(job.grad_k.row(span.b, token, h), job.grad_k.dtype, i, T(NAN));
-        store_element(job.grad_w.row(span.b, token, h), job.grad_w.dtype, i, T(NAN));
-      }
-      if (own) grad_u[i] = T(NAN);
-      if (grad_initial)
-        for (int64_t key = block_key; key < N && key < block_key + block_keys; key++)
-          grad_initial[key * job.grad_initial.stride_row + i] = T(NAN);
-    }
-    return;
-  }
-
-  const auto column = [&](int p) { return int64_t(p * Shape::kColumnLanes + column_lane) * kPack; };
-  const int64_t chunks = (span.length + C - 1) / C;
-  const int64_t first_chunk =
-      job.sequences.cu_seqlens.data ? span.begin / C + m : m * workspace.chunks;
-  const int64_t all_chunks =
-      job.sequences.cu_seqlens.data ? workspace.chunks : workspace.chunks * job.sequences.count;
-  // The lane's packs of the state before a chunk lie 32 packs apart.
-  const auto checkpoint = [&](int64_t chunk) {
-    const int64_t at = ((h * all_chunks + first_chunk + chunk) * parts + part) * warps + warp;
-    return static_cast<Pack<T>*>(workspace.states) + at * Shape::kStatePacks + lane;
-  };
-  const auto load_state = [&](const States& from, int64_t row, bool whole,
-                              T(&to)[kKeys][Shape::kColumns]) {
-    const char* matrix = from.data && row >= 0 ? from.matrix(row, h) : nullptr;
-#pragma unroll
-    for (int a = 0; a < kKeys; a++)
-#pragma unroll
-      for (int p = 0; p < kColumnPacks; p++) {
-        const int64_t i = block_key + thread_key + a, j = column(p);
-        const Pack<T> pack =
-            matrix && i < N ? load_pack<T>(matrix + (i * from.stride_row + j) * size_of(from.dtype),
-                                           from.dtype, N - j, whole)
-                            : zeros<T>();
-#pragma unroll
-        for (int c = 0; c < kPack; c++) to[a][p * kPack + c] = pack.x[c];
-      }
-  };
-  const auto as_it_is = [](T x) { return x; };
-  const int64_t keys_left = N - block_key < block_keys ? N - block_key : block_keys;
-
-  // There.
-  T S[kKeys][Shape::kColumns];  // [key][column]
-  load_state(job.initial, span.initial, whole.initial, S);
-  for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    Pack<T>* to = checkpoint(chunk);
-#pragma unroll
-    for (int a = 0; a < kKeys; a++)
-#pragma unroll
-      for (int p = 0; p < kColumnPacks; p++) {
-        Pack<T> pack;
-#pragma unroll
-        for (int c = 0; c < kPack; c++) pack.x[c] = S[a][p * kPack + c];
-        to[(a * kColumnPacks + p) * 32] = pack;
-      }
-    if (chunk + 1 == chunks) break;
+  const Lane<T, P> lane;
+  load_matrix<T, P>(place, 0, job.initial, place.span.initial, whole.initial);
+  typename Shape::State S;
+  load_checkpoint<T, P>(place, 0, S);
+#pragma unroll 1
+  for (int64_t chunk = 0; chunk + 1 < chunks; chunk++) {
     const int64_t begin = chunk * C;
-    fetch_rows<T, kKeyPacks>(there.k, job.k, span, h, begin, C, block_key, keys_left, whole.k);
-    fetch_rows<T, kKeyPacks>(there.w, job.w, span, h, begin, C, block_key, keys_left, whole.w);
-    fetch_rows<T, Shape::kRowPacks>(there.v, job.v, span, h, begin, C, 0, N, whole.v);
+    fetch_rows<T, Shape::kKeyPacks>(rows.k, job.k, place, begin, C, place.keys, whole.k);
+    fetch_rows<T, Shape::kKeyPacks>(rows.w, job.w, place, begin, C, place.keys, whole.w);
+    fetch_rows<T, Shape::kRowPacks>(rows.v, job.v, place, begin, C, place.columns, whole.v);
     copy_async_end();
     copy_async_wait<0>();
-    unpack_rows<T, kKeyPacks>(there.k, job.k, C, C, keys_left, as_it_is);
-    unpack_rows<T, kKeyPacks>(there.w, job.w, C, C, keys_left,
-                              [](T w) { return decay_of_rate(decay_rate(w)); });
-    unpack_rows<T, Shape::kRowPacks>(there.v, job.v, C, C, N, as_it_is);
+    unpack_rows<T, Shape::kKeyPacks, C>(rows.k, job.k, C, place.keys.count, AsItIs());
+    unpack_rows<T, Shape::kKeyPacks, C>(rows.w, job.w, C, place.keys.count, DecayOf());
+    unpack_rows<T, Shape::kRowPacks, C>(rows.v, job.v, C, place.columns.count, AsItIs());
     __syncthreads();
+#pragma unroll 1
     for (int t = 0; t < C; t++) {
-      const Pack<T> k = there.k[t][thread_key / kPack], d = there.w[t][thread_key / kPack];
+      const Pack<T> k = rows.k[t][lane.key_pack], d = rows.w[t][lane.key_pack];
 #pragma unroll
-      for (int p = 0; p < kColumnPacks; p++) {
-        const Pack<T> v = there.v[t][p * Shape::kColumnLanes + column_lane];
+      for (int p = 0; p < Shape::kColumnPacks; p++) {
+        const Pack<T> v = rows.v[t][lane.column_pack(p)];
 #pragma unroll
-        for (int a = 0; a < kKeys; a++)
+        for (int a = 0; a < Shape::kKeys; a++)
 #pragma unroll
-          for (int c = 0; c < kPack; c++) {
-            T& s = S[a][p * kPack + c];
+          for (int c = 0; c < Shape::kPack; c++) {
+            T& s = S[a][p * Shape::kPack + c];
             s = d.x[a] * s + k.x[a] * v.x[c];
           }
       }
     }
+    store_checkpoint<T, P>(place, chunk + 1, S);
     __syncthreads();
   }
+}
 
-  // Back.
-  T G[kKeys][Shape::kColumns];
-  load_state(job.grad_final, m, whole.grad_final, G);
-  const T u = lane_owns ? load_element<T>(job.u.row(h), job.u.dtype, block_key + lane_key) : T(0);
-  T grad_u_sum = 0;
-  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t begin = chunk * C;
-    const int tokens = span.length - begin < C ? int(span.length - begin) : C;
-    fetch_rows<T, kKeyPacks>(back.r, job.r, span, h, begin, tokens, block_key, keys_left, whole.r);
-    fetch_rows<T, kKeyPacks>(back.k, job.k, span, h, begin, tokens, block_key, keys_left, whole.k);
-    fetch_rows<T, kKeyPacks>(back.w, job.w, span, h, begin, tokens, block_key, keys_left, whole.w);
-    fetch_rows<T, Shape::kRowPacks>(back.v, job.v, span, h, begin, tokens, 0, N, whole.v);
-    fetch_rows<T, Shape::kRowPacks>(back.grad_y, job.grad_y, span, h, begin, tokens, 0, N,
-                                    whole.grad_y);
-    copy_async_end();
-    {
-      const Pack<T>* from = checkpoint(chunk);
+// F_t r_t, B_t k_t and the product of all decays, every key by itself.
+template <class T, int P>
+__device__ void fade(Backward<T, P>& back) {
+  constexpr int C = Shape<T, P>::kChunk;
+  const Lane<T, P> lane;
+  const int i = lane.own_key;
+  if (!lane.owns) return;
+  T d[C], product = 1;
 #pragma unroll
-      for (int a = 0; a < kKeys; a++)
+  for (int t = 0; t < C; t++) {
+    d[t] = decay_of_rate(elements(back.w[t])[i]);
+    elements(back.fr[t])[i] = product * elements(back.r[t])[i];
+    product *= d[t];
+  }
+  elements(back.all)[i] = product;
+  product = 1;
 #pragma unroll
-        for (int p = 0; p < kColumnPacks; p++) {
-          const Pack<T> pack = from[(a * kColumnPacks + p) * 32];
-#pragma unroll
-          for (int c = 0; c < kPack; c++) S[a][p * kPack + c] = pack.x[c];
-        }
-    }
-    copy_async_wait<0>();
-    unpack_rows<T, kKeyPacks>(back.r, job.r, tokens, C, keys_left, as_it_is);
-    unpack_rows<T, kKeyPacks>(back.k, job.k, tokens, C, keys_left, as_it_is);
-    unpack_rows<T, kKeyPacks>(back.w, job.w, tokens, C, keys_left,
-                              [](T w) { return decay_rate(w); });
-    unpack_rows<T, Shape::kRowPacks>(back.v, job.v, tokens, C, N, as_it_is);
-    unpack_rows<T, Shape::kRowPacks>(back.grad_y, job.grad_y, tokens, C, N, as_it_is);
-    __syncthreads();
+  for (int t = C - 1; t >= 0; t--) {
+    elements(back.bk[t])[i] = product * elements(back.k[t])[i];
+    product *= d[t];
+  }
+}
 
-    // Every key by itself: F r and B k.
-    if (lane < Shape::kWarpKeys) {
-      T d[C], product = 1;
+// M, two tokens by two tokens.
+template <class T, int P>
+__device__ void multiply_values(Backward<T, P>& back) {
+  constexpr int C = Shape<T, P>::kChunk;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < C / 2 * (C / 2); at += blockDim.x) {
+    const int t = at / (C / 2) * 2, s = at % (C / 2) * 2;
+    if (s > t) continue;
+    T sum[2][2] = {};
+#pragma unroll 2
+    for (int p = 0; p < Shape<T, P>::kRowPacks; p++) {
+      const Pack<T> y0 = back.grad_y[t][p], y1 = back.grad_y[t + 1][p];
+      const Pack<T> v0 = back.v[s][p], v1 = back.v[s + 1][p];
 #pragma unroll
-      for (int t = 0; t < C; t++) {
-        d[t] = decay_of_rate(element(back.w[t], lane_key));
-        element(back.fr[t], lane_key) = product * element(back.r[t], lane_key);
-        product *= d[t];
-      }
-      back.all[lane_key] = product;
-      product = 1;
-#pragma unroll
-      for (int t = C - 1; t >= 0; t--) {
-        element(back.bk[t], lane_key) = product * element(back.k[t], lane_key);
-        product *= d[t];
+      for (int e = 0; e < Pack<T>::kSize; e++) {
+        sum[0][0] += y0.x[e] * v0.x[e];
+        sum[0][1] += y0.x[e] * v1.x[e];
+        sum[1][0] += y1.x[e] * v0.x[e];
+        sum[1][1] += y1.x[e] * v1.x[e];
       }
     }
-    // M, two tokens by two tokens.
-    for (int at = threadIdx.x; at < C / 2 * (C / 2); at += blockDim.x) {
-      const int t = at / (C / 2) * 2, s = at % (C / 2) * 2;
-      if (s > t) continue;
-      T sum[2][2] = {};
-      for (int p = 0; p < Shape::kRowPacks; p++) {
-        const Pack<T> y0 = back.grad_y[t][p], y1 = back.grad_y[t + 1][p];
-        const Pack<T> v0 = back.v[s][p], v1 = back.v[s + 1][p];
-#pragma unroll
-        for (int e = 0; e < kPack; e++) {
-          sum[0][0] += y0.x[e] * v0.x[e];
-          sum[0][1] += y0.x[e] * v1.x[e];
-          sum[1][0] += y1.x[e] * v0.x[e];
-          sum[1][1] += y1.x[e] * v1.x[e];
-        }
-      }
-      back.M[t][s] = sum[0][0];
-      back.M[t][s + 1] = sum[0][1];
-      back.M[t + 1][s] = sum[1][0];
-      back.M[t + 1][s + 1] = sum[1][1];
-    }
-    __syncthreads();
+    back.M[t][s] = sum[0][0];
+    back.M[t][s + 1] = sum[0][1];
+    back.M[t + 1][s] = sum[1][0];
+    back.M[t + 1][s + 1] = sum[1][1];
+  }
+}
 
-    // G v_t and G^T (B_t k_t).
-    for (int t0 = 0; t0 < C; t0 += Shape::kGroup) {
-      const int buffer = t0 / Shape::kGroup % 2;
+// G v_t and G^T (B_t k_t). The warps' shares of the latter are added up a group of tokens at a
+// time.
+template <class T, int P>
+__device__ void apply_gradient(Backward<T, P>& back, const typename Shape<T, P>::State& G) {
+  typedef Shape<T, P> Shape;
+  const Lane<T, P> lane;
+#pragma unroll 1
+  for (int t0 = 0; t0 < Shape::kChunk; t0 += Shape::kGroup) {
+    auto& partial = back.partial[t0 / Shape::kGroup % 2];
+#pragma unroll 1
+    for (int g = 0; g < Shape::kGroup; g++) {
+      const int t = t0 + g;
+      const Pack<T> bk = back.bk[t][lane.key_pack];
+      T gv[Shape::kKeys] = {}, gk[Shape::kColumns];
 #pragma unroll
-      for (int g = 0; g < Shape::kGroup; g++) {
-        const int t = t0 + g;
-        const Pack<T> bk = back.bk[t][thread_key / kPack];
-        T gv[kKeys] = {}, gk[Shape::kColumns];
+      for (int p = 0; p < Shape::kColumnPacks; p++) {
+        const Pack<T> v = back.v[t][lane.column_pack(p)];
 #pragma unroll
-        for (int p = 0; p < kColumnPacks; p++) {
-          const Pack<T> v = back.v[t][p * Shape::kColumnLanes + column_lane];
+        for (int c = 0; c < Shape::kPack; c++) {
+          const int j = p * Shape::kPack + c;
+          gk[j] = 0;
 #pragma unroll
-          for (int c = 0; c < kPack; c++) {
-            T sum = 0;
-#pragma unroll
-            for (int a = 0; a < kKeys; a++) {
-              gv[a] += G[a][p * kPack + c] * v.x[c];
-              sum += G[a][p * kPack + c] * bk.x[a];
-            }
-            gk[p * kPack + c] = sum;
+          for (int a = 0; a < Shape::kKeys; a++) {
+            gv[a] += G[a][j] * v.x[c];
+            gk[j] += G[a][j] * bk.x[a];
           }
         }
-        const int a = sum_lanes<kKeys, 1, Shape::kColumnLanes / 2>(gv, lane);
-        constexpr int kAcross = Shape::kColumnLanes;  // that hold the sums of kKeys
-        constexpr int kHeldKeys = kKeys / kAcross > 1 ? kKeys / kAcross : 1;
-        __syncwarp();  // everybody has read B k
-        if (column_lane % (kAcross / kKeys > 1 ? kAcross / kKeys : 1) == 0)
-#pragma unroll
-          for (int e = 0; e < kHeldKeys; e++) element(back.bk[t], thread_key + a + e) = gv[e];
-        const int first = sum_lanes<Shape::kColumns, Shape::kColumnLanes, 16>(gk, lane);
-        constexpr int kHeld = Shape::kColumns / Shape::kKeyLanes;
-#pragma unroll
-        for (int e = 0; e < kHeld; e++)
-          element(back.partial[buffer][warp][g],
-                  int(column((first + e) / kPack)) + (first + e) % kPack) = gk[e];
       }
-      __syncthreads();
-      for (int at = threadIdx.x; at < Shape::kGroup * Shape::kRowPacks; at += blockDim.x) {
-        const int g = at / Shape::kRowPacks, p = at % Shape::kRowPacks;
-        Pack<T> sum = back.partial[buffer][0][g][p];
-        for (int other = 1; other < warps; other++) {
-          const Pack<T> pack = back.partial[buffer][other][g][p];
+      lane.sum_columns(gv, back.bk[t]);
+      const int first = sum_lanes<Shape::kColumns, Shape::kColumnLanes, 16>(gk, lane.lane);
 #pragma unroll
-          for (int c = 0; c < kPack; c++) sum.x[c] += pack.x[c];
-        }
-        back.v[t0 + g][p] = sum;
-      }
-    }
-
-    // sum_j S G, S dy_t, and G before the chunk.
-    {
-      T meeting[kKeys];
-#pragma unroll
-      for (int a = 0; a < kKeys; a++) {
-        const T all = back.all[thread_key + a];
-        meeting[a] = 0;
-#pragma unroll
-        for (int c = 0; c < Shape::kColumns; c++) {
-          meeting[a] += S[a][c] * G[a][c];
-          G[a][c] *= all;
-        }
-      }
-      const int a = sum_lanes<kKeys, 1, Shape::kColumnLanes / 2>(meeting, lane);
-      constexpr int kAcross = Shape::kColumnLanes;
-      constexpr int kHeldKeys = kKeys / kAcross > 1 ? kKeys / kAcross : 1;
-      if (column_lane % (kAcross / kKeys > 1 ? kAcross / kKeys : 1) == 0)
-#pragma unroll
-        for (int e = 0; e < kHeldKeys; e++) back.meeting[thread_key + a + e] = meeting[e];
-      for (int t = 0; t < C; t++) {
-        const Pack<T> fr = back.fr[t][thread_key / kPack];
-        T sy[kKeys] = {};
-#pragma unroll
-        for (int p = 0; p < kColumnPacks; p++) {
-          const Pack<T> y = back.grad_y[t][p * Shape::kColumnLanes + column_lane];
-#pragma unroll
-          for (int a = 0; a < kKeys; a++)
-#pragma unroll
-            for (int c = 0; c < kPack; c++) {
-              sy[a] += S[a][p * kPack + c] * y.x[c];
-              G[a][p * kPack + c] += fr.x[a] * y.x[c];
-            }
-        }
-        const int a = sum_lanes<kKeys, 1, Shape::kColumnLanes / 2>(sy, lane);
-        __syncwarp();  // everybody has read F r
-        if (column_lane % (kAcross / kKeys > 1 ? kAcross / kKeys : 1) == 0)
-#pragma unroll
-          for (int e = 0; e < kHeldKeys; e++) element(back.fr[t], thread_key + a + e) = sy[e];
-      }
-    }
-    __syncwarp();
-
-    // The pairs of a chunk, every key by itself. D[s] is D(s, t); passed is the sum over the
-    // sources that have been met so far, S and then tokens, of what of them arrives at t.
-    {
-      const bool active = lane < Shape::kWarpKeys;
-      T k[C], D[C], grad_k[C], q[C];
-      T F = 1;
-#pragma unroll
-      for (int t = 0; t < C; t++) {
-        const T r = active ? element(back.r[t], lane_key) : T(0);
-        const T d = active ? decay_of_rate(element(back.w[t], lane_key)) : T(1);
-        k[t] = active ? element(back.k[t], lane_key) : T(0);
-        T passed = active ? F * element(back.fr[t], lane_key) : T(0);
-        T weight[C];
-#pragma unroll
-        for (int s = 0; s < t; s++) {
-          const T m_d = D[s] * back.M[t][s];
-          q[s] += r * passed;
-          grad_k[s] += r * m_d;
-          passed += k[s] * m_d;
-          weight[s] = r * (k[s] * D[s]);
-          D[s] *= d;
-        }
-        const T m_tt = back.M[t][t], u_k = u * k[t];
-        D[t] = 1;
-        q[t] = 0;
-        grad_k[t] = u * r * m_tt;
-        grad_u_sum += r * m_tt * k[t];
-        weight[t] = r * u_k;
-        if (active) element(back.r[t], lane_key) = passed + m_tt * u_k;
-        F *= d;
-#pragma unroll
-        for (int s = t + 1; s < C; s++) weight[s] = 0;
-        const int s = sum_lanes<C, 1, 16>(weight, lane);
-        if (lane % (32 / C) == 0) back.A_parts[warp][t][s] = weight[0];
-      }
-      T passed = active ? F * back.meeting[lane_key] : T(0);
-#pragma unroll
-      for (int s = 0; s < C; s++) {
-        q[s] += passed;
-        const T arriving = active ? D[s] * element(back.bk[s], lane_key) : T(0);
-        grad_k[s] += arriving;
-        passed += k[s] * arriving;
-        if (!active) continue;
-        element(back.k[s], lane_key) = grad_k[s];
-        element(back.w[s], lane_key) *= -q[s];
+      for (int e = 0; e < Shape::kColumns / Shape::kKeyLanes; e++) {
+        const int j = first + e;
+        partial[lane.warp][g][lane.column_pack(j / Shape::kPack)].x[j % Shape::kPack] = gk[e];
       }
     }
     __syncthreads();
+#pragma unroll 1
+    for (int at = threadIdx.x; at < Shape::kGroup * Shape::kRowPacks; at += blockDim.x) {
+      const int g = at / Shape::kRowPacks, p = at % Shape::kRowPacks;
+      Pack<T> sum = partial[0][g][p];
+#pragma unroll 1
+      for (int warp = 1; warp < blockDim.x / 32; warp++) {
+        const Pack<T> share = partial[warp][g][p];
+#pragma unroll
+        for (int c = 0; c < Shape::kPack; c++) sum.x[c] += share.x[c];
+      }
+      back.v[t0 + g][p] = sum;
+    }
+  }
+}
+
+// sum_j S G and S dy_t; G becomes the gradient of the state before the chunk.
+template <class T, int P>
+__device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::State& S,
+                            typename Shape<T, P>::State& G) {
+  typedef Shape<T, P> Shape;
+  const Lane<T, P> lane;
+  T sums[Shape::kKeys] = {};
+  const Pack<T> all = back.all[lane.key_pack];
+#pragma unroll
+  for (int a = 0; a < Shape::kKeys; a++)
+#pragma unroll
+    for (int j = 0; j < Shape::kColumns; j++) {
+      sums[a] += S[a][j] * G[a][j];
+      G[a][j] *= all.x[a];
+    }
+  lane.sum_columns(sums, back.meeting);
+#pragma unroll 1
+  for (int t = 0; t < Shape::kChunk; t++) {
+    const Pack<T> fr = back.fr[t][lane.key_pack];
+    T sy[Shape::kKeys] = {};
+#pragma unroll
+    for (int p = 0; p < Shape::kColumnPacks; p++) {
+      const Pack<T> y = back.grad_y[t][lane.column_pack(p)];
+#pragma unroll
+      for (int a = 0; a < Shape::kKeys; a++)
+#pragma unroll
+        for (int c = 0; c < Shape::kPack; c++) {
+          sy[a] += S[a][p * Shape::kPack + c] * y.x[c];
+          G[a][p * Shape::kPack + c] += fr.x[a] * y.x[c];
+        }
+    }
+    lane.sum_columns(sy, back.fr[t]);
+  }
+  __syncwarp();
+}
+
+// The pairs of the chunk, every key by itself: dr, dk and dw in the place of r, k and the rates,
+// the warp's share of A, and what the chunk adds to du.
+//
+// D[s] is D(s, t). `passed` is what arrives at t of the sources met so far, first S, then the
+// tokens one by one: passing s on their way, they are q's at s.
+template <class T, int P>
+__device__ T pair_up(Backward<T, P>& back, T u) {
+  constexpr int C = Shape<T, P>::kChunk;
+  const Lane<T, P> lane;
+  const int i = lane.own_key;
+  T k[C], D[C], grad_k[C], q[C];
+  T F = 1, grad_u = 0;
+#pragma unroll
+  for (int t = 0; t < C; t++) {
+    const T r = lane.owns ? elements(back.r[t])[i] : T(0);
+    k[t] = lane.owns ? elements(back.k[t])[i] : T(0);
+    const T d = lane.owns ? decay_of_rate(elements(back.w[t])[i]) : T(0);
+    const T m_tt = back.M[t][t], u_k = u * k[t];
+    T passed = lane.owns ? F * elements(back.fr[t])[i] : T(0);
+#pragma unroll
+    for (int s0 = 0; s0 <= t; s0 += C / 2) {
+      T weight[C / 2];  // half a row of A
+#pragma unroll
+      for (int s = s0; s < s0 + C / 2; s++) {
+        weight[s - s0] = s < t ? r * (k[s] * D[s]) : s == t ? r * u_k : T(0);
+        if (s >= t) continue;
+        const T m_d = D[s] * back.M[t][s];
+        q[s] += r * passed;
+        grad_k[s] += r * m_d;
+        passed += k[s] * m_d;
+        D[s] *= d;
+      }
+      const int s = s0 + sum_lanes<C / 2, 1, 16>(weight, lane.lane);
+      if (lane.lane % (64 / C) == 0) back.A_parts[lane.warp][t][s] = weight[0];
+    }
+    D[t] = 1;
+    q[t] = 0;
+    grad_k[t] = u * r * m_tt;
+    grad_u += r * m_tt * k[t];
+    if (lane.owns) elements(back.r[t])[i] = passed + m_tt * u_k;
+    F *= d;
+  }
+  if (!lane.owns) return grad_u;
+  T passed = F * elements(back.meeting)[i];  // at G
+#pragma unroll
+  for (int s = 0; s < C; s++) {
+    const T arriving = D[s] * elements(back.bk[s])[i];
+    q[s] += passed;
+    passed += k[s] * arriving;
+    elements(back.k[s])[i] = grad_k[s] + arriving;
+    elements(back.w[s])[i] *= -q[s];
+  }
+  return grad_u;
+}
+
+// dv, from what has been found with G and the rows of A.
+template <class T, int P>
+__device__ void store_grad_v(const Backward<T, P>& back, const Place<T>& place, int64_t begin,
+                             int tokens, bool whole) {
+  constexpr int kRowPacks = Shape<T, P>::kRowPacks;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < tokens * kRowPacks; at += blockDim.x) {
+    const int s = at / kRowPacks, p = at % kRowPacks, j = p * Pack<T>::kSize;
+    Pack<T> sum = back.v[s][p];
+#pragma unroll 2
+    for (int t = s; t < tokens; t++) {
+      const Pack<T> y = back.grad_y[t][p];
+      const T a = back.A[t][s];
+#pragma unroll
+      for (int c = 0; c < Pack<T>::kSize; c++) sum.x[c] += a * y.x[c];
+    }
+    const Tokens& grad_v = place.grad_v;
+    store_pack(place.row(grad_v, begin + s) + j * size_of(grad_v.dtype), grad_v.dtype, sum,
+               place.columns.count - j, whole);
+  }
+}
+
+template <class T, int P>
+__device__ void fill_with_nan(const BackwardJob& job, const Place<T>& place, T* grad_u) {
+  for (int i = threadIdx.x; i < place.columns.count; i += blockDim.x) {
+    const bool own = i >= place.keys.first && i < place.keys.first + place.keys.count;
+#pragma unroll 1
+    for (int64_t t = 0; t < place.span.length; t++) {
+      store_element(place.row(place.grad_v, t), place.grad_v.dtype, i, T(NAN));
+      if (!own) continue;
+      store_element(place.row(job.grad_r, t), job.grad_r.dtype, i, T(NAN));
+      store_element(place.row(job.grad_k, t), job.grad_k.dtype, i, T(NAN));
+      store_element(place.row(job.grad_w, t), job.grad_w.dtype, i, T(NAN));
+    }
+    if (own) grad_u[i] = T(NAN);
+    if (!job.grad_initial.data) continue;
+    T* matrix = reinterpret_cast<T*>(job.grad_initial.matrix(place.m, place.h));
+#pragma unroll 1
+    for (int key = 0; key < place.keys.count; key++)
+      matrix[(place.keys.first + key) * job.grad_initial.stride_row + i] = T(NAN);
+  }
+}
+
+template <class T, int P>
+__global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlocks)
+    backward_recurrent_kernel(BackwardJob job, Whole whole, Workspace workspace) {
+  typedef Shape<T, P> Shape;
+  constexpr int C = Shape::kChunk;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ Place<T> place;
+  if (threadIdx.x == 0) place = place_of<T, P>(job, workspace);
+  __syncthreads();
+  T* grad_u = static_cast<T*>(workspace.grad_u) + (place.m * job.H + place.h) * job.N;
+  if (!place.span.valid) return fill_with_nan<T, P>(job, place, grad_u);
+
+  const int64_t chunks = (place.span.length + C - 1) / C;
+  walk_there<T, P>(job, whole, place, chunks, *reinterpret_cast<Forward<T, P>*>(shared));
+
+  Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
+  const Lane<T, P> lane;
+  const bool owns = lane.owns && lane.own_key < place.keys.count;
+  const T u =
+      owns ? load_element<T>(job.u.row(place.h), job.u.dtype, place.keys.first + lane.own_key)
+           : T(0);
+  T grad_u_sum = 0;
+  typename Shape::State S, G;
+  load_matrix<T, P>(place, chunks, job.grad_final, place.m, whole.grad_final);
+  load_checkpoint<T, P>(place, chunks, G);
+#pragma unroll 1
+  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+    const int64_t begin = chunk * C, left = place.span.length - begin;
+    const int tokens = left < C ? int(left) : C;
+    const Range keys = place.keys, columns = place.columns;
+    fetch_rows<T, Shape::kKeyPacks>(back.r, job.r, place, begin, tokens, keys, whole.r);
+    fetch_rows<T, Shape::kKeyPacks>(back.k, job.k, place, begin, tokens, keys, whole.k);
+    fetch_rows<T, Shape::kKeyPacks>(back.w, job.w, place, begin, tokens, keys, whole.w);
+    fetch_rows<T, Shape::kRowPacks>(back.v, job.v, place, begin, tokens, columns, whole.v);
+    fetch_rows<T, Shape::kRowPacks>(back.grad_y, job.grad_y, place, begin, tokens, columns,
+                                    whole.grad_y);
+    copy_async_end();
+    copy_async_wait<0>();
+    unpack_rows<T, Shape::kKeyPacks, C>(back.r, job.r, tokens, keys.count, AsItIs());
+    unpack_rows<T, Shape::kKeyPacks, C>(back.k, job.k, tokens, keys.count, AsItIs());
+    unpack_rows<T, Shape::kKeyPacks, C>(back.w, job.w, tokens, keys.count, RateOf());
+    unpack_rows<T, Shape::kRowPacks, C>(back.v, job.v, tokens, columns.count, AsItIs());
+    unpack_rows<T, Shape::kRowPacks, C>(back.grad_y, job.grad_y, tokens, columns.count, AsItIs());
+    __syncthreads();
+    fade(back);
+    multiply_values(back);
+    __syncthreads();
+    apply_gradient(back, G);
+    load_checkpoint<T, P>(place, chunk, S);  // not before: with G it takes most registers
+    apply_state(back, S, G);
+    grad_u_sum += pair_up(back, u);
+    __syncthreads();
+#pragma unroll 1
     for (int at = threadIdx.x; at < C * C; at += blockDim.x) {
       T sum = 0;
-      for (int other = 0; other < warps; other++) sum += back.A_parts[other][at / C][at % C];
+#pragma unroll 1
+      for (int warp = 0; warp < blockDim.x / 32 && at % C <= at / C; warp++)
+        sum += back.A_parts[warp][at / C][at % C];
       back.A[at / C][at % C] = sum;
     }
-    store_rows<T, kKeyPacks>(back.r, job.grad_r, span, h, begin, tokens, block_key, keys_left,
-                             whole.grad_r);
-    store_rows<T, kKeyPacks>(back.k, job.grad_k, span, h, begin, tokens, block_key, keys_left,
-                             whole.grad_k);
-    store_rows<T, kKeyPacks>(back.w, job.grad_w, span, h, begin, tokens, block_key, keys_left,
-                             whole.grad_w);
+    store_rows<T, Shape::kKeyPacks>(back.r, job.grad_r, place, begin, tokens, keys, whole.grad_r);
+    store_rows<T, Shape::kKeyPacks>(back.k, job.grad_k, place, begin, tokens, keys, whole.grad_k);
+    store_rows<T, Shape::kKeyPacks>(back.w, job.grad_w, place, begin, tokens, keys, whole.grad_w);
     __syncthreads();
-    for (int at = threadIdx.x; at < tokens * Shape::kRowPacks; at += blockDim.x) {
-      const int s = at / Shape::kRowPacks, p = at % Shape::kRowPacks;
-      Pack<T> sum = back.v[s][p];
-      for (int t = s; t < tokens; t++) {
-        const Pack<T> y = back.grad_y[t][p];
-#pragma unroll
-        for (int c = 0; c < kPack; c++) sum.x[c] += back.A[t][s] * y.x[c];
-      }
-      const int64_t j = p * kPack;
-      store_pack(grad_v.row(span.b, span.begin + begin + s, h) + j * size_of(grad_v.dtype),
-                 grad_v.dtype, sum, N - j, whole.grad_v);
-    }
+    store_grad_v(back, place, begin, tokens, whole.grad_v);
     __syncthreads();
   }
 
-  if (lane_owns) grad_u[block_key + lane_key] = grad_u_sum;
-  if (!grad_initial) return;
-#pragma unroll
-  for (int a = 0; a < kKeys; a++)
-#pragma unroll
-    for (int p = 0; p < kColumnPacks; p++) {
-      const int64_t i = block_key + thread_key + a;
-      Pack<T> pack;
-#pragma unroll
-      for (int c = 0; c < kPack; c++) pack.x[c] = G[a][p * kPack + c];
-      if (i < N)
-        store_pack(
-            reinterpret_cast<char*>(grad_initial + i * job.grad_initial.stride_row + column(p)),
-            job.grad_initial.dtype, pack, N - column(p), whole.grad_initial);
-    }
+  if (owns) grad_u[place.keys.first + lane.own_key] = grad_u_sum;
+  if (!job.grad_initial.data) return;
+  store_checkpoint<T, P>(place, chunks, G);
+  store_matrix<T, P>(place, chunks, job.grad_initial, place.m, whole.grad_initial);
 }
 
 // grad_v from the shares of a head's blocks. parts: [count, B, T, H, N]
@@ -529,6 +665,7 @@ __global__ void sum_parts_kernel(const T* parts, int64_t count, int64_t tokens,
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= size) return;
   T sum = 0;
+#pragma unroll 1
   for (int64_t p = 0; p < count; p++) sum += parts[p * size + at];
   const int64_t token = at / (H * N);
   store_element(out.row(token / batch_tokens, token % batch_tokens, at / N % H), out.dtype, at % N,
@@ -547,17 +684,16 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
     warps = (warps + 1) / 2;
   const int64_t parts = (head_warps + warps - 1) / warps;
 
-  Workspace workspace = {};
-  workspace.tokens = packed ? sequences.tokens : sequences.count * sequences.tokens;
-  // Sequence m of cu_seqlens begins at chunk begin / kChunk + m.
-  workspace.chunks = packed ? sequences.tokens / Shape::kChunk + sequences.count
-                            : (sequences.tokens + Shape::kChunk - 1) / Shape::kChunk;
-  const int64_t chunks = packed ? workspace.chunks : workspace.chunks * sequences.count;
-  workspace.states = launch.workspace<Pack<T>>(job.H * chunks * parts * warps * Shape::kStatePacks);
+  // Every sequence has room for one more state than it has chunks.
+  const int64_t tokens = packed ? sequences.tokens : sequences.count * sequences.tokens;
+  const int64_t chunks =
+      packed ? sequences.tokens / Shape::kChunk + 2 * sequences.count
+             : ((sequences.tokens + Shape::kChunk - 1) / Shape::kChunk + 1) * sequences.count;
   T* grad_u = launch.workspace<T>(heads * job.N);
-  T* grad_v = parts > 1 ? launch.workspace<T>(parts * workspace.tokens * job.H * job.N) : nullptr;
-  workspace.grad_u = grad_u;
-  workspace.grad_v = grad_v;
+  T* grad_v = parts > 1 ? launch.workspace<T>(parts * tokens * job.H * job.N) : nullptr;
+  const Workspace workspace = {
+      launch.workspace<Pack<T>>(job.H * chunks * parts * warps * Shape::kStatePacks), grad_v,
+      grad_u, chunks, parts};
 
   const Whole whole = {rows_whole<T>(job.grad_y),
                        rows_whole<T>(job.r),
@@ -572,17 +708,18 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
                        rows_whole<T>(job.grad_w),
                        rows_whole<T>(job.grad_initial)};
   const int bytes = int(sizeof(Backward<T, P>));
-  cudaFuncSetAttribute(backward_recurrent_kernel<T, P>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       bytes);
+  if (bytes > 48 * 1024)
+    cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   backward_recurrent_kernel<T, P>
-      <<<unsigned(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, parts, whole,
+      <<<unsigned(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, whole,
                                                                                 workspace);
   check_launched("backward_recurrent");
-  const int64_t size = workspace.tokens * job.H * job.N;
+  const int64_t size = tokens * job.H * job.N;
   if (parts > 1 && size > 0) {
     constexpr int kThreads = 256;
     sum_parts_kernel<<<unsigned((size + kThreads - 1) / kThreads), kThreads, 0, launch.stream>>>(
-        grad_v, parts, workspace.tokens, sequences.tokens, job.H, job.N, job.grad_v);
+        grad_v, parts, tokens, sequences.tokens, job.H, job.N, job.grad_v);
     check_launched("sum_parts");
   }
   sum_heads(launch, grad_u, sequences.count, job.H, job.N, job.grad_u);
