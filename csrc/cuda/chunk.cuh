@@ -54,22 +54,30 @@ struct Lane {
 };
 
 // Starts to copy 16 rows of x, tokens from `first` on, to shared memory; zeros beyond the end.
-template <int N, int kThreads>
+template <int N, int kThreads, int element_bytes = 2>
 __device__ inline void stage(uint32_t* raw, const Tokens& x, const Place& at, int64_t first) {
-  const int row_bytes = N * (x.dtype == DType::f32 ? 4 : 2), pieces = row_bytes / 16;
+  constexpr int kRowBytes = N * element_bytes, kPieces = kRowBytes / 16, kAll = kChunk * kPieces;
   const char* rows = x.row(at.span.b, at.span.begin + first, at.h);
   const int64_t distance = x.distance(1, 0);
+  const int tokens = int(min(at.last - first, int64_t(kChunk)));
 #pragma unroll
-  for (int i = 0; i < 2; i++) {  // at most kThreads = 2 N at a time: 2 N or 4 N pieces
-    const int piece = threadIdx.x + i * kThreads;
-    if (piece >= kChunk * pieces) break;
-    const int row = piece / pieces, column = piece % pieces * 16;
-    char* to = reinterpret_cast<char*>(raw) + row * (row_bytes + 32) + column;
-    if (x.data && first + row < at.last)
+  for (int begin = 0; begin < kAll; begin += kThreads) {
+    const int piece = begin + threadIdx.x;
+    if (kAll % kThreads && piece >= kAll) break;
+    const int row = piece / kPieces, column = piece % kPieces * 16;
+    char* to = reinterpret_cast<char*>(raw) + row * (kRowBytes + 32) + column;
+    if (x.data && row < tokens)
       copy_async(to, rows + row * distance + column);
     else
       *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
   }
+}
+template <int N, int kThreads>
+__device__ inline void stage_w(uint32_t* raw, const Tokens& w, const Place& at, int64_t first) {
+  if (w.dtype == DType::f32)
+    stage<N, kThreads, 4>(raw, w, at, first);
+  else
+    stage<N, kThreads>(raw, w, at, first);
 }
 
 // exp(-exp(w)); in base 2, and exactly 1 where exp(w) is too small to tell.
@@ -87,8 +95,9 @@ struct Quad {
   static constexpr int K = N * kQuads / kThreads;
   using Values = float[kQuad][K];
   int quad, key;
-  Values d;              // decays
-  Values before, after;  // their products within the quad, before and after a token
+  Values d;                   // decays
+  Values before, after;       // their products within the quad, before and after a token
+  float products[kQuads][K];  // over each quad of the chunk
 
   __device__ Quad() : quad(threadIdx.x / (N / K)), key(threadIdx.x % (N / K) * K) {}
 
@@ -110,11 +119,17 @@ struct Quad {
   }
 
   // Makes the decays of the raw w, 1 for tokens from `tokens` on, and shares their products.
-  __device__ void decays(const Values& w, int tokens, float (*products)[N]) {
+  __device__ void decays(const Values& w, int tokens, float (*shared)[N]) {
 #pragma unroll
     for (int t = 0; t < kQuad; t++)
 #pragma unroll
       for (int i = 0; i < K; i++) d[t][i] = kQuad * quad + t < tokens ? decay(w[t][i]) : 1.f;
+    multiply_out();
+#pragma unroll
+    for (int i = 0; i < K; i++) shared[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
+  }
+  // `before` and `after`, from d.
+  __device__ void multiply_out() {
 #pragma unroll
     for (int i = 0; i < K; i++) {
       before[0][i] = after[kQuad - 1][i] = 1.f;
@@ -123,25 +138,30 @@ struct Quad {
         before[t][i] = before[t - 1][i] * d[t - 1][i];
         after[kQuad - 1 - t][i] = after[kQuad - t][i] * d[kQuad - t][i];
       }
-      products[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
     }
   }
 
-  // The product over the quads [first, last).
-  __device__ void product(float (&x)[K], const float (*products)[N], int first, int last) const {
+  // The products of all quads, when all threads have shared theirs.
+  __device__ void load_products(const float (*shared)[N]) {
+#pragma unroll
+    for (int q = 0; q < kQuads; q++)
+#pragma unroll
+      for (int i = 0; i < K; i++) products[q][i] = shared[q][key + i];
+  }
+  // Their product over the quads [first, last).
+  __device__ void product(float (&x)[K], int first, int last) const {
 #pragma unroll
     for (int i = 0; i < K; i++) {
       x[i] = 1.f;
 #pragma unroll
-      for (int q = 0; q < kQuads; q++)
-        if (first <= q && q < last) x[i] *= products[q][key + i];
+      for (int q = 0; q < kQuads; q++) x[i] *= first <= q && q < last ? products[q][i] : 1.f;
     }
   }
-
   // What lies between the quad and the middle of the chunk.
-  __device__ void outer_scale(float (&x)[K], const float (*products)[N]) const {
-    const int neighbour = quad == 0 ? 1 : quad == 3 ? 2 : kQuads;
-    product(x, products, neighbour, neighbour + 1);
+  __device__ void outer_scale(float (&x)[K]) const {
+#pragma unroll
+    for (int i = 0; i < K; i++)
+      x[i] = quad == 0 ? products[1][i] : quad == 3 ? products[2][i] : 1.f;
   }
 
   // rows[token][key] = x scale, as mma operand
@@ -226,9 +246,9 @@ template <class E, int N, int kThreads, int K>
 __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N, kThreads>& my,
                                     const float (&r)[kQuad][K], const float (&k)[kQuad][K],
                                     const float (&from_before)[kQuad][K],
-                                    const float (&to_after)[kQuad][K], const float (*products)[N]) {
+                                    const float (&to_after)[kQuad][K]) {
   float x[kQuad][K], scale[K];
-  my.product(scale, products, 0, 0);  // 1
+  my.product(scale, 0, 0);  // 1
 #pragma unroll
   for (int i = 0; i < K; i++)  // neighbours: nothing between them
     x[0][i] = k[0][i], x[1][i] = r[1][i], x[2][i] = k[2][i], x[3][i] = r[3][i];
@@ -247,7 +267,7 @@ __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N,
   };
   choose(my.quad % 2);
   my.store(levels[2], x, scale);  // neighbouring quads
-  my.outer_scale(scale, products);
+  my.outer_scale(scale);
   choose(my.quad / 2);
   my.store(levels[3], x, scale);  // the halves of the chunk
 }
@@ -258,17 +278,35 @@ __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N,
 template <int N>
 using StateTile = float[N / 8][4];
 
-// `states` is [key][value] with `stride` elements from key to key; value is the warp's first.
-template <int N>
-__device__ inline void load_state(StateTile<N>& s, const float* state, int64_t stride, int value) {
+// Keys 8j to 8j + 7 and all of them; `state` is [key][value] with `stride` elements from key to
+// key, value is the warp's first.
+__device__ inline void load_keys(float (&s)[4], int j, const float* state, int64_t stride,
+                                 int value) {
   const Lane lane;
 #pragma unroll
-  for (int j = 0; j < N / 8; j++)
+  for (int e = 0; e < 2; e++) {
+    const float* from = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
+    s[e] = from[0], s[e + 2] = from[1];
+  }
+}
+__device__ inline void store_keys(const float (&s)[4], int j, float* state, int64_t stride,
+                                  int value) {
+  const Lane lane;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float* from = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
-      s[j][e] = from[0], s[j][e + 2] = from[1];
-    }
+  for (int e = 0; e < 2; e++) {
+    float* to = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
+    to[0] = s[e], to[1] = s[e + 2];
+  }
+}
+template <int N>
+__device__ inline void load_state(StateTile<N>& s, const float* state, int64_t stride, int value) {
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) load_keys(s[j], j, state, stride, value);
+}
+template <int N>
+__device__ inline void store_state(const StateTile<N>& s, float* state, int64_t stride, int value) {
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) store_keys(s[j], j, state, stride, value);
 }
 template <int N>
 __device__ inline void fill_state(StateTile<N>& s, float x) {
@@ -293,17 +331,6 @@ __device__ inline void load_state(StateTile<N>& s, const States& states, int64_t
     for (int e = 0; e < 2; e++) {
       const uint16_t* two = from + (8 * j + 2 * lane.t + e) * states.stride_row;
       s[j][e] = E::low(two[0]), s[j][e + 2] = E::low(two[1]);
-    }
-}
-template <int N>
-__device__ inline void store_state(const StateTile<N>& s, float* state, int64_t stride, int value) {
-  const Lane lane;
-#pragma unroll
-  for (int j = 0; j < N / 8; j++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float* to = state + (8 * j + 2 * lane.t + e) * stride + value + 2 * lane.g;
-      to[0] = s[j][e], to[1] = s[j][e + 2];
     }
 }
 __device__ inline float* f32_matrix(const States& states, int64_t row, int64_t h) {
@@ -331,21 +358,24 @@ __device__ inline void load_values(ValueTile& v, const uint32_t* raw, int value)
     }
 }
 
-// S <- total S + sum_t rows[t] v_t
+// S <- total S + sum_t rows[t] v_t, for keys 8j to 8j + 7 and for all.
+template <int N>
+__device__ inline void update_keys(float (&s)[4], int j, const float (&total)[N],
+                                   const Rows<N>& rows, const ValueTile& v) {
+  const Lane lane;
+  const float2 d = *reinterpret_cast<const float2*>(&total[8 * j + 2 * lane.t]);
+  s[0] *= d.x, s[1] *= d.y, s[2] *= d.x, s[3] *= d.y;
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    const float* column = &rows[8 * step + lane.t][8 * j + lane.g];
+    mma(s, v[step], __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
+  }
+}
 template <int N>
 __device__ inline void update_state(StateTile<N>& s, const float (&total)[N], const Rows<N>& rows,
                                     const ValueTile& v) {
-  const Lane lane;
 #pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    const float2 d = *reinterpret_cast<const float2*>(&total[8 * j + 2 * lane.t]);
-    s[j][0] *= d.x, s[j][1] *= d.y, s[j][2] *= d.x, s[j][3] *= d.y;
-#pragma unroll
-    for (int step = 0; step < 2; step++) {
-      const float* column = &rows[8 * step + lane.t][8 * j + lane.g];
-      mma(s[j], v[step], __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
-    }
-  }
+  for (int j = 0; j < N / 8; j++) update_keys<N>(s[j], j, total, rows, v);
 }
 
 // y[16 tokens][16 values] of a warp: accumulators for value 2g + e of column g.
@@ -421,15 +451,15 @@ __device__ inline void pair_level(Pairs& pairs, int level, const Rows<N>& rows) 
   }
 }
 
-// NaN or zeros for the segment's rows of an output.
+// Fills the segment's rows of an output: 16-bit or f32, with zeros or NaN.
 template <int N>
-__device__ inline void fill_rows(const Tokens& to, const Place& at, uint32_t two_elements) {
-  const int64_t words = (at.last - at.first) * (N / 2);
-  for (int64_t i = threadIdx.x; i < words; i += blockDim.x) {
-    char* row = to.row(at.span.b, at.span.begin + at.first + i / (N / 2), at.h);
-    reinterpret_cast<uint32_t*>(row)[i % (N / 2)] = two_elements;
+__device__ inline void fill_rows(const Tokens& to, const Place& at, bool nan = true) {
+  const int words = to.dtype == DType::f32 ? N : N / 2;
+  const uint32_t filling = nan ? 0x7fff7fffu : 0;  // a NaN of each dtype
+  for (int64_t i = threadIdx.x; i < (at.last - at.first) * words; i += blockDim.x) {
+    char* row = to.row(at.span.b, at.span.begin + at.first + i / words, at.h);
+    reinterpret_cast<uint32_t*>(row)[i % words] = filling;
   }
 }
-constexpr uint32_t kTwoNans = 0x7fff7fff;  // of bf16 and of f16
 
 }  // namespace rwkv6::cuda

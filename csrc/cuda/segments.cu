@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(2 * N)
   const auto stage_chunk = [&](int64_t first, int buffer) {
     stage<N, kThreads>(shared.raw[buffer][0], walk.x, at, first);
     stage<N, kThreads>(shared.raw[buffer][1], walk.v, at, first);
-    stage<N, kThreads>(shared.raw_w[buffer], walk.w, at, first);
+    stage_w<N, kThreads>(shared.raw_w[buffer], walk.w, at, first);
     commit_copies();
   };
   const int64_t chunks = (at.last - at.first + kChunk - 1) / kChunk;
@@ -75,11 +75,12 @@ __global__ void __launch_bounds__(2 * N)
     my.decays(x, int(min(at.last - first, int64_t(kChunk))), shared.products);
     my.load(x, shared.raw[buffer][0]);
     __syncthreads();
+    my.load_products(shared.products);
     multiply(x, x, reverse ? my.before : my.after);
-    my.product(scale, shared.products, reverse ? 0 : my.quad + 1, reverse ? my.quad : kQuads);
+    my.product(scale, reverse ? 0 : my.quad + 1, reverse ? my.quad : kQuads);
     my.store(shared.rows, x, scale);
     if (my.quad == 0) {
-      my.product(scale, shared.products, 0, kQuads);
+      my.product(scale, 0, kQuads);
 #pragma unroll
       for (int i = 0; i < K; i++) shared.total[my.key + i] = scale[i], decay[i] *= scale[i];
     }

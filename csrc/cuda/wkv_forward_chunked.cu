@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(2 * N)
   const int warp = threadIdx.x / 32, value = 16 * warp;
 
   if (!at.span.valid || at.span.padding) {
-    fill_rows<N>(job.y, at, at.span.valid ? 0 : kTwoNans);
+    fill_rows<N>(job.y, at, !at.span.valid);
     if (!at.span.valid && at.segment == 0 && at.span.final >= 0)
       fill_matrix<N>(f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, NAN);
     return;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(2 * N)
     stage<N, kThreads>(shared.raw[buffer][0], job.r, at, first);
     stage<N, kThreads>(shared.raw[buffer][1], job.k, at, first);
     stage<N, kThreads>(shared.raw[buffer][2], job.v, at, first);
-    stage<N, kThreads>(raw_w + buffer * Shared<N>::w_words(wide), job.w, at, first);
+    stage_w<N, kThreads>(raw_w + buffer * Shared<N>::w_words(wide), job.w, at, first);
     commit_copies();
   };
   Quad<E, N, kThreads> my;
@@ -70,19 +70,19 @@ __global__ void __launch_bounds__(2 * N)
     my.load(k, raw[1]);
     share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
     __syncthreads();
+    my.load_products(shared.products);
     {
       float from_before[kQuad][K], to_after[kQuad][K];
       multiply(from_before, r, my.before);
       multiply(to_after, k, my.after);
-      store_levels<E, N, kThreads, K>(shared.levels, my, r, k, from_before, to_after,
-                                      shared.products);
-      my.product(scale, shared.products, 0, my.quad);
+      store_levels<E, N, kThreads, K>(shared.levels, my, r, k, from_before, to_after);
+      my.product(scale, 0, my.quad);
       my.store(shared.r, from_before, scale);
-      my.product(scale, shared.products, my.quad + 1, kQuads);
+      my.product(scale, my.quad + 1, kQuads);
       my.store(shared.k, to_after, scale);
     }
     if (my.quad == 0) {
-      my.product(scale, shared.products, 0, kQuads);
+      my.product(scale, 0, kQuads);
 #pragma unroll
       for (int i = 0; i < K; i++) shared.total[my.key + i] = scale[i];
     }

@@ -1,0 +1,555 @@
+// The chunked backward: see chunk.cuh. With G the gradient of the state behind a chunk, S the state
+// before it and P[t][s] = grad_y_t . v_s:
+//   dr_t = d_0 .. d_{t-1} (S grad_y_t)  + sum_{s<t} d_{s+1} .. d_{t-1} k_s P[t][s] + u k_t P[t][t]
+//   dk_s = d_{s+1} .. d_15 (G v_s)      + sum_{t>s} d_{s+1} .. d_{t-1} r_t P[t][s] + u r_s P[s][s]
+//   dv_s = K_s G + sum_{t>=s} A[t][s] grad_y_t
+//   G   <- (d_0 .. d_15) G + sum_t R_t grad_y_t
+//   dw_q = -exp(w_q) * the sum of what r_t, k_s and the states add to each other across token q
+// The last, too, level by level: a term of a pair s < t, or of the states on either side, crosses
+// the tokens between. It is found with the pair and added to those, never as the difference of two
+// long sums, so that little is left of it only where it is little.
+//
+// One block walks a segment backwards. Half of its warps have 16 values each of G and give dv, the
+// other half have 16 keys each, of the same G, and give dr, dk and dw. S comes from checkpoints,
+// one every kGroup chunks; the states between are computed again and pass through a scratch in L2.
+#include "cuda/chunk.cuh"
+#include "cuda/chunked.cuh"
+
+namespace rwkv6::cuda {
+namespace {
+
+template <int N>
+struct Shared {
+  // As in the forward; then the gradients of the same rows, before their scales.
+  Rows<N> levels[kLevels], r, k;
+  float products[kQuads][N], total[N];
+  float crossing[N];  // sum_j S[i][j] G[i][j]
+  float sums[3][kQuads][N];
+  Pairs pairs;  // A transposed
+  Bonus<N, 1> bonus;
+  float diagonal[kChunk];                   // P[t][t]
+  uint32_t raw[2][4][kChunk * kRawRow<N>];  // r, k, v, grad_y of two chunks
+  // and behind it w: [2][kChunk] rows of N elements + 32 bytes
+  static __device__ __host__ int w_words(bool wide) { return kChunk * (wide ? N + 8 : kRawRow<N>); }
+};
+
+// A warp's 16 keys of a state: [p][e] has values 16p + 4t + e and 16p + 4t + 2 + e, of key g and
+// then of key g + 8.
+template <int N>
+using KeyTile = float[N / 16][2][4];
+
+template <int N>
+__device__ inline void load_key_tile(KeyTile<N>& x, const float* state, int64_t stride, int key) {
+  const Lane lane;
+#pragma unroll
+  for (int p = 0; p < N / 16; p++)
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        x[p][e][i] = state ? state[(key + lane.g + 8 * (i / 2)) * stride + 16 * p + 4 * lane.t +
+                                   2 * (i % 2) + e]
+                           : 0.f;
+}
+
+// Values 16p + 4t to 16p + 4t + 3 of tokens g and g + 8: left operands [e] of products over values.
+template <class E, int N>
+__device__ inline void load_tokens(uint32_t (&a)[2][4], const uint32_t* raw, int p) {
+  const Lane lane;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const uint2 four = *reinterpret_cast<const uint2*>(
+        &raw[(lane.g + 8 * half) * kRawRow<N> + 8 * p + 2 * lane.t]);
+    a[0][half] = __float_as_uint(E::low(four.x)), a[0][half + 2] = __float_as_uint(E::low(four.y));
+    a[1][half] = __float_as_uint(E::high(four.x));
+    a[1][half + 2] = __float_as_uint(E::high(four.y));
+  }
+}
+
+// G <- total G + sum_t rows[t] grad_y_t, for the warp's keys
+template <class E, int N>
+__device__ inline void update_key_tile(KeyTile<N>& x, const float (&total)[N], const Rows<N>& rows,
+                                       const uint32_t* raw, int key) {
+  const Lane lane;
+  const float upper = total[key + lane.g], lower = total[key + lane.g + 8];
+  uint32_t a[2][4];
+#pragma unroll
+  for (int step = 0; step < 2; step++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      a[step][i] =
+          __float_as_uint(rows[8 * step + lane.t + 4 * (i / 2)][key + lane.g + 8 * (i % 2)]);
+#pragma unroll
+  for (int p = 0; p < N / 16; p++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      x[p][e][0] *= upper, x[p][e][1] *= upper, x[p][e][2] *= lower, x[p][e][3] *= lower;
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      const uint32_t* two = &raw[(8 * step + lane.t) * kRawRow<N> + 8 * p + lane.g];
+      const uint32_t b0 = two[0], b1 = two[4 * kRawRow<N>];
+      mma(x[p][0], a[step], __float_as_uint(E::low(b0)), __float_as_uint(E::low(b1)));
+      mma(x[p][1], a[step], __float_as_uint(E::high(b0)), __float_as_uint(E::high(b1)));
+    }
+  }
+}
+
+// [16 tokens][16 keys] of a warp: keys 8q + 2t, 8q + 2t + 1 of tokens g and g + 8.
+using TokenTile = float[2][4];
+
+template <int N>
+__device__ inline void store_tile(Rows<N>& rows, const TokenTile& x, int key) {
+  const Lane lane;
+#pragma unroll
+  for (int q = 0; q < 2; q++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      *reinterpret_cast<float2*>(&rows[lane.g + 8 * half][key + 8 * q + 2 * lane.t]) = {
+          x[q][2 * half], x[q][2 * half + 1]};
+}
+
+// grad_y S^T and v G^T for the warp's keys, and sum_j S[i][j] G[i][j].
+template <class E, int N>
+__device__ inline void meet_states(TokenTile& dr, TokenTile& dk, float (&crossing)[N],
+                                   const float* state,  // [N][N]
+                                   const KeyTile<N>& grad, const uint32_t* raw_grad_y,
+                                   const uint32_t* raw_v, int key) {
+  const Lane lane;
+  const float* rows = state + (key + lane.g) * N + 4 * lane.t;
+  float both[2] = {};
+#pragma unroll
+  for (int p = 0; p < N / 16; p++) {
+    float4 s[2];
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+      s[q] = __ldcg(reinterpret_cast<const float4*>(rows + 8 * q * N + 16 * p));
+    uint32_t a[2][4];
+    load_tokens<E, N>(a, raw_grad_y, p);
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+      mma(dr[q], a[0], tf32(s[q].x), tf32(s[q].z));
+      mma(dr[q], a[1], tf32(s[q].y), tf32(s[q].w));
+      both[q] += s[q].x * grad[p][0][2 * q] + s[q].z * grad[p][0][2 * q + 1] +
+                 s[q].y * grad[p][1][2 * q] + s[q].w * grad[p][1][2 * q + 1];
+    }
+    load_tokens<E, N>(a, raw_v, p);
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        mma(dk[q], a[e], tf32(grad[p][e][2 * q]), tf32(grad[p][e][2 * q + 1]));
+  }
+#pragma unroll
+  for (int q = 0; q < 2; q++) {
+    both[q] += __shfl_xor_sync(0xffffffffu, both[q], 1);
+    both[q] += __shfl_xor_sync(0xffffffffu, both[q], 2);
+    if (lane.t == 0) crossing[key + 8 * q + lane.g] = both[q];
+  }
+}
+
+// All pairs of tokens as left operand of a product over tokens: [step] = tokens 8 step + t and
+// 8 step + t + 4 of rows g and g + 8.
+using PairTile = float[2][4];
+
+// out[a][b] = x_a . y_b, exact products of 16-bit rows.
+template <class E, int N>
+__device__ inline void all_pairs(PairTile& out, const uint32_t* raw_x, const uint32_t* raw_y) {
+  const int l = threadIdx.x % 32, n = l % 8;
+  const uint32_t* x = raw_x + (n + l / 8 % 2 * 8) * kRawRow<N> + l / 16 * 4;
+  const uint32_t* y = raw_y + (n / 2 + n % 2 * 4 + l / 16 * 8) * kRawRow<N> + l / 8 % 2 * 4;
+#pragma unroll
+  for (int j = 0; j < N / 16; j++) {
+    uint32_t a[4], b[4];
+    load_matrices(a, x + 8 * j);
+    load_matrices(b, y + 8 * j);
+    E::mma(out[0], a, b[0], b[1]);
+    E::mma(out[1], a, b[2], b[3]);
+  }
+}
+
+// Symmetric: P[t][s] for both orders of s < t; and, by one warp, the diagonal to shared memory.
+template <class E, int N>
+__device__ inline void load_pairs(PairTile& pairs, float (&diagonal)[kChunk],
+                                  const uint32_t* raw_grad_y, const uint32_t* raw_v,
+                                  bool has_diagonal) {
+  PairTile other = {};
+#pragma unroll
+  for (int step = 0; step < 2; step++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[step][i] = 0.f;
+  all_pairs<E, N>(pairs, raw_grad_y, raw_v);
+  all_pairs<E, N>(other, raw_v, raw_grad_y);
+  const Lane lane;
+#pragma unroll
+  for (int step = 0; step < 2; step++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = lane.g + i / 2 * 8, column = 8 * step + lane.t + i % 2 * 4;
+      if (has_diagonal && row == column) diagonal[row] = pairs[step][i];
+      if (row < column) pairs[step][i] = other[step][i];
+    }
+}
+
+// A level's gradients of its rows, in place, for the warp's keys.
+template <int N>
+__device__ inline void level_gradient(Rows<N>& rows, int level, const PairTile& pairs, int key) {
+  const Lane lane;
+  TokenTile out = {};
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = lane.g + i % 2 * 8, column = 8 * step + lane.t + i / 2 * 4;
+      const bool here = (row ^ column) >> level == 1;  // the first bit they differ in
+      a[i] = here ? tf32(pairs[step][i % 2 * 2 + i / 2]) : 0;
+    }
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+      const float* column = &rows[8 * step + lane.t][key + 8 * q + lane.g];
+      mma(out[q], a, __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
+    }
+  }
+  __syncwarp();
+  store_tile<N>(rows, out, key);
+}
+
+// The state behind a chunk from the one before it, through memory: to = total from + sum rows v.
+template <class E, int N>
+__device__ inline void advance_state(float* to,          // [N][N]
+                                     const float* from,  // [N][N]
+                                     const float (&total)[N], const Rows<N>& rows,
+                                     const uint32_t* raw_v, int value) {
+  ValueTile v;
+  load_values<E, N>(v, raw_v, value);
+  constexpr int kAtOnce = 4;  // all would take more registers than there are beside G
+#pragma unroll 1
+  for (int j = 0; j < N / 8; j += kAtOnce) {
+    float s[kAtOnce][4];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) load_keys(s[i], j + i, from, N, value);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) update_keys<N>(s[i], j + i, total, rows, v);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) store_keys(s[i], j + i, to, N, value);
+  }
+}
+
+// Of one key and the tokens of a quad; w that of log(d) until it is finished.
+struct Gradients {
+  float r[kQuad], k[kQuad], w[kQuad];
+};
+// Scales the rows' gradients and adds up what crosses each token within the quad; shares what
+// crosses the other quads.
+template <class E, int N>
+__device__ inline void collect(Gradients& out, Shared<N>& shared, const Quad<E, N, 4 * N>& my,
+                               const float (&r)[kQuad][1], const float (&k)[kQuad][1]) {
+  float to_start[1], to_end[1], to_middle[1], sums[3] = {};
+  my.product(to_start, 0, my.quad);
+  my.product(to_end, my.quad + 1, kQuads);
+  my.outer_scale(to_middle);
+  const bool upper_half = my.quad / 2, odd_quad = my.quad % 2;
+#pragma unroll
+  for (int t = 0; t < kQuad; t++) {
+    const int token = kQuad * my.quad + t;
+    const float before = my.before[t][0], after = my.after[t][0];
+    const float of_states = before * to_start[0] * shared.r[token][my.key];
+    const float of_later = after * to_end[0] * shared.k[token][my.key];
+    const float of_half =
+        (upper_half ? before : after) * to_middle[0] * shared.levels[3][token][my.key];
+    const float of_quad = (odd_quad ? before : after) * shared.levels[2][token][my.key];
+    const float of_pair = (t == 0   ? my.d[1][0]
+                           : t == 3 ? my.d[2][0]
+                                    : 1.f) *
+                          shared.levels[1][token][my.key];
+    const float of_neighbour = shared.levels[0][token][my.key];
+    out.r[t] = of_states + (upper_half ? of_half : 0.f) + (odd_quad ? of_quad : 0.f);
+    out.k[t] = of_later + (upper_half ? 0.f : of_half) + (odd_quad ? 0.f : of_quad);
+    // r's gradient crosses the tokens before, k's the tokens after
+    const float back = r[t][0] * out.r[t], on = k[t][0] * out.k[t];
+#pragma unroll
+    for (int s = 0; s < kQuad; s++) out.w[s] += s < t ? back : s > t ? on : 0.f;
+    sums[0] += r[t][0] * of_states;
+    sums[1] += k[t][0] * of_later;
+    sums[2] += (upper_half ? r[t][0] : k[t][0]) * of_half;
+    if (t == 0) out.w[1] += k[t][0] * of_pair;
+    if (t == 3) out.w[2] += r[t][0] * of_pair;
+    (t / 2 ? out.r : out.k)[t] += of_pair;
+    (t % 2 ? out.r : out.k)[t] += of_neighbour;
+  }
+#pragma unroll
+  for (int i = 0; i < 3; i++) shared.sums[i][my.quad][my.key] = sums[i];
+}
+
+// Adds the other quads' terms and the bonus; returns the gradient of u.
+template <class E, int N>
+__device__ inline float finish(Gradients& out, const Shared<N>& shared, const Quad<E, N, 4 * N>& my,
+                               const float (&r)[kQuad][1], const float (&k)[kQuad][1],
+                               const float (&w)[kQuad][1], float u) {
+  float all[1], du = 0.f;
+  my.product(all, 0, kQuads);
+  float crossing = all[0] * shared.crossing[my.key];
+#pragma unroll
+  for (int q = 0; q < kQuads; q++)
+    if (q != my.quad) crossing += shared.sums[q > my.quad ? 0 : 1][q][my.key];
+  if (my.quad == 1) crossing += shared.sums[2][0][my.key];
+  if (my.quad == 2) crossing += shared.sums[2][3][my.key];
+#pragma unroll
+  for (int t = 0; t < kQuad; t++) {
+    const float p = shared.diagonal[kQuad * my.quad + t];
+    out.r[t] += u * k[t][0] * p;
+    out.k[t] += u * r[t][0] * p;
+    du += r[t][0] * k[t][0] * p;
+    // where exp(w) has no value in f32, what crosses is exactly 0
+    out.w[t] = -power_of_2(kLog2E * fminf(w[t][0], 80.f)) * (crossing + out.w[t]);
+  }
+  return du;
+}
+
+// Stores four tokens of one key, two neighbours of a pair of lanes at a time.
+template <class E>
+__device__ inline void store_quad(const float (&x)[kQuad], const Tokens& to, const Place& at,
+                                  int64_t first, int key) {
+  const bool odd = threadIdx.x % 2;
+  // the even lane has tokens 0 and 1 of both keys, the odd one 2 and 3
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float mine = odd ? x[i + 2] : x[i];
+    const float other = __shfl_xor_sync(0xffffffffu, odd ? x[i] : x[i + 2], 1);
+    const int64_t token = first + i + (odd ? 2 : 0);
+    if (token >= at.last) continue;
+    char* row = to.row(at.span.b, at.span.begin + token, at.h);
+    const float low = odd ? other : mine, high = odd ? mine : other;
+    if (to.dtype == DType::f32)
+      *reinterpret_cast<float2*>(row + 4 * (key & ~1)) = {low, high};
+    else
+      *reinterpret_cast<uint32_t*>(row + 2 * (key & ~1)) = E::pack(low, high);
+  }
+}
+
+struct Given {
+  const float* checkpoints;  // [group][H][N][N]
+  const float* ends;         // [unit][segment][N][N], G behind each segment, or nullptr
+  float* scratch;            // [unit][segment][kGroup - 1][N][N]
+  float* grad_u;             // [sequence][segment][H][N]
+};
+
+template <class E, int N>
+__global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
+    backward_chunked_kernel(const __grid_constant__ BackwardJob job,
+                            const __grid_constant__ Segments segments, const Given given) {
+  constexpr int kThreads = 4 * N, K = 1, kValueWarps = N / 16;
+  extern __shared__ __align__(16) char memory[];
+  Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
+  const Place at(job.sequences, segments, job.H);
+  float* grad_u = given.grad_u + ((at.m * segments.count + at.segment) * job.H + at.h) * N;
+
+  if (!at.span.valid) {
+    for (const Tokens* to : {&job.grad_r, &job.grad_k, &job.grad_v}) fill_rows<N>(*to, at);
+    fill_rows<N>(job.grad_w, at);
+    if (threadIdx.x < N) grad_u[threadIdx.x] = NAN;
+    if (job.grad_initial.data && at.segment == 0)
+      fill_matrix<N>(f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row, NAN);
+    return;
+  }
+
+  const int warp = threadIdx.x / 32;
+  const bool has_values = warp < kValueWarps;
+  const int value = 16 * warp, key = 16 * (warp - kValueWarps);  // the first of a warp
+  float g[N / 8][4];  // G: the StateTile of a warp with values, the KeyTile of one with keys
+  KeyTile<N>& g_keys = reinterpret_cast<KeyTile<N>&>(g);
+  {
+    const float* end = given.ends ? given.ends + int64_t(blockIdx.x) * (N * N)
+                                  : f32_matrix(job.grad_final, at.m, at.h);
+    const int64_t stride = given.ends ? N : job.grad_final.stride_row;
+    if (!has_values)
+      load_key_tile<N>(g_keys, end, stride, key);
+    else if (end)
+      load_state<N>(g, end, stride, value);
+    else
+      fill_state<N>(g, 0.f);
+  }
+
+  const bool wide = job.w.dtype == DType::f32;
+  uint32_t* raw_w = reinterpret_cast<uint32_t*>(&shared + 1);
+  const int w_words = Shared<N>::w_words(wide);
+  const int64_t chunks = (at.last - at.first + kChunk - 1) / kChunk;
+
+  // The steps of a group of n chunks: the first n - 1 to compute their states again, then all n
+  // backwards.
+  struct Step {
+    int64_t group;
+    int i, n;
+    __device__ bool again() const { return i < n - 1; }
+    __device__ int chunk() const { return again() ? i : 2 * (n - 1) - i; }
+  };
+  const auto start_of = [&](int64_t group) {
+    return Step{group, 0, int(min(chunks - group * kGroup, int64_t(kGroup)))};
+  };
+  const auto next = [&](const Step& step) {
+    if (step.i < 2 * (step.n - 1)) return Step{step.group, step.i + 1, step.n};
+    return start_of(step.group - 1);
+  };
+  const auto first_of = [&](const Step& step) {
+    return at.first + (step.group * kGroup + step.chunk()) * kChunk;
+  };
+  const auto stage_step = [&](const Step& step, int buffer) {
+    const int64_t first = first_of(step);
+    if (!step.again()) {
+      stage<N, kThreads>(shared.raw[buffer][0], job.r, at, first);
+      stage<N, kThreads>(shared.raw[buffer][3], job.grad_y, at, first);
+    }
+    stage<N, kThreads>(shared.raw[buffer][1], job.k, at, first);
+    stage<N, kThreads>(shared.raw[buffer][2], job.v, at, first);
+    stage_w<N, kThreads>(raw_w + buffer * w_words, job.w, at, first);
+    commit_copies();
+  };
+  // The states before the chunks of a group.
+  const int64_t position = at.span.b * job.sequences.tokens + at.span.begin;
+  float* scratch = given.scratch + int64_t(blockIdx.x) * ((kGroup - 1) * N * N);
+  const auto state_before = [&](const Step& step) -> const float* {
+    const int64_t group = group_of(position, at.m, at.first) + step.group;
+    return step.chunk() == 0 ? given.checkpoints + (group * job.H + at.h) * (N * N)
+                             : scratch + (step.chunk() - 1) * (N * N);
+  };
+
+  Quad<E, N, kThreads> my;
+  float u[K], du = 0.f;
+  load_u<E, K>(u, job.u, at.h, my.key);
+  for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
+
+  Step step = start_of((chunks - 1) / kGroup);
+  if (chunks) stage_step(step, 0);
+  for (int buffer = 0; chunks && step.group >= 0; step = next(step), buffer ^= 1) {
+    const int64_t first = first_of(step);
+    const uint32_t (*raw)[kChunk * kRawRow<N>] = shared.raw[buffer];
+    const uint32_t *raw_v = raw[2], *raw_grad_y = raw[3];
+    wait_for_copies<0>();
+    __syncthreads();
+    if (const Step after = next(step); after.group >= 0) stage_step(after, buffer ^ 1);
+
+    float r[kQuad][K], k[kQuad][K], w[kQuad][K], x[kQuad][K], before[K], after[K];
+    my.load(w, raw_w + buffer * w_words, wide);
+    my.decays(w, int(min(at.last - first, int64_t(kChunk))), shared.products);
+    my.load(k, raw[1]);
+    if (!step.again()) {
+      my.load(r, raw[0]);
+      share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
+    }
+    __syncthreads();
+    my.load_products(shared.products);
+    my.product(before, 0, my.quad);
+    my.product(after, my.quad + 1, kQuads);
+    multiply(x, k, my.after);
+    my.store(shared.k, x, after);
+    if (my.quad == 0) {
+      float all[K];
+      my.product(all, 0, kQuads);
+      shared.total[my.key] = all[0];
+    }
+    if (step.again()) {
+      __syncthreads();
+      if (has_values)
+        advance_state<E, N>(scratch + step.chunk() * (N * N), state_before(step), shared.total,
+                            shared.k, raw_v, value);
+      continue;
+    }
+    {
+      float y[kQuad][K];
+      multiply(y, r, my.before);
+      my.store(shared.r, y, before);
+      store_levels<E, N, kThreads, K>(shared.levels, my, r, k, y, x);
+    }
+    __syncthreads();
+
+    OutputTile dv = {};
+    ValueTile grad_y;
+    TokenTile dr_tile = {}, dk_tile = {};
+    if (has_values) {
+      for (int level = warp; level < kLevels; level += kValueWarps)
+        pair_level<N, true>(shared.pairs, level, shared.levels[level]);
+      if (threadIdx.x < kChunk)
+        shared.pairs[threadIdx.x][threadIdx.x] =
+            __uint_as_float(tf32(bonus_of(shared.bonus, threadIdx.x)));
+      times_state<N>(dv, shared.k, g);
+      load_values<E, N>(grad_y, raw_grad_y, value);
+      update_state<N>(g, shared.total, shared.r, grad_y);
+    } else {
+      meet_states<E, N>(dr_tile, dk_tile, shared.crossing, state_before(step), g_keys, raw_grad_y,
+                        raw_v, key);
+      update_key_tile<E, N>(g_keys, shared.total, shared.r, raw_grad_y, key);
+    }
+    __syncthreads();
+
+    if (has_values) {
+      times_values(dv, shared.pairs, grad_y);
+      store_output<E>(dv, job.grad_v, at, first, value);
+    } else {
+      PairTile pairs;
+      load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, key == 0);
+#pragma unroll
+      for (int level = 0; level < kLevels; level++)
+        level_gradient<N>(shared.levels[level], level, pairs, key);
+      store_tile<N>(shared.r, dr_tile, key);
+      store_tile<N>(shared.k, dk_tile, key);
+    }
+    __syncthreads();
+
+    Gradients gradients = {};
+    my.load(r, raw[0]);
+    my.load(k, raw[1]);
+    my.multiply_out();
+    my.load_products(shared.products);
+    collect<E, N>(gradients, shared, my, r, k);
+    __syncthreads();
+    my.load(w, raw_w + buffer * w_words, wide);
+    du += finish<E, N>(gradients, shared, my, r, k, w, u[0]);
+    const int64_t token = first + kQuad * my.quad;
+    store_quad<E>(gradients.r, job.grad_r, at, token, my.key);
+    store_quad<E>(gradients.k, job.grad_k, at, token, my.key);
+    store_quad<E>(gradients.w, job.grad_w, at, token, my.key);
+  }
+
+  if (at.segment == 0 && has_values && job.grad_initial.data)
+    store_state<N>(g, f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row, value);
+  __syncthreads();
+  shared.sums[0][my.quad][my.key] = du;
+  __syncthreads();
+  if (my.quad == 0) {
+    float sum = du;
+#pragma unroll
+    for (int q = 1; q < kQuads; q++) sum += shared.sums[0][q][my.key];
+    grad_u[my.key] = sum;
+  }
+}
+
+template <class E, int N>
+void run(const Launch& launch, const BackwardJob& job) {
+  const Sequences& all = job.sequences;
+  const Segments segments = segments_of(launch, all, job.H);
+  const int64_t blocks = all.count * job.H * segments.count;
+  const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
+  const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};
+  const float *starts = nullptr, *ends = nullptr;
+  if (segments.count > 1) {
+    starts = segment_starts(launch, forwards, segments);
+    ends = segment_starts(launch, backwards, segments);
+  }
+  const Given given = {checkpoints(launch, forwards, segments, starts), ends,
+                       launch.workspace<float>(blocks * (kGroup - 1) * N * N),
+                       launch.workspace<float>(blocks * N)};
+  const int w_bytes = 2 * 4 * Shared<N>::w_words(job.w.dtype == DType::f32);
+  launch_chunked("backward_chunked", backward_chunked_kernel<E, N>, launch, blocks, 4 * N,
+                 int(sizeof(Shared<N>)) + w_bytes, job, segments, given);
+  sum_heads<float>(launch, given.grad_u, all.count * segments.count, job.H, N, job.grad_u);
+}
+
+}  // namespace
+
+void backward_chunked(const Launch& launch, const BackwardJob& job) {
+  for_chunked(job.r.dtype, job.N, [&](auto element, auto size) {
+    run<decltype(element), decltype(size)::value>(launch, job);
+  });
+}
+
+}  // namespace rwkv6::cuda
