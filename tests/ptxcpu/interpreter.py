@@ -78,8 +78,10 @@ class Module:
         statistics: bool = True,
         footprint: bool = False,
         strict: bool = True,
+        buffers: Sequence[np.ndarray] = (),
     ) -> dict[str, Any]:
         """arguments: an array is a pointer to it, bytes are a structure, None a null pointer.
+        buffers: arrays that the kernel may touch and that are not arguments.
         shared: bytes of dynamic shared memory. check: 0 only bounds, alignment, divergence and
         barriers, 1 races between warps and uninitialised shared memory as well, 2 also those
         within a warp. order of the warps and blocks: 0 rising, 1 falling, from 2 on random with
@@ -92,10 +94,10 @@ class Module:
             raise PtxError(kernel["error"])
         if len(kernel["parameters"]) != len(arguments):
             raise PtxError(f"{name} has {len(kernel['parameters'])} parameters")
-        parameters, buffers = bytearray(kernel["parameter_bytes"]), []
+        parameters, regions = bytearray(kernel["parameter_bytes"]), []
         for i, ((offset, size), argument) in enumerate(zip(kernel["parameters"], arguments)):
             if isinstance(argument, np.ndarray):
-                buffers += [argument.ctypes.data, argument.nbytes]
+                regions += [argument.ctypes.data, argument.nbytes]
                 value = argument.ctypes.data.to_bytes(8, "little")
             elif isinstance(argument, np.generic):
                 value = argument.tobytes()
@@ -104,14 +106,16 @@ class Module:
             if len(value) != size:
                 raise PtxError(f"parameter {i} of {name} has {size} bytes, not {len(value)}")
             parameters[offset : offset + size] = value
+        for array in buffers:
+            regions += [array.ctypes.data, array.nbytes]
         done = json.loads(
             _library().ptxcpu_launch(
                 self._module,
                 name.encode(),
                 (ctypes.c_uint32 * 7)(*_three(grid), *_three(block), shared),
                 (ctypes.c_int * 4)(check, order, statistics, footprint),
-                (ctypes.c_uint64 * len(buffers))(*buffers),
-                len(buffers) // 2,
+                (ctypes.c_uint64 * len(regions))(*regions),
+                len(regions) // 2,
                 bytes(parameters),
             )
         )

@@ -1,9 +1,50 @@
 // Arithmetic of integers, float, double and the 16-bit formats. The approximate functions
 // (ex2.approx and so on) are those of the C library, more accurate than a GPU's.
+#include <array>
+#include <cfenv>
+
 #include "statement.h"
 
 namespace ptxcpu {
 namespace {
+
+// ---- towards zero, down or up: add.rz, fma.rm and so on ----
+
+bool is_directed(const Statement& s) { return s.has("rz") || s.has("rm") || s.has("rp"); }
+
+// The host rounds so meanwhile; asm keeps the compiler from moving the operation away.
+template <class T, class... A, class F>
+void directed(Statement& s, F f, int flops) {
+  int mode = s.has("rz") ? FE_TOWARDZERO : s.has("rm") ? FE_DOWNWARD : FE_UPWARD;
+  bool flush = s.has("ftz");
+  if (s.has("sat")) s.unsupported();
+  lanewise<T, A...>(
+      s,
+      [=](A... a) {
+        if (flush) ((a = T(flush_denormal(float(a)))), ...);
+        std::fesetround(mode);
+        (([&] { asm volatile("" : "+m"(a)); }()), ...);
+        T result = f(a...);
+        asm volatile("" : "+m"(result));
+        std::fesetround(FE_TONEAREST);
+        return flush ? T(flush_denormal(float(result))) : result;
+      },
+      flops);
+}
+
+template <class T>
+void directed_operation(Statement& s) {
+  const std::string& name = s.name;
+  if (name == "add") return directed<T, T, T>(s, [](T a, T b) { return a + b; }, 1);
+  if (name == "sub") return directed<T, T, T>(s, [](T a, T b) { return a - b; }, 1);
+  if (name == "mul") return directed<T, T, T>(s, [](T a, T b) { return a * b; }, 1);
+  if (name == "div") return directed<T, T, T>(s, [](T a, T b) { return a / b; }, 1);
+  if (name == "fma" || name == "mad")
+    return directed<T, T, T, T>(s, [](T a, T b, T c) { return std::fma(a, b, c); }, 2);
+  if (name == "sqrt") return directed<T, T>(s, [](T a) { return std::sqrt(a); }, 1);
+  if (name == "rcp") return directed<T, T>(s, [](T a) { return 1 / a; }, 1);
+  s.unsupported();
+}
 
 // ---- float ----
 
@@ -39,7 +80,8 @@ T nan_or(T a, T b, T result) {
 }
 
 void float_operation(Statement& s) {
-  if (s.has("rz") || s.has("rm") || s.has("rp") || s.has("xorsign")) s.unsupported();
+  if (is_directed(s)) return directed_operation<float>(s);
+  if (s.has("xorsign")) s.unsupported();
   const std::string& name = s.name;
   bool nan = s.has("NaN");
   if (name == "add") return float2(s, [](float a, float b) { return a + b; });
@@ -52,8 +94,7 @@ void float_operation(Statement& s) {
     return float2(s, [](float a, float b) { return nan_or(a, b, std::fmax(a, b)); });
   if (name == "min") return float2(s, [](float a, float b) { return std::fmin(a, b); });
   if (name == "max") return float2(s, [](float a, float b) { return std::fmax(a, b); });
-  if (name == "copysign")
-    return float2(s, [](float a, float b) { return std::copysign(b, a); }, 0);
+  if (name == "copysign") return float2(s, [](float a, float b) { return std::copysign(b, a); }, 0);
   if (name == "fma" || name == "mad")
     return float3(s, [](float a, float b, float c) { return __builtin_fmaf(a, b, c); });
   if (name == "neg") return float1(s, [](float a) { return -a; });
@@ -81,7 +122,7 @@ void double2(Statement& s, F f) {
 }
 
 void double_operation(Statement& s) {
-  if (s.has("rz") || s.has("rm") || s.has("rp")) s.unsupported();
+  if (is_directed(s)) return directed_operation<double>(s);
   const std::string& name = s.name;
   if (name == "add") return double2(s, [](double a, double b) { return a + b; });
   if (name == "sub") return double2(s, [](double a, double b) { return a - b; });
@@ -89,8 +130,7 @@ void double_operation(Statement& s) {
   if (name == "div") return double2(s, [](double a, double b) { return a / b; });
   if (name == "min") return double2(s, [](double a, double b) { return std::fmin(a, b); });
   if (name == "max") return double2(s, [](double a, double b) { return std::fmax(a, b); });
-  if (name == "copysign")
-    return double2(s, [](double a, double b) { return std::copysign(b, a); });
+  if (name == "copysign") return double2(s, [](double a, double b) { return std::copysign(b, a); });
   if (name == "fma" || name == "mad")
     return lanewise<double, double, double, double>(
         s, [](double a, double b, double c) { return std::fma(a, b, c); }, 2);
@@ -98,9 +138,8 @@ void double_operation(Statement& s) {
   if (name == "abs") return double1(s, [](double a) { return std::fabs(a); });
   if (name == "sqrt") return double1(s, [](double a) { return std::sqrt(a); });
   if (name == "rcp" && s.has("approx"))  // ignores the low half of its argument
-    return double1(s, [](double a) {
-      return 1 / bits<double>(bits<uint64_t>(a) & 0xffffffff00000000);
-    });
+    return double1(
+        s, [](double a) { return 1 / bits<double>(bits<uint64_t>(a) & 0xffffffff00000000); });
   if (name == "rcp") return double1(s, [](double a) { return 1 / a; });
   if (name == "rsqrt") return double1(s, [](double a) { return 1 / std::sqrt(a); });
   s.unsupported();
@@ -108,37 +147,59 @@ void double_operation(Statement& s) {
 
 // ---- half and bfloat16, one or two in a register: computed in double, rounded once ----
 
-struct Half {
-  static double read(uint16_t x) { return from_half(x); }
-  static uint16_t round(double x) { return to_half(x); }
+struct Format {
+  void (*read)(const uint16_t* from, double* to, int n);
+  void (*round)(const double* from, uint16_t* to, int n);
 };
-struct BFloat16 {
-  static double read(uint16_t x) { return from_bfloat16(x); }
-  static uint16_t round(double x) { return to_bfloat16(x); }
+constexpr Format kHalf = {
+    [](const uint16_t* from, double* to, int n) { std::transform(from, from + n, to, from_half); },
+    [](const double* from, uint16_t* to, int n) { std::transform(from, from + n, to, to_half); },
+};
+constexpr Format kBFloat16 = {
+    [](const uint16_t* from, double* to, int n) {
+      std::transform(from, from + n, to, from_bfloat16);
+    },
+    [](const double* from, uint16_t* to, int n) {
+      std::transform(from, from + n, to, to_bfloat16);
+    },
 };
 
-template <class Format, class F, class... A>
-void sixteen_bit(Statement& s, F f, int flops, A... /* double for each source */) {
-  bool two = s.type() == Type::kF16x2 || s.type() == Type::kBF16x2;
-  auto one = [f](auto... a) { return Format::round(f(Format::read(a)...)); };
-  if (two) {
-    lanewise<uint32_t, decltype(uint32_t(A()))...>(
-        s,
-        [one](decltype(uint32_t(A()))... a) {
-          return uint32_t(one(uint16_t(a)...)) | uint32_t(one(uint16_t(a >> 16)...)) << 16;
-        },
-        2 * flops);
-  } else {
-    lanewise<uint16_t, decltype(uint16_t(A()))...>(s, one, flops);
+// destination = f(sources) of registers that hold one number, or two one after the other.
+template <int sources, class F>
+void sixteen_bit(Statement& s, const Format& format, F f, int flops) {
+  int numbers = s.width() / 2;
+  std::array<uint32_t, sources> from;
+  for (int i = 0; i < sources; i++) {
+    from[i] = numbers == 2 ? s.in<uint32_t>(i + 1).offset : s.in<uint16_t>(i + 1).offset;
   }
+  uint32_t to = numbers == 2 ? s.out<uint32_t>(0).offset : s.out<uint16_t>(0).offset;
+  s.emit([=, &format](Warp& warp, Mask mask) {
+    warp.count_flops(mask, flops * numbers);
+    constexpr int kMost = 2 * kLanes;
+    double x[3][kMost] = {}, results[kMost];
+    for (int i = 0; i < sources; i++) {
+      format.read(Register<uint16_t>{from[i]}(warp), x[i], numbers * kLanes);
+    }
+    for (int i = 0; i < kMost; i++) results[i] = f(x[0][i], x[1][i], x[2][i]);
+    alignas(4) uint16_t rounded[kMost];
+    format.round(results, rounded, numbers * kLanes);
+    if (numbers == 2) {
+      write_lanes(Register<uint32_t>{to}(warp), reinterpret_cast<uint32_t*>(rounded), mask);
+    } else {
+      write_lanes(Register<uint16_t>{to}(warp), rounded, mask);
+    }
+  });
 }
 
-template <class Format>
-void sixteen_bit_operation(Statement& s) {
+void sixteen_bit_operation(Statement& s, const Format& format) {
   const std::string& name = s.name;
-  auto one = [&](auto f) { sixteen_bit<Format>(s, f, 1, 0.0); };
-  auto two = [&](auto f) { sixteen_bit<Format>(s, f, 1, 0.0, 0.0); };
-  auto three = [&](auto f) { sixteen_bit<Format>(s, f, 2, 0.0, 0.0, 0.0); };
+  auto one = [&](auto f) {
+    sixteen_bit<1>(s, format, [f](double a, double, double) { return f(a); }, 1);
+  };
+  auto two = [&](auto f) {
+    sixteen_bit<2>(s, format, [f](double a, double b, double) { return f(a, b); }, 1);
+  };
+  auto three = [&](auto f) { sixteen_bit<3>(s, format, f, 2); };
   if (s.has("relu") && name == "fma")
     return three([](double a, double b, double c) { return std::fmax(std::fma(a, b, c), 0.0); });
   if (s.has("relu") || s.has("sat") || s.has("xorsign")) s.unsupported();
@@ -193,17 +254,29 @@ T remainder(T a, T b) {
 template <class T>
 struct Wider;
 template <>
-struct Wider<uint16_t> { using type = uint32_t; };
+struct Wider<uint16_t> {
+  using type = uint32_t;
+};
 template <>
-struct Wider<int16_t> { using type = int32_t; };
+struct Wider<int16_t> {
+  using type = int32_t;
+};
 template <>
-struct Wider<uint32_t> { using type = uint64_t; };
+struct Wider<uint32_t> {
+  using type = uint64_t;
+};
 template <>
-struct Wider<int32_t> { using type = int64_t; };
+struct Wider<int32_t> {
+  using type = int64_t;
+};
 template <>
-struct Wider<uint64_t> { using type = unsigned __int128; };
+struct Wider<uint64_t> {
+  using type = unsigned __int128;
+};
 template <>
-struct Wider<int64_t> { using type = __int128; };
+struct Wider<int64_t> {
+  using type = __int128;
+};
 
 void multiply_wide(Statement& s) {
   with_integer(s, [&](auto zero) {
@@ -271,9 +344,9 @@ void arithmetic(Statement& s) {
     case Type::kF32: return float_operation(s);
     case Type::kF64: return double_operation(s);
     case Type::kF16:
-    case Type::kF16x2: return sixteen_bit_operation<Half>(s);
+    case Type::kF16x2: return sixteen_bit_operation(s, kHalf);
     case Type::kBF16:
-    case Type::kBF16x2: return sixteen_bit_operation<BFloat16>(s);
+    case Type::kBF16x2: return sixteen_bit_operation(s, kBFloat16);
     default: return integer_operation(s);
   }
 }
@@ -289,9 +362,9 @@ void dot_product_of_bytes(Statement& s) {  // dp4a
 }  // namespace
 
 void add_arithmetic(Decoders& decoders) {
-  for (const char* name : {"add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "neg",
-                           "abs", "copysign", "ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos",
-                           "tanh"}) {
+  for (const char* name :
+       {"add", "sub",      "mul", "mad", "fma", "div",  "rem",   "min", "max", "neg",
+        "abs", "copysign", "ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"}) {
     decoders[name] = arithmetic;
   }
   decoders["dp4a"] = dot_product_of_bytes;

@@ -4,7 +4,22 @@
 namespace ptxcpu {
 namespace {
 
-enum class Comparison { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
+enum class Comparison {
+  kEq,
+  kNe,
+  kLt,
+  kLe,
+  kGt,
+  kGe,
+  kEqu,
+  kNeu,
+  kLtu,
+  kLeu,
+  kGtu,
+  kGeu,
+  kNum,
+  kNan
+};
 
 Comparison comparison(Statement& s) {
   static const std::map<std::string, Comparison> kNames = {
@@ -97,7 +112,9 @@ void set_predicate(Statement& s) {
     if (combine != Combine::kNot) {
       Mask other = with.read(warp);
       auto combined = [&](Mask x) {
-        return combine == Combine::kAnd ? x & other : combine == Combine::kOr ? x | other : x ^ other;
+        return combine == Combine::kAnd  ? x & other
+               : combine == Combine::kOr ? x | other
+                                         : x ^ other;
       };
       holds = combined(holds);
       fails = combined(fails);

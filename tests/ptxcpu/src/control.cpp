@@ -55,8 +55,8 @@ void barrier(Statement& s) {
     barrier.reduction = s.has("popc")  ? Barrier::Reduction::kPopulation
                         : s.has("and") ? Barrier::Reduction::kAnd
                                        : Barrier::Reduction::kOr;
-    barrier.destination = s.has("popc") ? s.out<uint32_t>(0).offset
-                                        : s.predicate_out(s.operands[0]).offset;
+    barrier.destination =
+        s.has("popc") ? s.out<uint32_t>(0).offset : s.predicate_out(s.operands[0]).offset;
     barrier.source = s.predicate_in(s.operands.back());
     id = 1;
     end--;

@@ -30,9 +30,18 @@ bool is_signed(Type type) {
 }
 int type_bits(Type type) {
   switch (type) {
-    case Type::kU8: case Type::kS8: case Type::kB8: return 8;
-    case Type::kU16: case Type::kS16: case Type::kB16: case Type::kF16: case Type::kBF16: return 16;
-    case Type::kU64: case Type::kS64: case Type::kB64: case Type::kF64: return 64;
+    case Type::kU8:
+    case Type::kS8:
+    case Type::kB8: return 8;
+    case Type::kU16:
+    case Type::kS16:
+    case Type::kB16:
+    case Type::kF16:
+    case Type::kBF16: return 16;
+    case Type::kU64:
+    case Type::kS64:
+    case Type::kB64:
+    case Type::kF64: return 64;
     default: return 32;
   }
 }
@@ -109,7 +118,8 @@ struct Conversion {
       if (saturated) x = saturate(x);
       if (to == Type::kTF32) return to_tf32(float(x));
       uint64_t result = write_float(x, to, to_integral ? Rounding::kNearest : how);
-      if (flush && to == Type::kF32) return bits<uint32_t>(flush_denormal(bits<float>(uint32_t(result))));
+      if (flush && to == Type::kF32)
+        return bits<uint32_t>(flush_denormal(bits<float>(uint32_t(result))));
       return result;
     }
     int64_t x = extend(raw, from);
@@ -186,8 +196,7 @@ void convert(Statement& s) {
   if (plain && to == Type::kF16 && from == Type::kF32)
     return lanewise<uint16_t, float>(s, [](float x) { return to_half(x); });
   bool to_integral = s.has("rni") || s.has("rzi") || s.has("rmi") || s.has("rpi");
-  convert_general(
-      s, {from, to, how, s.has("ftz"), s.has("sat"), s.has("relu"), to_integral});
+  convert_general(s, {from, to, how, s.has("ftz"), s.has("sat"), s.has("relu"), to_integral});
 }
 
 // Generic addresses are the host's; those of shared memory and parameters begin at 0.

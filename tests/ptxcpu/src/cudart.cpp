@@ -41,10 +41,12 @@ double now() {
 // ---- settings: PTXCPU_<NAME> in the environment, ptxcpu_configure in the program ----
 
 struct Settings {
-  std::map<std::string, int> values = {
-      {"check", 2},      {"order", 0},    {"statistics", 1}, {"footprint", 0},
-      {"verbose", 0},    {"abort", 0},    {"devices", 1},    {"cc", 80},
-      {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
+  std::map<std::string, int>
+      values =
+          {
+              {"check", 2},           {"order", 0}, {"statistics", 1}, {"footprint", 0},
+              {"verbose", 0},         {"abort", 0}, {"devices", 1},    {"cc", 80},
+              {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
   };
   Settings() {
     for (auto& [name, value] : values) {
@@ -228,11 +230,11 @@ cudaError_t run(const LaunchRequest& request) {
   state().launches.push_back(
       "{\"kernel\": " + json_string(function.name) + ", \"name\": " +
       json_string(demangled(function.name)) + ", \"device\": " + std::to_string(state().device) +
-      ", \"stream\": " + std::to_string(uint64_t(request.stream)) + ", \"target\": " +
-      std::to_string(module.target) + ", \"grid\": " + list(configuration.grid) + ", \"block\": " +
-      list(configuration.block) + ", \"shared\": " + std::to_string(configuration.dynamic_shared) +
-      ", \"status\": " + std::to_string(status) + ", \"seconds\": " + std::to_string(seconds) +
-      ", " + json_fields(launch, module) + "}");
+      ", \"stream\": " + std::to_string(uint64_t(request.stream)) +
+      ", \"target\": " + std::to_string(module.target) + ", \"grid\": " + list(configuration.grid) +
+      ", \"block\": " + list(configuration.block) + ", \"shared\": " +
+      std::to_string(configuration.dynamic_shared) + ", \"status\": " + std::to_string(status) +
+      ", \"seconds\": " + std::to_string(seconds) + ", " + json_fields(launch, module) + "}");
   if (settings["verbose"]) print(request, launch, seconds);
   for (const std::string& message : launch.messages) {
     fprintf(stderr, "ptxcpu: %s: %s\n", demangled(function.name).c_str(), message.c_str());
@@ -342,8 +344,7 @@ const ErrorName& error_name(cudaError_t error) {
 }  // namespace
 
 // Names that programs with the per-thread default stream use.
-#define PTXCPU_ALSO(name, other) \
-  decltype(name) other __attribute__((alias(#name)))
+#define PTXCPU_ALSO(name, other) decltype(name) other __attribute__((alias(#name)))
 
 extern "C" {
 
@@ -377,8 +378,9 @@ void** __cudaRegisterFatBinary(void* wrapper) {
     }
   }
   if (binary->modules.empty()) {
-    fprintf(stderr, "ptxcpu: no PTX in a program: build it with --no-compress and "
-                    "-gencode arch=compute_80,code=compute_80\n");
+    fprintf(stderr,
+            "ptxcpu: no PTX in a program: build it with --no-compress and "
+            "-gencode arch=compute_80,code=compute_80\n");
   }
   return reinterpret_cast<void**>(binary);
 }
@@ -791,7 +793,8 @@ void ptxcpu_unregister(const void* address) {
 const char* ptxcpu_stats_json() {
   PTXCPU_CALL;
   std::string launches, calls;
-  for (const std::string& each : state().launches) launches += (launches.empty() ? "" : ", ") + each;
+  for (const std::string& each : state().launches)
+    launches += (launches.empty() ? "" : ", ") + each;
   for (const auto& [name, times] : state().calls) {
     calls += (calls.empty() ? "" : ", ") + json_string(name) + ": " + std::to_string(times);
   }

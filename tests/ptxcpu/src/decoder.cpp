@@ -7,14 +7,13 @@ namespace ptxcpu {
 namespace {
 
 const std::map<std::string, TypeInfo> kTypes = {
-    {"pred", {Type::kPredicate, 0}}, {"u8", {Type::kU8, 1}},      {"s8", {Type::kS8, 1}},
-    {"b8", {Type::kB8, 1}},          {"u16", {Type::kU16, 2}},    {"s16", {Type::kS16, 2}},
-    {"b16", {Type::kB16, 2}},        {"u32", {Type::kU32, 4}},    {"s32", {Type::kS32, 4}},
-    {"b32", {Type::kB32, 4}},        {"u64", {Type::kU64, 8}},    {"s64", {Type::kS64, 8}},
-    {"b64", {Type::kB64, 8}},        {"b128", {Type::kB128, 16}}, {"f16", {Type::kF16, 2}},
-    {"bf16", {Type::kBF16, 2}},      {"f32", {Type::kF32, 4}},    {"f64", {Type::kF64, 8}},
-    {"tf32", {Type::kTF32, 4}},      {"f16x2", {Type::kF16x2, 4}},
-    {"bf16x2", {Type::kBF16x2, 4}},
+    {"pred", {Type::kPredicate, 0}}, {"u8", {Type::kU8, 1}},       {"s8", {Type::kS8, 1}},
+    {"b8", {Type::kB8, 1}},          {"u16", {Type::kU16, 2}},     {"s16", {Type::kS16, 2}},
+    {"b16", {Type::kB16, 2}},        {"u32", {Type::kU32, 4}},     {"s32", {Type::kS32, 4}},
+    {"b32", {Type::kB32, 4}},        {"u64", {Type::kU64, 8}},     {"s64", {Type::kS64, 8}},
+    {"b64", {Type::kB64, 8}},        {"b128", {Type::kB128, 16}},  {"f16", {Type::kF16, 2}},
+    {"bf16", {Type::kBF16, 2}},      {"f32", {Type::kF32, 4}},     {"f64", {Type::kF64, 8}},
+    {"tf32", {Type::kTF32, 4}},      {"f16x2", {Type::kF16x2, 4}}, {"bf16x2", {Type::kBF16x2, 4}},
 };
 
 const Decoders& decoders() {
@@ -33,7 +32,9 @@ const Decoders& decoders() {
   return all;
 }
 
-uint32_t round_up(uint32_t x, uint32_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+uint32_t round_up(uint32_t x, uint32_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 bool begins_with(const std::string& text, const char* beginning) {
   return text.compare(0, strlen(beginning), beginning) == 0;

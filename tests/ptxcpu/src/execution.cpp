@@ -43,7 +43,9 @@ class Buffer {
   uint8_t* data_;
 };
 
-uint32_t round_up(uint32_t x, uint32_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+uint32_t round_up(uint32_t x, uint32_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 uint32_t dynamic_offset(const Kernel& kernel) {
   return round_up(kernel.shared_bytes, kernel.dynamic_alignment);
@@ -73,8 +75,8 @@ uint32_t special_value(const std::string& name, const Block& block, const Warp& 
   };
   std::string base = name.substr(0, name.find('.'));
   if (base == "%tid")
-    return axis({thread % threads.x, thread / threads.x % threads.y,
-                 thread / threads.x / threads.y});
+    return axis(
+        {thread % threads.x, thread / threads.x % threads.y, thread / threads.x / threads.y});
   if (base == "%ntid") return axis(threads);
   if (base == "%ctaid") return axis(block.index);
   if (base == "%nctaid") return axis(configuration.grid);
@@ -97,8 +99,7 @@ void fill_specials(const Kernel& kernel, const Block& block, Warp& warp) {
   for (const auto& [name, offset] : kernel.specials) {
     for (int lane = 0; lane < kLanes; lane++) {
       if (name == "%local") {
-        Register<uint64_t>{offset}(warp)[lane] =
-            uint64_t(block.local_of(warp.id * kLanes + lane));
+        Register<uint64_t>{offset}(warp)[lane] = uint64_t(block.local_of(warp.id * kLanes + lane));
       } else if (name == "%gridid") {
         Register<uint64_t>{offset}(warp)[lane] = 0;
       } else {
@@ -188,8 +189,8 @@ void Launch::run() {
   }
   Order order(options.order);
   order.apply(blocks);
-  Block block{*this,   {},           shared.data(), shared_bytes, threads,
-              local.data(), local_bytes, {},            {},           {}};
+  Block block{*this, {}, shared.data(), shared_bytes, threads, local.data(), local_bytes, {},
+              {},    {}};
   for (const Dimensions& index : blocks) {
     block.index = index;
     block.barriers.clear();
@@ -271,8 +272,7 @@ void Warp::run_group(Group group) {
         meet(pc + 1, lanes);
         block->arrive(*this, instruction, executing);
         return;
-      default:
-        break;
+      default: break;
     }
   }
 }
@@ -298,7 +298,8 @@ void Block::arrive(Warp& warp, const Instruction& instruction, Mask lanes) {
   for (size_t i = 0; i < warps.size(); i++) {
     state.known[i] = std::max(state.known[i], warp.clock.known[i]);
   }
-  state.known[warp.id] = ++checks.time;
+  if (barrier.arrive) checks.time++;
+  state.known[warp.id] = checks.time + !barrier.arrive;
   if (!barrier.arrive) {
     warp.state = Warp::State::kWaiting;
     warp.barrier = &instruction;
@@ -314,6 +315,7 @@ void Block::complete(BarrierState& state) {
   uint32_t expected = state.expected;
   state = BarrierState();
   launch.statistics.barriers++;
+  checks.time++;
   if (waiting.empty()) return;
   const Instruction* where = waiting[0]->barrier;
   if (!expected) {
@@ -335,8 +337,8 @@ void Block::complete(BarrierState& state) {
         std::fill_n(Register<uint32_t>{barrier.destination}(*warp), kLanes, holds);
       } else {
         bool all = barrier.reduction == Barrier::Reduction::kAnd;
-        Predicate{barrier.destination}.write(
-            *warp, kAllLanes, (all ? holds == threads : holds > 0) ? kAllLanes : 0);
+        Predicate{barrier.destination}.write(*warp, kAllLanes,
+                                             (all ? holds == threads : holds > 0) ? kAllLanes : 0);
       }
     }
   }

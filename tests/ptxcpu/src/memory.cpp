@@ -93,7 +93,35 @@ void Footprint::count(Statistics& statistics) const {
 
 void SharedChecks::reset(uint32_t bytes) {
   cells_.assign(bytes / kCell + 1, Cell());
+  times_of_reads_.clear();
   time = 1;
+}
+
+uint32_t SharedChecks::time_of_read(const Cell& cell, int warp) const {
+  return cell.mixed ? times_of_reads_.at(&cell)[warp] : cell.read;
+}
+
+// Readers that this warp knows to be done with the cell are forgotten: what waits for this warp
+// waits for them as well.
+void SharedChecks::note_reader(const Warp& warp, Cell& cell) {
+  const WarpClock& clock = warp.clock;
+  if (cell.read >= clock.all_known) {
+    for (uint32_t left = cell.readers; left; left &= left - 1) {
+      int reader = first(left);
+      bool done = reader == warp.id || time_of_read(cell, reader) < clock.known[reader];
+      if (done) cell.readers &= ~(1u << reader);
+    }
+  } else {
+    cell.readers = 0;
+  }
+  if (!cell.readers) {
+    cell.mixed = false;
+  } else if (cell.read != time && !cell.mixed) {
+    times_of_reads_[&cell].fill(cell.read);
+    cell.mixed = true;
+  }
+  if (cell.mixed) times_of_reads_[&cell][warp.id] = time;
+  cell.readers |= 1u << warp.id;
 }
 
 void SharedChecks::read_cell(const Warp& warp, int thread, uint32_t offset, Cell& cell) {
@@ -113,22 +141,13 @@ void SharedChecks::read_cell(const Warp& warp, int thread, uint32_t offset, Cell
       cell.written >= clock.known[writer]) {
     warp.report("shared race: read of what another warp wrote since the last barrier", detail());
   } else if (warp.launch->configuration.options.check > 1 && cell.writer != thread &&
-             writer == warp.id && cell.written &&
-             cell.written_synchronised == clock.synchronised) {
+             writer == warp.id && cell.written && cell.written_synchronised == clock.synchronised) {
     warp.report("shared hazard in a warp: read of what another lane wrote, no __syncwarp between",
                 detail());
   }
-  bool all_ordered = cell.read < clock.all_known;
-  if (!all_ordered) {
-    all_ordered = true;
-    for (uint32_t left = cell.readers; left; left &= left - 1) {
-      int reader = first(left);
-      all_ordered = all_ordered && (reader == warp.id || cell.read < clock.known[reader]);
-    }
-  }
+  note_reader(warp, cell);
   bool mine = cell.reader / kLanes == warp.id && cell.read_synchronised == clock.synchronised;
   cell.several_lanes = mine && cell.read && (cell.several_lanes || cell.reader != thread);
-  cell.readers = (all_ordered ? 0 : cell.readers) | 1u << warp.id;
   cell.reader = thread;
   cell.read = time;
   cell.read_synchronised = clock.synchronised;
@@ -155,7 +174,7 @@ void SharedChecks::write_cell(const Warp& warp, int thread, uint32_t offset, Cel
   if (cell.read && cell.readers) {
     bool race = false;
     for (uint32_t left = cell.readers & ~(1u << warp.id); left; left &= left - 1) {
-      race = race || cell.read >= clock.known[first(left)];
+      race = race || time_of_read(cell, first(left)) >= clock.known[first(left)];
     }
     if (race) {
       warp.report("shared race: write over what another warp read since the last barrier",
@@ -308,9 +327,9 @@ bool check_global(Warp& warp, uint64_t address, uint32_t bytes, uint32_t alignme
     return false;
   }
   if (warp.launch->regions.find(address, address + bytes) < 0) {
-    warp.report("global " + std::string(what) + " out of bounds",
-                ": " + std::to_string(bytes) + " bytes at " +
-                    warp.launch->regions.describe(address));
+    warp.report(
+        "global " + std::string(what) + " out of bounds",
+        ": " + std::to_string(bytes) + " bytes at " + warp.launch->regions.describe(address));
     return false;
   }
   return true;
@@ -321,8 +340,8 @@ bool check_shared(Warp& warp, uint64_t offset, uint32_t bytes, uint32_t alignmen
   bool outside = offset + bytes > warp.block->shared_bytes;
   if (!outside && offset % alignment == 0) return true;
   warp.report("shared " + std::string(what) + (outside ? " out of bounds" : " misaligned"),
-              ": " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
-                  " of " + std::to_string(warp.block->shared_bytes));
+              ": " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + " of " +
+                  std::to_string(warp.block->shared_bytes));
   return false;
 }
 
@@ -417,11 +436,8 @@ bool resolve(Warp& warp, const Address& address, uint32_t bytes, Use use, Mask& 
         mask &= ~(1u << lane);
       });
       break;
-    case Space::kShared:
-      resolve_shared(warp, addresses, bytes, use, mask, places);
-      break;
-    default:
-      resolve_global(warp, addresses, bytes, use, mask, places);
+    case Space::kShared: resolve_shared(warp, addresses, bytes, use, mask, places); break;
+    default: resolve_global(warp, addresses, bytes, use, mask, places);
   }
   return mask != 0;
 }

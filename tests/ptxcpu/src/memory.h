@@ -1,8 +1,10 @@
 // The memory that kernels touch: where it is, whether an access is right, and what it costs.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <deque>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -70,8 +72,9 @@ class Footprint {
   Bits read_, written_;
 };
 
-// What a warp knows of the accesses of the others. Time counts arrivals at barriers in the block;
-// what warp w did before known[w] has happened before whatever this warp does now.
+// What a warp knows of the accesses of the others. Time goes on where a barrier completes and
+// where a warp arrives at one without waiting. What warp w did before known[w] has happened before
+// whatever this warp does now.
 struct WarpClock {
   std::vector<uint32_t> known;
   uint32_t all_known = 0;     // the least of known
@@ -96,13 +99,18 @@ class SharedChecks {
     uint32_t readers = 0;                                      // warps, since it was written
     uint16_t writer = 0, reader = 0;                           // threads, the last ones
     bool several_lanes = false;                                // of the last reading warp
+    bool mixed = false;  // the readers read at different times
     bool initialised = false;
     uint8_t copies = 0;  // cp.async in flight
   };
   static constexpr uint32_t kCell = 2;  // bytes
+  uint32_t time_of_read(const Cell& cell, int warp) const;
+  void note_reader(const Warp& warp, Cell& cell);
   void read_cell(const Warp& warp, int thread, uint32_t offset, Cell& cell);
   void write_cell(const Warp& warp, int thread, uint32_t offset, Cell& cell);
   std::vector<Cell> cells_;
+  // when each warp read a cell, where that is not the same for all readers: with named barriers
+  std::map<const Cell*, std::array<uint32_t, 32>> times_of_reads_;
 };
 
 // cp.async of one thread: `bytes` from source, then zeros up to `size`.

@@ -53,7 +53,8 @@ void store(Statement& s) {
     uint32_t offset = 0;
     for (const Operand& each : from) {
       const uint8_t* a = warp.registers + each.offset;
-      for_lanes(mask, [&](int lane) { memcpy(places[lane] + offset, a + lane * each.width, width); });
+      for_lanes(mask,
+                [&](int lane) { memcpy(places[lane] + offset, a + lane * each.width, width); });
       offset += width;
     }
   });
@@ -112,8 +113,7 @@ void atomic(Statement& s) {
     s.unsupported();
   }
   std::string operation;
-  for (const char* each :
-       {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"}) {
+  for (const char* each : {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"}) {
     if (s.has(each)) operation = each;
   }
   auto same_type = [&](auto zero) {

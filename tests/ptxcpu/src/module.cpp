@@ -134,9 +134,8 @@ class ModuleParser {
     if (i != std::string::npos) {
       for (const std::string& text : split(bracketed(head, i), ',')) {
         Declaration declared(text);
-        uint32_t offset =
-            (kernel.parameter_bytes + declared.alignment - 1) / declared.alignment *
-            declared.alignment;
+        uint32_t offset = (kernel.parameter_bytes + declared.alignment - 1) / declared.alignment *
+                          declared.alignment;
         Parameter parameter = {offset, uint32_t(declared.size())};
         kernel.parameters.push_back(parameter);
         kernel.parameter_of[declared.name] = parameter;

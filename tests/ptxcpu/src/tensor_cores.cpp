@@ -137,8 +137,8 @@ struct Tile {
 Tile tile(Statement& s, int address) {
   Shape mnk = shape(s);
   bool is_a = s.has("a"), is_b = s.has("b");
-  Tile tile = {is_b ? mnk.K : mnk.M, is_a ? mnk.K : mnk.N, s.has("col"), s.type(),
-               s.address(address), {}};
+  Tile tile = {
+      is_b ? mnk.K : mnk.M, is_a ? mnk.K : mnk.N, s.has("col"), s.type(), s.address(address), {}};
   if (s.operands.size() > 2) tile.stride = s.in<uint32_t>(2);
   return tile;
 }
@@ -217,8 +217,8 @@ void wmma_store(Statement& s) {
   Tile to = tile(s, 0);
   s.emit([=](Warp& warp, Mask mask) {
     for_elements(warp, mask, to, Use::kStore, [&](int lane, int i, uint8_t* place) {
-      uint32_t value = is_float32(to.type) ? from[i](warp)[lane]
-                                           : from[i / 2](warp)[lane] >> (i & 1 ? 16 : 0);
+      uint32_t value =
+          is_float32(to.type) ? from[i](warp)[lane] : from[i / 2](warp)[lane] >> (i & 1 ? 16 : 0);
       memcpy(place, &value, to.bytes());
     });
   });

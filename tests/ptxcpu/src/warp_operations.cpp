@@ -5,7 +5,8 @@ namespace ptxcpu {
 namespace {
 
 // Reports where the lanes that execute are not those that the member mask promises.
-void check_members(Warp& warp, Mask mask, const Register<uint32_t>& members, const std::string& what) {
+void check_members(Warp& warp, Mask mask, const Register<uint32_t>& members,
+                   const std::string& what) {
   const uint32_t* given = members(warp);
   Mask all = given[first(mask)];
   for_lanes(mask, [&](int lane) {
