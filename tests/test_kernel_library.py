@@ -124,6 +124,14 @@ def test_messages_and_untouched_outputs(library, index, change, message):
     assert all((x == 7).all() for x in outputs)
 
 
+def test_a_call_on_a_gpu_that_cannot_be_made_says_why(library):
+    """No CUDA kernels, no GPU or no stream, whatever this machine lacks first."""
+    tensors = [dl(x, device_type=K_CUDA) for x in arrays()]
+    outputs = [dl(x, device_type=K_CUDA) for x in (arrays()[0], arrays()[5])]
+    error = library.rwkv6_wkv_forward(None, *tensors, None, None, *outputs).decode()
+    assert any(s in error for s in ("without CUDA kernels", "cudaGetDevice: ", "context: "))
+
+
 @pytest.mark.parametrize("missing", range(5))
 def test_null_arguments(library, missing):
     inputs = arrays()
