@@ -21,8 +21,9 @@ def load() -> bool:
             "torch_rwkv6: the compiled kernels could not be loaded, so every operator runs its "
             "pure PyTorch reference: the same results, but hundreds of times slower.\n"
             f"Reason: {error}\n"
-            "To build them (g++ is all it takes, nvcc beside it for GPUs): pip install --force-reinstall --no-deps "
-            "--no-binary torch_rwkv6 torch_rwkv6, or `pip install .` in a checkout.",
+            "To build them (g++ is all it takes, nvcc beside it for GPUs): pip install "
+            "--force-reinstall --no-deps --no-binary torch_rwkv6 torch_rwkv6, or `pip install .` "
+            "in a checkout.",
             RuntimeWarning,
             stacklevel=3,
         )
