@@ -1,17 +1,21 @@
 # make demo: trains a small RWKV-6 on the King James Bible (about two minutes) and lets it write.
 # make article: runs examples/article, tables to the screen and pictures to runs/article.
-# make test: runs every test. All create .venv and build the kernels first.
+# make test: runs every test; make test-gpu: those of the operator on a GPU.
+# All create .venv and build the kernels first.
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*) \
-	$(wildcard tests/ptxcpu/*.cpp tests/ptxcpu/src/*.cpp tests/ptxcpu/src/*.h) \
+CXX_FILES := $(filter %.h %.cpp %.inc %.cu %.cuh,$(CSRC)) $(wildcard tests/kernel_library/*) \
+	$(wildcard tests/cuda/*.cpp tests/ptxcpu/*.cpp tests/ptxcpu/src/*.cpp tests/ptxcpu/src/*.h) \
 	$(wildcard tests/ptxcpu/kernels/*.cu) benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
+# Two architectures are enough to develop with: the first runs on every GPU of its generation, the
+# PTX of the last on every later one. A wheel gets them all.
+export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
 
-.PHONY: article demo test lint format bench bench-rivals bench-readme sanitize test-neon \
-	test-clang wheel clean
+.PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
+	test-neon test-clang wheel clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out runs/demo
@@ -25,6 +29,18 @@ article: .venv/built
 
 test: .venv/built
 	$(PYTEST)
+
+# For those who have an NVIDIA GPU: the operator's tests on it, and how fast it is there.
+GPU_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inplace.py tests/test_fuzz.py \
+	tests/test_autocast.py tests/test_compile.py tests/test_opcheck.py tests/test_transforms.py \
+	tests/test_gpu.py
+test-gpu: export RWKV6_CUDA := 1
+test-gpu: .venv/built
+	$(BIN)/python -m pytest -q --device cuda $(GPU_TESTS)
+
+bench-gpu: export RWKV6_CUDA := 1
+bench-gpu: .venv/built
+	$(BIN)/python -m benchmarks gpu
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -55,8 +71,8 @@ SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inpla
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r torch_rwkv6 keras_adapter tests csrc setup.py pyproject.toml README.md LICENSE build/sanitize
-	cd build/sanitize && RWKV6_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py \
-		-q build_ext --inplace
+	cd build/sanitize && RWKV6_SANITIZE=address,undefined RWKV6_CUDA=0 \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys -m "not memory" \
@@ -66,7 +82,8 @@ sanitize: .venv/installed
 # AArch64, run in an emulator, and by Clang. Not part of CI; on Debian they need
 #   apt-get install g++-aarch64-linux-gnu qemu-user-static
 #   apt-get install clang
-KERNEL_LIBRARY_TEST = $(wildcard csrc/*.cpp csrc/cpu/*.cpp tests/kernel_library/*.cpp)
+KERNEL_LIBRARY_TEST = $(wildcard csrc/*.cpp csrc/cpu/*.cpp tests/kernel_library/*.cpp) \
+	csrc/cuda/absent.cpp
 KERNEL_FLAGS = -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Werror -Icsrc -Icsrc/include \
 	-isystem $(wildcard .venv/lib/python*/site-packages/torch/include)
 
@@ -86,6 +103,7 @@ build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kerne
 		'$(CXX) $(KERNEL_FLAGS) -c {} -o $@.objects/$$(basename {}).o'
 	$(CXX) $(LDFLAGS) $@.objects/*.o -o $@
 
+wheel: export TORCH_CUDA_ARCH_LIST :=
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 

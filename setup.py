@@ -3,6 +3,7 @@
 Three shared libraries: librwkv6.so holds the kernels behind a C interface (csrc/include/rwkv6.h)
 and knows no framework; _C.abi3.so registers them with torch and uses only its stable ABI;
 _xla.abi3.so offers them to XLA, for JAX and TensorFlow, and is built where jaxlib's headers are.
+librwkv6.so has CUDA kernels where nvcc is found (csrc/cuda/nvcc.py); torch may be a CPU build.
 """
 
 import importlib.util
@@ -16,19 +17,23 @@ from torch.utils.cpp_extension import BuildExtension, include_paths, library_pat
 KERNELS = "torch_rwkv6.librwkv6"
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
+sys.path.insert(0, str(ROOT / CSRC / "cuda"))
+import nvcc  # noqa: E402
+
 SANITIZE = os.environ.get("RWKV6_SANITIZE")  # "address,undefined": see `make sanitize`
 
+HOST_ARGS = ["-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}=."]
+INCLUDE_ARGS = [
+    f"-I{ROOT / 'csrc/include'}",
+    f"-I{ROOT / CSRC}",
+    *(arg for path in include_paths() for arg in ("-isystem", path)),
+]
 COMPILE_ARGS = [
     "-std=c++20",
     "-O3",
     "-ffp-contract=off",  # the same element must get the same bits in every loop
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    f"-ffile-prefix-map={ROOT}=.",
-    f"-I{ROOT / 'csrc/include'}",
-    f"-I{ROOT / CSRC}",
-    *(arg for path in include_paths() for arg in ("-isystem", path)),
+    *HOST_ARGS,
+    *INCLUDE_ARGS,
 ]
 LINK_ARGS: list[str] = []
 if SANITIZE:
@@ -68,8 +73,37 @@ def xla_headers() -> Path | None:
 XLA_HEADERS = xla_headers()
 
 
+def nvcc_options() -> list[str]:
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or nvcc.DEFAULT_ARCHITECTURES
+    host = [arg for flag in ("-fPIC", *HOST_ARGS) for arg in ("-Xcompiler", flag)]
+    return ["-std=c++20", "-O3", *nvcc.architecture_options(names), *host, *INCLUDE_ARGS]
+
+
+def cuda_objects(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:
+    """Compiles the CUDA kernels, where there is an nvcc that can.
+
+    RWKV6_CUDA=1 makes it an error that there is none; RWKV6_CUDA=0 leaves them out.
+    """
+    wanted = os.environ.get("RWKV6_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"RWKV6_CUDA={wanted}: expected 0 or 1")
+    toolkit = nvcc.toolkit() if wanted != "0" else None
+    try:
+        if toolkit:
+            options = nvcc_options()
+            toolkit.check(options, folder)
+            return toolkit, toolkit.compile(sources("cuda/*.cu"), options, folder)
+        if wanted == "1":
+            raise nvcc.UnusableError("no nvcc in CUDA_HOME, PATH, /usr/local/cuda or from PyPI")
+    except nvcc.UnusableError as problem:
+        if wanted == "1":
+            raise SystemExit(f"RWKV6_CUDA=1: {problem}") from None
+        print(f"torch_rwkv6: built without CUDA kernels. {problem}", file=sys.stderr)
+    return None
+
+
 class Build(BuildExtension):
-    """Names the kernel library librwkv6.so and links the binding against it."""
+    """Names the kernel library librwkv6.so, adds its CUDA part and links the bindings to it."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.split(".")[-1] == KERNELS.split(".")[-1]:
@@ -79,8 +113,22 @@ class Build(BuildExtension):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # neither is a Python module: they are loaded with dlopen
 
+    def add_cuda(self, ext: Extension) -> None:
+        compiled = cuda_objects(ROOT / "build/cuda")
+        if not compiled:
+            ext.sources += sources("cuda/absent.cpp")
+            return
+        toolkit, objects = compiled
+        ext.extra_objects += objects
+        ext.library_dirs.append(str(toolkit.libraries))
+        ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
+        # another CUDA runtime in the process, such as torch's, is not to be called instead of ours
+        ext.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
+
     def build_extension(self, ext: Extension) -> None:
-        if ext.name != KERNELS:
+        if ext.name == KERNELS:
+            self.add_cuda(ext)
+        else:
             kernels_folder = os.path.relpath("torch_rwkv6", ext.name.split(".")[0])
             ext.extra_link_args = [
                 *ext.extra_link_args,
@@ -95,7 +143,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return sources("**/*.h", "**/*.inc")
+    return sources("**/*.h", "**/*.cuh", "**/*.inc")
 
 
 setup(

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import backward, decode, keras, model, op, overhead, readme, rivals, scaling
+from benchmarks import backward, decode, gpu, keras, model, op, overhead, readme, rivals, scaling
 
 # A sub-command is a module with a docstring, add_arguments(parser) and run(args).
 MEASURED = {
@@ -20,7 +20,13 @@ MEASURED = {
     "decode": decode,
     "scaling": scaling,
 }
-COMMANDS = MEASURED | {"keras": keras, "model": model, "rivals": rivals, "readme": readme}
+COMMANDS = MEASURED | {
+    "gpu": gpu,
+    "keras": keras,
+    "model": model,
+    "rivals": rivals,
+    "readme": readme,
+}
 
 
 def thread_counts(text: str) -> list[int]:

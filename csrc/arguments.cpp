@@ -32,6 +32,8 @@ const char* name_of(DType dtype) {
   }
 }
 
+const char* name_of(StateUse use) { return use == StateUse::update ? "state" : "initial_state"; }
+
 int64_t stride(const DLTensor* x, int dim) {
   if (x->strides) return x->strides[dim];
   int64_t step = 1;  // no strides means compact and row-major
@@ -47,8 +49,24 @@ int64_t elements(const DLTensor* x) {
   return n;
 }
 
+Device device_of(const char* name, const DLTensor* x) {
+  switch (x->device.device_type) {
+    case kDLCPU:
+    case kDLCUDAHost: return {};
+    case kDLCUDA: return {true, x->device.device_id};
+    default:
+      fail(name, ": expected a tensor on the CPU or a CUDA device, got DLPack device type ",
+           int(x->device.device_type));
+  }
+}
+
+std::string text_of(Device device) {
+  return device.cuda ? "CUDA device " + std::to_string(device.index) : "the CPU";
+}
+
 // Shape, device and memory of any tensor; -1 in `shape` stands for any size.
-void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape) {
+void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
+           Device device) {
   if (!x) fail(name, ": required, got NULL");
   bool fits = x->ndim == int(shape.size());
   for (int i = 0; fits && i < x->ndim; i++) {
@@ -58,15 +76,16 @@ void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> s
   if (!fits)
     fail(name, ": expected shape ", shape_text(shape.begin(), int(shape.size())),
          " (-1: any), got ", shape_text(x->shape, x->ndim));
-  if (x->device.device_type != kDLCPU && x->device.device_type != kDLCUDAHost)
-    fail(name, ": expected a CPU tensor, got DLPack device type ", int(x->device.device_type));
+  const Device found = device_of(name, x);
+  if (found != device)
+    fail(name, ": expected a tensor on ", text_of(device), ", got one on ", text_of(found));
   if (elements(x) && !x->data) fail(name, ": its data pointer is NULL");
 }
 
 // The same for a float tensor: also dtype and a contiguous last dimension.
 DType check_float(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
-                  DType dtype, DType or_dtype) {
-  check(name, x, shape);
+                  Device device, DType dtype, DType or_dtype) {
+  check(name, x, shape, device);
   const DType found = dtype_of(name, x);
   if (found != dtype && found != or_dtype)
     fail(name, ": expected ", name_of(dtype), dtype == or_dtype ? "" : " or ",
@@ -77,19 +96,12 @@ DType check_float(const char* name, const DLTensor* x, std::initializer_list<int
   return found;
 }
 
-// A 1-D int32 or int64 tensor, read into int64.
-std::vector<int64_t> integers(const char* name, const DLTensor* x, int64_t size) {
-  check(name, x, {size});
+// A 1-D int32 or int64 tensor; size = -1 takes any.
+void check_indices(const char* name, const DLTensor* x, int64_t size, Device device) {
+  check(name, x, {size}, device);
   const DLDataType dtype = x->dtype;
   if (dtype.code != kDLInt || dtype.lanes != 1 || (dtype.bits != 32 && dtype.bits != 64))
     fail(name, ": expected int32 or int64");
-  std::vector<int64_t> values(size_t(x->shape[0]));
-  for (size_t i = 0; i < values.size(); i++) {
-    const int64_t at = int64_t(i) * stride(x, 0);
-    values[i] = dtype.bits == 32 ? reinterpret_cast<const int32_t*>(data(x))[at]
-                                 : reinterpret_cast<const int64_t*>(data(x))[at];
-  }
-  return values;
 }
 
 }  // namespace
@@ -109,53 +121,56 @@ DType dtype_of(const char* name, const DLTensor* x) {
 
 Shape check_r(const DLTensor* r) {
   const DType dtype = dtype_of("r", r);
-  check_float("r", r, {-1, -1, -1, -1}, dtype, dtype);
-  const Shape shape{r->shape[0], r->shape[1], r->shape[2], r->shape[3]};
+  const Device device = device_of("r", r);
+  check_float("r", r, {-1, -1, -1, -1}, device, dtype, dtype);
+  const Shape shape{r->shape[0], r->shape[1], r->shape[2], r->shape[3], device};
   if (shape.N < 1 || shape.N > kMaxHeadSize)
     fail("r: expected a head size N from 1 to ", kMaxHeadSize, ", got ", shape.N);
   return shape;
 }
 
 Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
-  const DType found = check_float(name, x, {shape.B, shape.T, shape.H, shape.N}, dtype, or_dtype);
+  const DType found =
+      check_float(name, x, {shape.B, shape.T, shape.H, shape.N}, shape.device, dtype, or_dtype);
   return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 
 Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
-  const DType found = check_float(name, x, {shape.H, shape.N}, dtype, or_dtype);
+  const DType found = check_float(name, x, {shape.H, shape.N}, shape.device, dtype, or_dtype);
   return {data(x), found, stride(x, 0)};
 }
 
 States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DType dtype,
               DType or_dtype) {
-  const DType found = check_float(name, x, {rows, shape.H, shape.N, shape.N}, dtype, or_dtype);
+  const DType found =
+      check_float(name, x, {rows, shape.H, shape.N, shape.N}, shape.device, dtype, or_dtype);
   return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 
 Shape check_channels(const char* name, const DLTensor* x) {
   const DType dtype = dtype_of(name, x);
-  check_float(name, x, {-1, -1, -1}, dtype, dtype);
-  return {x->shape[0], x->shape[1], 1, x->shape[2]};
+  check_float(name, x, {-1, -1, -1}, Device(), dtype, dtype);
+  return {x->shape[0], x->shape[1], 1, x->shape[2], Device()};
 }
 
 Tokens channel_tokens(const char* name, const DLTensor* x, Shape shape, DType dtype) {
-  check_float(name, x, {shape.B, shape.T, shape.N}, dtype, dtype);
+  check_float(name, x, {shape.B, shape.T, shape.N}, shape.device, dtype, dtype);
   return {data(x), dtype, stride(x, 0), stride(x, 1), 0};
 }
 
 Heads channel_vector(const char* name, const DLTensor* x, Shape shape, DType dtype,
                      DType or_dtype) {
-  const DType found = check_float(name, x, {shape.N}, dtype, or_dtype);
+  const DType found = check_float(name, x, {shape.N}, shape.device, dtype, or_dtype);
   return {data(x), found, 0};
 }
 
 States channel_states(const char* name, const DLTensor* x, Shape shape, DType dtype) {
-  check_float(name, x, {shape.B, 3, shape.N}, dtype, dtype);
+  check_float(name, x, {shape.B, 3, shape.N}, shape.device, dtype, dtype);
   return {data(x), dtype, stride(x, 0), stride(x, 1), 0};
 }
 
 Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype) {
-  check_float(name, x, {rows, columns}, dtype, dtype);
+  check_float(name, x, {rows, columns}, Device(), dtype, dtype);
   return {data(x), dtype, stride(x, 0), 0, 0};
 }
 
@@ -192,54 +207,64 @@ void check_apart(const char* name, const DLTensor* x, const char* input_name,
     fail(name, ": it is updated in place, but shares memory with ", input_name);
 }
 
-std::vector<Sequence> sequences(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens,
-                                StateUse use, int64_t rows) {
-  std::vector<Sequence> result;
+Walk::Walk(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens, StateUse use,
+           const DLTensor* state)
+    : shape(shape),
+      state_map(state_map),
+      cu_seqlens(cu_seqlens),
+      use(use),
+      states(state ? state->shape[0] : 0),
+      count(shape.B) {
   if (cu_seqlens) {
     if (shape.B != 1) fail("cu_seqlens: packed sequences need B = 1, got B = ", shape.B);
-    const std::vector<int64_t> offsets = integers("cu_seqlens", cu_seqlens, -1);
-    if (offsets.empty()) fail("cu_seqlens: expected at least one offset (M + 1 of them), got none");
-    if (offsets.front() != 0) fail("cu_seqlens: the first must be 0, got ", offsets.front());
-    if (offsets.back() != shape.T)
-      fail("cu_seqlens: the last must be T = ", shape.T, ", got ", offsets.back());
-    for (size_t m = 0; m + 1 < offsets.size(); m++) {
-      if (offsets[m + 1] < offsets[m])
-        fail("cu_seqlens: must not fall, but entry ", m + 1, " is ", offsets[m + 1], " after ",
-             offsets[m]);
-      result.push_back({0, offsets[m], offsets[m + 1] - offsets[m], -1, int64_t(m)});
-    }
-  } else {
-    for (int64_t b = 0; b < shape.B; b++) result.push_back({b, 0, shape.T, -1, b});
+    check_indices("cu_seqlens", cu_seqlens, -1, shape.device);
+    count = cu_seqlens->shape[0] - 1;
+    if (count < 0) fail("cu_seqlens: expected at least one offset (M + 1 of them), got none");
+    if (count == 0 && shape.T) fail("cu_seqlens: no sequence for T = ", shape.T, " tokens");
   }
-  const int64_t n = int64_t(result.size());
   if (use == StateUse::none) {
     if (state_map) fail("state_map: given without initial_state, which it would index");
-    return result;
+  } else if (state_map) {
+    check_indices("state_map", state_map, count, shape.device);
+  } else if (states != count && (states != 1 || use == StateUse::update)) {
+    fail(name_of(use), ": ", states, " rows for ", count, " sequences need a state_map");
   }
-  const char* state = use == StateUse::read ? "initial_state" : "state";
-  std::vector<int64_t> map;
-  if (state_map) {
-    map = integers("state_map", state_map, n);
-  } else if (rows == n) {
-    for (int64_t m = 0; m < n; m++) map.push_back(m);
-  } else if (rows == 1 && use == StateUse::read) {
-    map.assign(size_t(n), 0);
-  } else {
-    fail(state, ": ", rows, " rows for ", n, " sequences need a state_map");
-  }
-  std::vector<bool> taken(size_t(rows), false);
-  for (int64_t m = 0; m < n; m++) {
-    const int64_t row = map[size_t(m)];
-    const bool padding = use == StateUse::update && row < 0;
-    if (!padding && (row < 0 || row >= rows))
-      fail("state_map: entry ", m, " is ", row, ", expected 0 to ", rows - 1, " (", rows,
-           " rows of ", state, ")");
-    result[size_t(m)].initial = padding ? -1 : row;
-    if (use != StateUse::update) continue;
-    result[size_t(m)].final = padding ? -1 : row;
-    if (!padding && taken[size_t(row)])
-      fail("state_map: two sequences cannot update row ", row, " of state in place");
-    if (!padding) taken[size_t(row)] = true;
+}
+
+Indices indices(const DLTensor* x) {
+  return x ? Indices{data(x), x->dtype.bits == 64, stride(x, 0)} : Indices();
+}
+
+std::vector<Sequence> Walk::sequences() const {
+  std::vector<Sequence> result;
+  const Indices offsets = indices(cu_seqlens), map = indices(state_map);
+  if (cu_seqlens && offsets[0] != 0) fail("cu_seqlens: the first must be 0, got ", offsets[0]);
+  if (cu_seqlens && offsets[count] != shape.T)
+    fail("cu_seqlens: the last must be T = ", shape.T, ", got ", offsets[count]);
+  std::vector<bool> taken(size_t(states), false);
+  for (int64_t m = 0; m < count; m++) {
+    Sequence sequence = {m, 0, shape.T, -1, m};
+    if (cu_seqlens) {
+      const int64_t begin = offsets[m], end = offsets[m + 1];
+      if (end < begin)
+        fail("cu_seqlens: must not fall, but entry ", m + 1, " is ", end, " after ", begin);
+      sequence = {0, begin, end - begin, -1, m};
+    }
+    if (use != StateUse::none) {
+      const int64_t row = state_map ? map[m] : states == 1 ? 0 : m;
+      const bool padding = use == StateUse::update && row < 0;
+      if (!padding && (row < 0 || row >= states))
+        fail("state_map: entry ", m, " is ", row, ", expected 0 to ", states - 1, " (", states,
+             " rows of ", name_of(use), ")");
+      sequence.initial = padding ? -1 : row;
+    }
+    if (use == StateUse::update) {
+      const int64_t row = sequence.final = sequence.initial;
+      if (row >= 0 && taken[size_t(row)])
+        fail("state_map: two sequences cannot update row ", row, " of state in place");
+      if (row >= 0) taken[size_t(row)] = true;
+    }
+    result.push_back(sequence);
   }
   return result;
 }

@@ -17,8 +17,18 @@ struct ArgumentError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Where a tensor is; memory that is pinned for a GPU is the CPU's.
+struct Device {
+  bool cuda = false;
+  int index = 0;
+
+  bool operator==(const Device&) const = default;
+};
+
+// The sizes, and the device, that all tensors of a call share.
 struct Shape {
   int64_t B, T, H, N;
+  Device device;
 };
 
 // The shape, after checking that r is [B, T, H, N] of a float dtype with a fitting N.
@@ -30,7 +40,8 @@ Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DTy
 // A [H, N] tensor.
 Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
 
-// The shape [B, T, H = 1, N = D] of a [B, T, D] tensor of a float dtype, of any width D.
+// The shape [B, T, H = 1, N = D] of a [B, T, D] tensor of a float dtype, of any width D, on the
+// CPU.
 Shape check_channels(const char* name, const DLTensor* x);
 
 // A [B, T, D] tensor, a [D] vector and a [B, 3, D] state of such a shape.
@@ -38,7 +49,8 @@ Tokens channel_tokens(const char* name, const DLTensor* x, Shape shape, DType dt
 Heads channel_vector(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
 States channel_states(const char* name, const DLTensor* x, Shape shape, DType dtype);
 
-// A [rows, columns] matrix, as one token of each of `rows` batch rows; -1 takes any number.
+// A [rows, columns] matrix on the CPU, as one token of each of `rows` batch rows; -1 takes any
+// number.
 Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype);
 
 // A [rows, H, N, N] tensor; rows = -1 takes any number.
@@ -55,14 +67,26 @@ void check_apart(const char* name, const DLTensor* x, const char* input_name,
 
 DType dtype_of(const char* name, const DLTensor* x);
 
-// The state's dtype, and the accumulator's, for inputs of this one.
-inline DType state_dtype(DType inputs) { return inputs == DType::f64 ? DType::f64 : DType::f32; }
-
 enum class StateUse { none, read, update };
 
-// The sequences of a call: batch rows, or the pieces of cu_seqlens; with the rows of `rows` states
-// they start from, and (update) also end in. For StateUse::read sequence m ends in row m.
-std::vector<Sequence> sequences(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens,
-                                StateUse use, int64_t rows);
+// Which sequences a call walks through: batch rows, or the pieces of cu_seqlens. The constructor
+// checks all that can be told without looking at values.
+struct Walk {
+  Shape shape;
+  const DLTensor *state_map, *cu_seqlens;
+  StateUse use;
+  int64_t states;  // S, the rows that they start from
+  int64_t count;   // B or M
+
+  Walk(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens, StateUse use,
+       const DLTensor* state);
+
+  // On the CPU: each sequence, after checking the values. For StateUse::read sequence m ends in
+  // row m, for StateUse::update where it started.
+  std::vector<Sequence> sequences() const;
+};
+
+// An index tensor as it lies in memory; absent for NULL.
+Indices indices(const DLTensor* x);
 
 }  // namespace rwkv6

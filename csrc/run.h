@@ -72,7 +72,7 @@ const char* message_of(const F& f) {
   try {
     f();
     return nullptr;
-  } catch (const ArgumentError& error) {
+  } catch (const std::runtime_error& error) {  // the caller's mistake, or what a GPU refused
     message = error.what();
   } catch (const std::bad_alloc&) {
     return "rwkv6: out of memory";

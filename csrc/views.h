@@ -20,6 +20,9 @@ RWKV6_HOST_DEVICE inline int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
+// The state's dtype, and the accumulator's, for inputs of this one.
+inline DType state_dtype(DType inputs) { return inputs == DType::f64 ? DType::f64 : DType::f32; }
+
 // A [B, T, H, N] tensor; strides in elements, N contiguous.
 struct Tokens {
   char* data = nullptr;  // nullptr: absent, reads as zeros
@@ -53,6 +56,18 @@ struct States {
 
   RWKV6_HOST_DEVICE char* matrix(int64_t s, int64_t h) const {
     return data ? data + (s * stride_s + h * stride_h) * size_of(dtype) : nullptr;
+  }
+};
+
+// A vector of int32 or int64.
+struct Indices {
+  const void* data = nullptr;  // nullptr: absent
+  bool wide = false;           // int64
+  int64_t stride = 1;          // in elements
+
+  RWKV6_HOST_DEVICE int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i * stride]
+                : static_cast<const int32_t*>(data)[i * stride];
   }
 };
 

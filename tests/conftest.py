@@ -9,6 +9,35 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
+import torch_rwkv6
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where the operator's tests run; see `make test-gpu`",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("device") == "cpu":
+        return
+    if not torch.cuda.is_available():
+        pytest.exit("--device cuda: torch finds no NVIDIA GPU", returncode=1)
+    if not torch_rwkv6.has_cuda_kernels:
+        pytest.exit("--device cuda: torch_rwkv6 was built without CUDA kernels", returncode=1)
+    torch.set_default_device("cuda")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is about the other device, and says how much that is."""
+    other = "gpu" if config.getoption("device") == "cpu" else "cpu"
+    left_out = [item for item in items if item.get_closest_marker(other)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

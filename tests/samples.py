@@ -75,15 +75,19 @@ def random_call(
     cu_seqlens: list[int] | None = None,
     index_dtype: torch.dtype = torch.int64,
 ) -> Call:
-    """r, k, v, u, initial_state ~ N(0, 1), w ~ N(-2, 1); extreme: 1 % of w each of five values."""
-    g = torch.Generator().manual_seed(seed)
+    """r, k, v, u, initial_state ~ N(0, 1), w ~ N(-2, 1); extreme: 1 % of w each of five values.
+
+    The same numbers on every device.
+    """
+    g = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+        return torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu").to(device)
 
     w = normal(B, T, H, N) - 2
     if extreme:
-        place = torch.rand(w.shape, generator=g)
+        place = torch.rand(w.shape, generator=g, device="cpu").to(device)
         for i, value in enumerate(EXTREME_DECAYS):
             w[(place >= i / 100) & (place < (i + 1) / 100)] = value
     acc = torch.float64 if dtype == torch.float64 else torch.float32

@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from torch_rwkv6 import wkv, wkv_
 
+DEVICE = torch.get_default_device().type
 LOW = [torch.bfloat16, torch.float16]
 
 
@@ -14,7 +15,7 @@ LOW = [torch.bfloat16, torch.float16]
 def test_equals_casting_by_hand(low):
     call = random_call(states=2, N=16)
     r, k, v, w, u, state = call.floats()
-    with torch.autocast("cpu", dtype=low):
+    with torch.autocast(DEVICE, dtype=low):
         y, final = wkv(r, k, v, w, u, state)
     expected = wkv(r.to(low), k.to(low), v.to(low), w, u, state)
     assert y.dtype == low
@@ -26,7 +27,7 @@ def test_equals_casting_by_hand(low):
 @pytest.mark.parametrize("low", LOW, ids=str)
 def test_low_precision_w_u_and_state_go_up(low):
     call = random_call(states=2, N=16, dtype=low, state_dtype=low)
-    with torch.autocast("cpu", dtype=low):
+    with torch.autocast(DEVICE, dtype=low):
         y, _ = wkv(*call.floats())
     r, k, v, w, u, state = call.floats()
     assert torch.equal(y, wkv(r, k, v, w.float(), u.float(), state.float())[0])
@@ -34,7 +35,7 @@ def test_low_precision_w_u_and_state_go_up(low):
 
 def test_gradients_arrive_in_the_inputs_dtype():
     call = random_call(states=2, N=16, T=30).leaves()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y, final = wkv(*call.floats())
         loss = y.float().square().sum() + final.square().sum()
     found = torch.autograd.grad(loss, call.differentiable())
@@ -48,7 +49,7 @@ def test_gradients_arrive_in_the_inputs_dtype():
 def test_inputs_of_different_dtypes_become_one():
     call = random_call(states=2, N=16)
     r, k, v, w, u, state = call.floats()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         mixed = wkv(r.bfloat16(), k, v.half().float(), w.bfloat16(), u, state)
         same = wkv(r, k, v.half().float(), w.bfloat16().float(), u, state)
         wkv_(r.bfloat16(), k, v, w, u, state)
@@ -57,7 +58,7 @@ def test_inputs_of_different_dtypes_become_one():
 
 def test_bad_input_is_still_named():
     call = random_call(states=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         with pytest.raises(ValueError, match="k: expected the shape of r"):
             wkv(call.r, call.k[1:], call.v, call.w, call.u)
         with pytest.raises(TypeError, match="state: "):
@@ -68,7 +69,7 @@ def test_bad_input_is_still_named():
 
 def test_double_precision_is_left_alone():
     call = random_call(dtype=torch.float64, states=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y, _ = wkv(*call.floats())
     assert torch.equal(y, wkv(*call.floats())[0])
 
@@ -76,7 +77,7 @@ def test_double_precision_is_left_alone():
 def test_backward_operator_takes_what_forward_saved():
     call = random_call(dtype=torch.bfloat16, w_dtype=torch.float32, states=2)
     grads = call.grad_outputs()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = torch.ops.rwkv6.wkv_backward(*grads, *call.args())
     expected = torch.ops.rwkv6.wkv_backward(*grads, *call.args())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -86,7 +87,7 @@ def test_inplace_writes_into_the_callers_state():
     call = random_call(states=2, N=16)
     *inputs, state = call.floats()
     other = state.clone()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y = wkv_(*inputs, state)
     r, k, v, w, u = inputs
     expected = wkv_(*(x.bfloat16() for x in (r, k, v)), w, u, other)
@@ -98,7 +99,7 @@ def test_compiles_under_autocast():
     call = random_call(states=2)
 
     def f(*floats):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             return wkv(*floats)
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -108,5 +109,5 @@ def test_compiles_under_autocast():
 
 def test_opcheck_under_autocast():
     call = random_call(states=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         opcheck(torch.ops.rwkv6.wkv.default, call.args(), test_utils=["test_faketensor"])

@@ -204,6 +204,7 @@ def test_non_contiguous_gradient():
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     "call",
@@ -249,6 +250,7 @@ print((after - before) * 1024 - outputs, inputs)
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.memory
 def test_backward_needs_no_more_extra_memory_than_its_inputs():
     out = subprocess.run(

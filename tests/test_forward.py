@@ -131,6 +131,7 @@ def test_nan_spreads_to_what_depends_on_it():
     assert y[0, :, 0].isfinite().all()
 
 
+@pytest.mark.cpu
 def test_a_dying_state_does_not_change_the_processes_rounding():
     # 1e-38 / 2 is a denormal: if the kernels left flush-to-zero on, it would be 0 afterwards
     tiny = torch.tensor([1.2e-38])
@@ -173,6 +174,7 @@ def test_two_head_sizes_in_one_process():
         check(random_call(B=1, T=8, H=2, N=N))
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", ["one head", "many heads", "packed"])
 def test_results_do_not_depend_on_the_thread_count(name):

@@ -150,6 +150,7 @@ def test_arguments_of_any_shape_and_dtype_never_crash(data):
         assert first.shape == args[2 if op is torch.ops.rwkv6.wkv_backward else 0].shape
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("values", [[-(2**62), 2**62], [2**31, 0], [-1, 0]])
 def test_wild_indices_are_refused(values):
     call = random_call(states=2)

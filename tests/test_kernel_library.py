@@ -9,28 +9,13 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+from dlpack import K_CPU, K_CUDA, PARALLEL_FOR, Context, DLTensor, int64s
 from samples import random_call
 
 import torch_rwkv6
 
 LIBRARY = Path(torch_rwkv6.__file__).with_name("librwkv6.so")
-K_CPU, K_CUDA = 1, 2
 CODES = {"f": 2, "i": 0}
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +31,7 @@ def dl(x: np.ndarray | None, *, strides=True, offset=0, **changes):
     """A pointer to a DLTensor of x's memory, or NULL."""
     if x is None:
         return None
-    shape = (ctypes.c_int64 * x.ndim)(*x.shape)
-    steps = (ctypes.c_int64 * x.ndim)(*(s // x.itemsize for s in x.strides))
+    shape, steps = int64s(x.shape), int64s([s // x.itemsize for s in x.strides])
     tensor = DLTensor(
         x.ctypes.data - offset, K_CPU, 0, x.ndim, CODES[x.dtype.kind], x.itemsize * 8, 1,
         shape, steps if strides else None, offset,
@@ -87,20 +71,6 @@ def test_byte_offset(library):
     assert np.array_equal(state, other_state)
 
 
-PARALLEL_FOR = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_int64,
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), ctypes.c_void_p,
-)  # fmt: skip
-
-
-class Context(ctypes.Structure):
-    _fields_ = [
-        ("parallel_for", PARALLEL_FOR),
-        ("pool", ctypes.c_void_p),
-        ("num_threads", ctypes.c_int),
-    ]
-
-
 def test_work_is_cut_for_the_callers_threads_also_within_one_head(library):
     inputs = arrays(B=1, T=100, H=1, N=256, states=1)
     pieces = []
@@ -110,7 +80,7 @@ def test_work_is_cut_for_the_callers_threads_also_within_one_head(library):
         for i in reversed(range(n)):  # any order
             body(data, i, i + 1)
 
-    context = Context(PARALLEL_FOR(parallel_for), None, 4)
+    context = Context(parallel_for=PARALLEL_FOR(parallel_for), num_threads=4)
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
     expected_y, expected_state = np.empty_like(y), np.empty_like(state)
     arguments = [*map(dl, inputs), None, None]
@@ -124,7 +94,13 @@ def test_work_is_cut_for_the_callers_threads_also_within_one_head(library):
 
 # which argument of r, k, v, w, u, initial_state, y, final_state is changed, how, and the message
 BAD = [
-    (0, {"device_type": K_CUDA}, "r: expected a CPU tensor, got DLPack device type 2"),
+    (0, {"device_type": 7}, "r: expected a tensor on the CPU or a CUDA device, got DLPack device"),
+    (0, {"device_type": K_CUDA}, "k: expected a tensor on CUDA device 0, got one on the CPU"),
+    (
+        3,
+        {"device_type": K_CUDA, "device_id": 1},
+        "w: expected a tensor on the CPU, got one on CUDA",
+    ),
     (1, {"data": None}, "k: its data pointer is NULL"),
     (1, {"ndim": 3}, r"k: expected shape [2, 6, 2, 5] (-1: any), got [2, 6, 2]"),
     (2, {"bits": 16}, "v: expected float32, got float16"),
@@ -146,6 +122,14 @@ def test_messages_and_untouched_outputs(library, index, change, message):
     assert error is not None
     assert message in error.decode()
     assert all((x == 7).all() for x in outputs)
+
+
+def test_a_call_on_a_gpu_that_cannot_be_made_says_why(library):
+    """No CUDA kernels, no GPU or no stream, whatever this machine lacks first."""
+    tensors = [dl(x, device_type=K_CUDA) for x in arrays()]
+    outputs = [dl(x, device_type=K_CUDA) for x in (arrays()[0], arrays()[5])]
+    error = library.rwkv6_wkv_forward(None, *tensors, None, None, *outputs).decode()
+    assert any(s in error for s in ("without CUDA kernels", "cudaGetDevice: ", "context: "))
 
 
 @pytest.mark.parametrize("missing", range(5))

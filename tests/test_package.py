@@ -1,12 +1,19 @@
 """The package as installed: stable ABI, and a use without the binary that says what is missing."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import torch_rwkv6
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "csrc/cuda"))
+import nvcc
 
 PACKAGE = Path(torch_rwkv6.__file__).parent
 
@@ -92,6 +99,14 @@ def test_the_binary_needs_no_python_library():
     ).stdout
     assert "libpython" not in needed
     assert "librwkv6.so" in needed
+
+
+@pytest.mark.skipif(os.environ.get("RWKV6_CUDA") == "0", reason="built without, as asked for")
+def test_cuda_kernels_are_there_where_nvcc_is_though_torch_has_no_cuda():
+    library = ctypes.CDLL(str(PACKAGE / "librwkv6.so"))
+    library.rwkv6_cuda_architectures.restype = ctypes.c_char_p
+    assert (library.rwkv6_cuda_architectures() is not None) == (nvcc.toolkit() is not None)
+    assert torch_rwkv6.has_cuda_kernels <= (torch.version.cuda is not None)
 
 
 def test_two_head_sizes_dtypes_and_lengths_share_one_process_without_compiling():

@@ -289,6 +289,7 @@ def test_vmap_over_nothing(mapped):
     assert state.shape == (0, 2, 2, 4, 4)
 
 
+@pytest.mark.cpu
 def test_vmap_of_the_inplace_operator_changes_nothing_when_it_is_refused():
     call = random_call(states=2)
     states = torch.zeros(3, 2, 2, 4, 4)

@@ -3,6 +3,7 @@
 from torch_rwkv6 import _library
 
 has_kernels: bool = _library.load()  # before registration, which builds on what it finds
+has_cuda_kernels: bool = has_kernels and _library.has_cuda_kernels()
 
 from torch_rwkv6 import reference, registration  # noqa: E402, F401, I001
 from torch_rwkv6.ops import wkv, wkv4, wkv4_, wkv_  # noqa: E402
@@ -13,6 +14,7 @@ from torch_rwkv6.version import __version__  # noqa: E402
 __all__ = [
     "__version__",
     "generate",
+    "has_cuda_kernels",
     "has_kernels",
     "models",
     "nn",

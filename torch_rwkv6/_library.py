@@ -21,10 +21,16 @@ def load() -> bool:
             "torch_rwkv6: the compiled kernels could not be loaded, so every operator runs its "
             "pure PyTorch reference: the same results, but hundreds of times slower.\n"
             f"Reason: {error}\n"
-            "To build them (g++ is all it takes): pip install --force-reinstall --no-deps "
-            "--no-binary torch_rwkv6 torch_rwkv6, or `pip install .` in a checkout.",
+            "To build them (g++ is all it takes, nvcc beside it for GPUs): pip install "
+            "--force-reinstall --no-deps --no-binary torch_rwkv6 torch_rwkv6, or `pip install .` "
+            "in a checkout.",
             RuntimeWarning,
             stacklevel=3,
         )
         return False
     return True
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the loaded binding brought CUDA kernels: they were built, and torch can use them."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("rwkv6::wkv", "CUDA")

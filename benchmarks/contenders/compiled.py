@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import chunked
-from benchmarks.contenders.torch_job import torch_job
+from benchmarks.contenders.torch_job import Function, torch_job
 from benchmarks.work import Arrays, Job, UnsupportedError, Work
 
 COMPILED_SEGMENT = 64  # of the chunked form; compiling time grows with it
 
 
 def prepare_loop(work: Work, inputs: Arrays, threads: int) -> Job:
+    return torch_job(work, inputs, threads, loop())
+
+
+def loop() -> Function:
     """One token is compiled: a compiled loop would be unrolled, which takes minutes to compile."""
     step = torch.compile(_step, dynamic=False)
 
@@ -24,7 +28,7 @@ def prepare_loop(work: Work, inputs: Arrays, threads: int) -> Job:
             y.append(y_t)
         return torch.stack(y, 1).to(r.dtype), state
 
-    return torch_job(work, inputs, threads, wkv)
+    return wkv
 
 
 def _step(
@@ -44,9 +48,13 @@ def _step(
 def prepare_chunked(work: Work, inputs: Arrays, threads: int) -> Job:
     if work.kind == "decode":
         raise UnsupportedError("one token is no chunk: see the loop")
+    return torch_job(work, inputs, threads, chunks())
+
+
+def chunks() -> Function:
     segment = torch.compile(chunked.segment, dynamic=False)
 
     def wkv(*args: Tensor) -> tuple[Tensor, Tensor]:
         return chunked.wkv(*args, length=COMPILED_SEGMENT, run=segment)
 
-    return torch_job(work, inputs, threads, wkv)
+    return wkv

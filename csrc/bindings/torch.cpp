@@ -3,9 +3,12 @@
 // Only LibTorch's stable ABI is used: one binary serves every torch from 2.10 on.
 #include "rwkv6.h"
 
+#include <dlfcn.h>
+
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 // After rwkv6.h, because torch's copy of dlpack.h refuses to be included in stable-ABI code.
 #define TORCH_TARGET_VERSION 0x020a000000000000
@@ -33,6 +36,12 @@ DLDataType dlpack_dtype(const Tensor& x) {
   }
 }
 
+DLDevice dlpack_device(const Tensor& x) {
+  if (x.is_cpu()) return {kDLCPU, 0};
+  if (x.is_cuda()) return {kDLCUDA, x.get_device_index()};
+  return {kDLExtDev, 0};  // the library refuses it by the argument's name
+}
+
 // A tensor's memory as a DLTensor, borrowed.
 class View {
   Tensor tensor_;  // keeps sizes, strides and memory alive
@@ -42,7 +51,7 @@ class View {
   void describe(void* data) {
     present_ = true;
     dl_.data = data;
-    dl_.device = {kDLCPU, 0};
+    dl_.device = dlpack_device(tensor_);
     dl_.ndim = int32_t(tensor_.dim());
     dl_.dtype = dlpack_dtype(tensor_);
     dl_.shape = const_cast<int64_t*>(tensor_.sizes().data());
@@ -78,15 +87,18 @@ int32_t dtype_of(const Tensor& x) {
   return dtype;
 }
 
-// A new contiguous CPU tensor: what torch::stable::empty ends in, without the dispatcher on the
-// way.
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+// A new contiguous tensor on the device of `beside`: what torch::stable::empty ends in, without the
+// dispatcher on the way.
+Tensor empty(const Tensor& beside, std::initializer_list<int64_t> sizes, int32_t dtype) {
   constexpr size_t kMaxDim = 4;
   int64_t strides[kMaxDim] = {}, step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
+  const bool cuda = beside.is_cuda();
+  const int32_t device = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                               aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype, device,
+                               cuda ? beside.get_device_index() : 0,
+                               &handle) != AOTI_TORCH_SUCCESS) {
     std::string text = "rwkv6: out of memory for an output of shape [";
     for (size_t i = 0; i < sizes.size(); i++)
       text += (i ? ", " : "") + std::to_string(sizes.begin()[i]);
@@ -99,11 +111,11 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
 Tensor empty_for(const Tensor& x) {
   const auto n = x.sizes();
   switch (n.size()) {
-    case 1: return empty({n[0]}, dtype_of(x));
-    case 2: return empty({n[0], n[1]}, dtype_of(x));
-    case 3: return empty({n[0], n[1], n[2]}, dtype_of(x));
-    case 4: return empty({n[0], n[1], n[2], n[3]}, dtype_of(x));
-    default: return empty({0}, dtype_of(x));
+    case 1: return empty(x, {n[0]}, dtype_of(x));
+    case 2: return empty(x, {n[0], n[1]}, dtype_of(x));
+    case 3: return empty(x, {n[0], n[1], n[2]}, dtype_of(x));
+    case 4: return empty(x, {n[0], n[1], n[2], n[3]}, dtype_of(x));
+    default: return empty(x, {0}, dtype_of(x));
   }
 }
 
@@ -116,30 +128,72 @@ int32_t state_dtype(const Tensor& inputs) {
 Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
   const auto n = r.sizes();
   if (n.size() != 4 || n[3] > RWKV6_MAX_HEAD_SIZE)  // the library is going to refuse r
-    return empty({0}, aoti_torch_dtype_float32());
+    return empty(r, {0}, aoti_torch_dtype_float32());
   int64_t sequences = n[0];
   if (cu_seqlens) sequences = cu_seqlens->numel() ? cu_seqlens->numel() - 1 : 0;
-  return empty({sequences, n[2], n[3], n[3]}, state_dtype(r));
+  return empty(r, {sequences, n[2], n[3], n[3]}, state_dtype(r));
 }
 
 // [B, 3, D]
 Tensor empty_channel_states(const Tensor& k) {
   const auto n = k.sizes();
-  if (n.size() != 3) return empty({0}, state_dtype(k));  // the library is going to refuse k
-  return empty({n[0], 3, n[2]}, state_dtype(k));
+  if (n.size() != 3) return empty(k, {0}, state_dtype(k));  // the library is going to refuse k
+  return empty(k, {n[0], 3, n[2]}, state_dtype(k));
 }
 
-// torch's own thread pool.
-const rwkv6_context* context() {
-  thread_local rwkv6_context context = {
-      [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
-        torch::stable::parallel_for(0, n, 1,
-                                    [=](int64_t begin, int64_t end) { body(data, begin, end); });
-      },
-      nullptr, 1};
-  context.num_threads = int(torch::stable::get_num_threads());
-  return &context;
+// aoti_torch_get_current_cuda_stream of the torch in this process; nullptr where that is not a CUDA
+// build. Looked up, not linked, so that one binary serves CPU builds as well.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+CurrentStream current_stream() {
+  static const CurrentStream function = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return function;
 }
+
+// What torch lends to a call: its thread pool, or on a GPU its current stream and memory of its
+// allocator. That memory goes back when the call returns, before the kernels are done: the
+// allocator hands it out again only to what the same stream runs after them. For the same reason,
+// and because nothing waits for the GPU or calls cudaMalloc, calls can be captured in a CUDA graph
+// and run on side streams.
+class Context {
+  const Tensor& r_;  // or k: a tensor on the call's device
+  std::vector<Tensor> workspace_;
+  rwkv6_context context_ = {};
+
+  static void parallel_for(void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
+    torch::stable::parallel_for(0, n, 1,
+                                [=](int64_t begin, int64_t end) { body(data, begin, end); });
+  }
+
+  static void* allocate(void* pool, size_t bytes) {
+    Context* self = static_cast<Context*>(pool);
+    try {
+      self->workspace_.push_back(empty(self->r_, {int64_t(bytes)}, aoti_torch_dtype_uint8()));
+    } catch (const std::exception&) {  // must not cross the C interface
+      return nullptr;
+    }
+    return self->workspace_.back().mutable_data_ptr();
+  }
+
+ public:
+  explicit Context(const Tensor& r) : r_(r) {
+    context_.pool = this;
+    if (r.is_cuda()) {
+      context_.allocate = &allocate;
+      STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(r.get_device_index(), &context_.stream));
+    } else {
+      context_.parallel_for = &parallel_for;
+      context_.num_threads = int(torch::stable::get_num_threads());
+    }
+  }
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  operator const rwkv6_context*() const { return &context_; }
+};
 
 void check(const char* message) {
   if (message) throw std::runtime_error(message);
@@ -154,7 +208,7 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H
                                const OptionalTensor& state_map,      // [B] or [M]
                                const OptionalTensor& cu_seqlens) {   // [M + 1]
   const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens);
-  check(rwkv6_wkv_forward(context(), View(r), View(k), View(v), View(w), View(u),
+  check(rwkv6_wkv_forward(Context(r), View(r), View(k), View(v), View(w), View(u),
                           View(initial_state), View(state_map), View(cu_seqlens), View::output(y),
                           View::output(final_state)));
   return {y, final_state};
@@ -174,10 +228,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
   const Tensor grad_r = empty_for(r), grad_k = empty_for(k), grad_v = empty_for(v),
                grad_w = empty_for(w), grad_u = empty_for(u);
   const Tensor grad_initial =
-      initial_state ? empty_for(*initial_state) : empty({0}, aoti_torch_dtype_float32());
+      initial_state ? empty_for(*initial_state) : empty(r, {0}, aoti_torch_dtype_float32());
   View grad_initial_view;
   if (initial_state) grad_initial_view = View::output(grad_initial);
-  check(rwkv6_wkv_backward(context(), View(grad_y), View(grad_final_state), View(r), View(k),
+  check(rwkv6_wkv_backward(Context(r), View(grad_y), View(grad_final_state), View(r), View(k),
                            View(v), View(w), View(u), View(initial_state), View(state_map),
                            View(cu_seqlens), View::output(grad_r), View::output(grad_k),
                            View::output(grad_v), View::output(grad_w), View::output(grad_u),
@@ -194,7 +248,7 @@ Tensor wkv_(const Tensor& r,                     // [B, T, H, N]
             const OptionalTensor& state_map,     // [B] or [M]
             const OptionalTensor& cu_seqlens) {  // [M + 1]
   const Tensor y = empty_for(r);
-  check(rwkv6_wkv_inplace(context(), View(r), View(k), View(v), View(w), View(u),
+  check(rwkv6_wkv_inplace(Context(r), View(r), View(k), View(v), View(w), View(u),
                           View::output(state), View(state_map), View(cu_seqlens), View::output(y)));
   return y;
 }
@@ -205,7 +259,7 @@ std::tuple<Tensor, Tensor> wkv4(const Tensor& k,                        // [B, T
                                 const Tensor& u,                        // [D]
                                 const OptionalTensor& initial_state) {  // [B, 3, D]
   const Tensor y = empty_for(k), final_state = empty_channel_states(k);
-  check(rwkv6_wkv4_forward(context(), View(k), View(v), View(w), View(u), View(initial_state),
+  check(rwkv6_wkv4_forward(Context(k), View(k), View(v), View(w), View(u), View(initial_state),
                            View::output(y), View::output(final_state)));
   return {y, final_state};
 }
@@ -221,10 +275,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
   const Tensor grad_k = empty_for(k), grad_v = empty_for(v), grad_w = empty_for(w),
                grad_u = empty_for(u);
   const Tensor grad_initial =
-      initial_state ? empty_for(*initial_state) : empty({0}, aoti_torch_dtype_float32());
+      initial_state ? empty_for(*initial_state) : empty(k, {0}, aoti_torch_dtype_float32());
   View grad_initial_view;
   if (initial_state) grad_initial_view = View::output(grad_initial);
-  check(rwkv6_wkv4_backward(context(), View(grad_y), View(grad_final_state), View(k), View(v),
+  check(rwkv6_wkv4_backward(Context(k), View(grad_y), View(grad_final_state), View(k), View(v),
                             View(w), View(u), View(initial_state), View::output(grad_k),
                             View::output(grad_v), View::output(grad_w), View::output(grad_u),
                             grad_initial_view));
@@ -237,7 +291,7 @@ Tensor wkv4_(const Tensor& k,        // [B, T, D]
              const Tensor& u,        // [D]
              const Tensor& state) {  // [B, 3, D], updated in place
   const Tensor y = empty_for(k);
-  check(rwkv6_wkv4_inplace(context(), View(k), View(v), View(w), View(u), View::output(state),
+  check(rwkv6_wkv4_inplace(Context(k), View(k), View(v), View(w), View(u), View::output(state),
                            View::output(y)));
   return y;
 }
@@ -245,8 +299,8 @@ Tensor wkv4_(const Tensor& k,        // [B, T, D]
 Tensor matvec(const Tensor& x,                              // [M, K]
               const Tensor& weight) {                       // [N, K]
   const bool matrices = x.dim() == 2 && weight.dim() == 2;  // otherwise it is going to be refused
-  const Tensor y = matrices ? empty({x.size(0), weight.size(0)}, dtype_of(x)) : empty_for(x);
-  check(rwkv6_matvec(context(), View(x), View(weight), View::output(y)));
+  const Tensor y = matrices ? empty(x, {x.size(0), weight.size(0)}, dtype_of(x)) : empty_for(x);
+  check(rwkv6_matvec(Context(x), View(x), View(weight), View::output(y)));
   return y;
 }
 
@@ -282,4 +336,13 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
   m.impl("wkv4_", TORCH_BOX(&wkv4_));
   m.impl("matvec", TORCH_BOX(&matvec));
+}
+
+// A CUDA build of torch gets the CUDA kernels if the kernel library has them; the reference serves
+// everybody else's GPUs, and the other operators (torch_rwkv6/registration/fallback.py).
+STABLE_TORCH_LIBRARY_IMPL(rwkv6, CUDA, m) {
+  if (!rwkv6_cuda_architectures() || !current_stream()) return;
+  m.impl("wkv", TORCH_BOX(&wkv));
+  m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
+  m.impl("wkv_", TORCH_BOX(&wkv_));
 }

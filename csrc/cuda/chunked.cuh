@@ -24,10 +24,8 @@ template <class... Arguments, class... Given>
 void launch_chunked(const char* name, void (*kernel)(Arguments...), const Launch& launch,
                     int64_t blocks, int threads, int shared_bytes, const Given&... arguments) {
   if (blocks == 0) return;
-  if (blocks > INT32_MAX)
-    throw CudaError(std::string(name) + ": too many sequences times heads for one launch");
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<unsigned(blocks), threads, shared_bytes, launch.stream>>>(arguments...);
+  kernel<<<blocks_for(blocks), threads, shared_bytes, launch.stream>>>(arguments...);
   check_launched(name);
 }
 

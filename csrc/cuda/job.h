@@ -6,12 +6,6 @@
 
 namespace rwkv6::cuda {
 
-// A vector of int32 or int64; data = nullptr: absent.
-struct Indices {
-  const void* data = nullptr;
-  bool wide = false;  // int64
-};
-
 // The sequences of a call: batch rows, or the pieces of cu_seqlens. See span.cuh.
 struct Sequences {
   int64_t count;   // B, or M with cu_seqlens
@@ -19,10 +13,10 @@ struct Sequences {
   int64_t states;  // S, the rows of the tensor that sequences start from; 0: they start from zeros
   Indices state_map;   // [count]; absent: sequence m starts from row m, or from row 0 if S is 1
   Indices cu_seqlens;  // [count + 1], or absent
-  const int*
-      bad_cu_seqlens;  // set where cu_seqlens does not rise from 0 to T; with cu_seqlens only
-  bool in_place;       // final states go where the initial ones came from, negative
-                       // entries of state_map are padding rows
+  bool in_place;  // final states go where the initial ones came from, negative entries of state_map
+                  // are padding rows
+  // Set where cu_seqlens does not rise from 0 to T. The launch fills it in, with cu_seqlens only.
+  const int* bad_cu_seqlens;
 };
 
 struct ForwardJob {

@@ -36,6 +36,9 @@ struct Launch {
 // Throws what the launch of `kernel` just before left behind.
 void check_launched(const char* kernel);
 
+// How many blocks of a grid's first dimension do so much work. Throws where CUDA allows fewer.
+unsigned blocks_for(int64_t work, int64_t per_block = 1);
+
 // The kernel families. All of them: any strides with contiguous rows, any options.
 //   recurrent: every dtype and head size; f32 inputs in f32, f64 in f64
 //   chunked: bf16 and f16 of head size 32, 64 and 128 on tensor cores, rows aligned to 16 bytes

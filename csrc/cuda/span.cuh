@@ -14,10 +14,6 @@ struct Span {
   bool valid;                // otherwise y, gradients and the final state are NaN
 };
 
-__device__ inline int64_t index_at(const Indices& x, int64_t i) {
-  return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
-}
-
 __device__ inline Span span_of(const Sequences& s, int64_t m) {
   Span span = {m, 0, s.tokens, s.states == 1 ? 0 : m, m, false, true};
   if (s.cu_seqlens.data) {
@@ -27,17 +23,17 @@ __device__ inline Span span_of(const Sequences& s, int64_t m) {
       span.begin = s.tokens * m / s.count;
       span.length = s.tokens * (m + 1) / s.count - span.begin;
     } else {
-      span.begin = index_at(s.cu_seqlens, m);
-      span.length = index_at(s.cu_seqlens, m + 1) - span.begin;
+      span.begin = s.cu_seqlens[m];
+      span.length = s.cu_seqlens[m + 1] - span.begin;
     }
   }
-  if (s.states == 0) {
-    span.initial = -1;
-  } else if (s.state_map.data) {
-    span.initial = index_at(s.state_map, m);
+  if (s.state_map.data) {
+    span.initial = s.state_map[m];
     span.padding = s.in_place && span.initial < 0;
     if (!span.padding && (span.initial < 0 || span.initial >= s.states)) span.valid = false;
     if (!span.valid || span.padding) span.initial = -1;
+  } else if (s.states == 0) {
+    span.initial = -1;
   }
   if (s.in_place) span.final = span.initial;
   return span;

@@ -24,7 +24,7 @@ template <class T>
 void sum_heads(const Launch& launch, const T* parts, int64_t count, int64_t H, int64_t N,
                Heads out) {
   if (H * N == 0) return;
-  const unsigned blocks = unsigned((H * N + kThreads - 1) / kThreads);
+  const unsigned blocks = blocks_for(H * N, kThreads);
   sum_heads_kernel<T><<<blocks, kThreads, 0, launch.stream>>>(parts, count, H, N, out);
   check_launched("sum_heads");
 }

@@ -715,13 +715,13 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
     cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   backward_recurrent_kernel<T, P>
-      <<<unsigned(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, whole,
-                                                                                workspace);
+      <<<blocks_for(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, whole,
+                                                                                  workspace);
   check_launched("backward_recurrent");
   const int64_t size = tokens * job.H * job.N;
   if (parts > 1 && size > 0) {
     constexpr int kThreads = 256;
-    sum_parts_kernel<<<unsigned((size + kThreads - 1) / kThreads), kThreads, 0, launch.stream>>>(
+    sum_parts_kernel<<<blocks_for(size, kThreads), kThreads, 0, launch.stream>>>(
         grad_v, parts, tokens, sequences.tokens, job.H, job.N, job.grad_v);
     check_launched("sum_parts");
   }

@@ -228,7 +228,7 @@ void launch_forward(const Launch& launch, const ForwardJob& job) {
   const Whole whole = {rows_whole<T>(job.r), rows_whole<T>(job.k),       rows_whole<T>(job.v),
                        rows_whole<T>(job.w), rows_whole<T>(job.initial), rows_whole<T>(job.final)};
   forward_recurrent_kernel<T, P>
-      <<<unsigned(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, whole);
+      <<<blocks_for(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, whole);
   check_launched("forward_recurrent");
 }
 

@@ -9,6 +9,11 @@
 // Shapes: B batch rows, T tokens, H heads, N head size (1 to 256), S states, M packed sequences.
 // Strides are arbitrary as long as the last dimension is contiguous; output tensors must not
 // overlap themselves, each other or the inputs. Optional tensors may be NULL.
+//
+// All tensors of a call are on the CPU, or all on one CUDA device, for WKV6. On a GPU a call only
+// launches kernels: it returns before they are done, and it looks at no value. A sequence whose
+// entry of state_map is out of range, and every sequence when cu_seqlens does not rise from 0 to T,
+// then gets NaN, and no memory outside the tensors is touched.
 #pragma once
 
 #include <ATen/dlpack.h>  // the DLPack header, as torch's wheel ships it
@@ -140,6 +145,11 @@ RWKV6_API const char* rwkv6_matvec(const rwkv6_context* context,
 // x86-64, "neon" on AArch64, "baseline" elsewhere. The environment variable RWKV6_CPU_ISA forces
 // one; NULL if it names one that is not available.
 RWKV6_API const char* rwkv6_cpu_isa(void);
+
+// The compute capabilities that the CUDA kernels were compiled for, such as "8.0, 9.0"; NULL where
+// the library was built without CUDA. The environment variable RWKV6_CUDA_KERNEL, "recurrent" or
+// "chunked", forces one of the two families of kernels.
+RWKV6_API const char* rwkv6_cuda_architectures(void);
 
 #ifdef __cplusplus
 }

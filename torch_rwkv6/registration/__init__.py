@@ -1,6 +1,6 @@
 """What PyTorch must know of the operators, one promise a file.
 
-The binary brings the schemas and the CPU kernels (csrc/bindings/torch.cpp); importing this package
+The binary brings the schemas and the kernels (csrc/bindings/torch.cpp); importing this package
 adds the rest before anybody's first call.
 """
 

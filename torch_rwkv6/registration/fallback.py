@@ -1,12 +1,18 @@
 """The reference as the kernel of every device that has none of its own.
 
-Registered for all backends: the binary's CPU kernels take precedence where they are loaded.
+Registered for all backends: the binary's kernels take precedence where they are loaded.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
+import torch_rwkv6
 from torch_rwkv6 import reference, reference4
 from torch_rwkv6.checks import (
     check_matvec,
@@ -127,5 +133,31 @@ def matvec(
     return x @ weight.T
 
 
+def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which says once that kernels would be faster."""
+
+    @functools.wraps(function)
+    def kernel(*args: Any) -> Any:
+        _say_what_is_missing()
+        return function(*args)
+
+    return kernel
+
+
+@functools.cache
+def _say_what_is_missing() -> None:
+    warnings.warn(
+        "torch_rwkv6: there are no CUDA kernels, so WKV6 runs its pure PyTorch reference on the "
+        "GPU: the same results, but much slower. To build them for an NVIDIA GPU, "
+        "install again where nvcc is found, with RWKV6_CUDA=1: pip install --force-reinstall "
+        "--no-deps --no-binary torch_rwkv6 torch_rwkv6, or `pip install .` in a checkout.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
     library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+if not torch_rwkv6.has_cuda_kernels:
+    for _function in (wkv, wkv_backward, wkv_):
+        library.impl(_function.__name__, slow_on_gpus(_function), "CUDA")

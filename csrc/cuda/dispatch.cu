@@ -1,0 +1,234 @@
+// From a checked call to the kernels: the device, the workspace, which family of kernels, and the
+// small kernels around them.
+#include "cuda/dispatch.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+
+#include "cuda/launch.h"
+#include "cuda/load.cuh"
+
+namespace rwkv6::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw CudaError(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Makes the tensors' device the thread's current one while a call runs.
+class CurrentDevice {
+  int before_ = 0, device_;
+
+ public:
+  explicit CurrentDevice(int device) : device_(device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~CurrentDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+Launch launch_on(const rwkv6_context* context, int device) {
+  if (!context || !context->allocate)
+    throw CudaError(
+        "context: tensors on a GPU need one with the stream to launch on and `allocate`");
+  return {context, static_cast<cudaStream_t>(context->stream),
+          attribute(cudaDevAttrMultiProcessorCount, device)};
+}
+
+__global__ void __launch_bounds__(kThreads)
+    check_cu_seqlens_kernel(Indices cu_seqlens, int64_t count, int64_t tokens, int* bad) {
+  bool wrong = threadIdx.x == 0 && (cu_seqlens[0] != 0 || cu_seqlens[count] != tokens);
+  for (int64_t m = threadIdx.x; m < count; m += kThreads)
+    wrong |= cu_seqlens[m] > cu_seqlens[m + 1];
+  wrong = __syncthreads_or(wrong);
+  if (threadIdx.x == 0) *bad = wrong;
+}
+
+void check_cu_seqlens(const Launch& launch, Sequences& sequences) {
+  if (!sequences.cu_seqlens.data) return;
+  int* bad = launch.workspace<int>(1);
+  check_cu_seqlens_kernel<<<1, kThreads, 0, launch.stream>>>(sequences.cu_seqlens, sequences.count,
+                                                             sequences.tokens, bad);
+  check_launched("check_cu_seqlens");
+  sequences.bad_cu_seqlens = bad;
+}
+
+// The row that sequence m starts from; any value where state_map is wrong.
+__device__ int64_t row_of(const Sequences& sequences, int64_t m) {
+  if (sequences.state_map.data) return sequences.state_map[m];
+  return sequences.states == 1 ? 0 : m;
+}
+
+// Chains the sequences that start from the same row: next[s], s < S, is the first that starts from
+// row s, next[S + m] the one after m with m's row, and `count` ends a chain.
+__global__ void __launch_bounds__(kThreads) chain_kernel(Sequences sequences, int64_t* next) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, S = sequences.states;
+  if (i >= S + sequences.count) return;
+  const int64_t row = i < S ? i : row_of(sequences, i - S);
+  int64_t m = i < S ? 0 : i - S + 1;
+  while (m < sequences.count && row_of(sequences, m) != row) m++;
+  next[i] = m;
+}
+
+// out[s] = the sum of parts[m] over the sequences m of row s, in their order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_states_kernel(const T* parts, const int64_t* next, int64_t S, int64_t count, int64_t H,
+                      int64_t N, States out) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t size = H * N * N, s = index / size, element = index % size;
+  if (s >= S) return;
+  T sum = 0;
+  for (int64_t m = next[s]; m < count; m = next[S + m]) sum += parts[m * size + element];
+  const int64_t h = element / (N * N), i = element / N % N, j = element % N;
+  store_element(out.matrix(s, h), out.dtype, i * out.stride_row + j, sum);
+}
+
+template <class T>
+void sum_states(const Launch& launch, const BackwardJob& job, const States& out) {
+  const int64_t S = job.sequences.states, count = job.sequences.count;
+  if (S == 0) return;
+  int64_t* next = launch.workspace<int64_t>(S + count);
+  chain_kernel<<<blocks_for(S + count, kThreads), kThreads, 0, launch.stream>>>(job.sequences,
+                                                                                next);
+  check_launched("chain");
+  sum_states_kernel<<<blocks_for(S * job.H * job.N * job.N, kThreads), kThreads, 0,
+                      launch.stream>>>(reinterpret_cast<const T*>(job.grad_initial.data), next, S,
+                                       count, job.H, job.N, out);
+  check_launched("sum_states");
+}
+
+enum class Family { recurrent, chunked };
+
+// What 16-byte loads of whole rows need.
+bool aligned(const Tokens& x) {
+  const int64_t size = size_of(x.dtype);
+  const int64_t all = int64_t(reinterpret_cast<uintptr_t>(x.data)) | x.stride_b * size |
+                      x.stride_t * size | x.stride_h * size;
+  return all % 16 == 0;
+}
+
+// Which kernels compute a call: the chunked ones wherever they can, from about two of their chunks
+// on; below that, loading and storing the state is most of the work, which the recurrent ones do at
+// the speed of memory. RWKV6_CUDA_KERNEL forces one family.
+Family choose(const Sequences& sequences, DType dtype, int64_t N,
+              std::initializer_list<Tokens> rows) {
+  constexpr int64_t kFewTokens = 32;
+  const char* obstacle = nullptr;
+  if (dtype != DType::bf16 && dtype != DType::f16) obstacle = "inputs are not bfloat16 or float16";
+  if (N != 32 && N != 64 && N != 128) obstacle = "the head size is not 32, 64 or 128";
+  for (const Tokens& x : rows)
+    if (!aligned(x)) obstacle = "a row of a tensor is not aligned to 16 bytes";
+  const char* variable = getenv("RWKV6_CUDA_KERNEL");
+  const std::string forced = variable ? variable : "";
+  if (forced == "recurrent") return Family::recurrent;
+  if (forced == "chunked") {
+    if (obstacle) throw CudaError("RWKV6_CUDA_KERNEL=chunked: " + std::string(obstacle));
+    return Family::chunked;
+  }
+  if (!forced.empty())
+    throw CudaError("RWKV6_CUDA_KERNEL=" + forced + ": expected recurrent or chunked");
+  const bool few = sequences.tokens < kFewTokens ||
+                   (sequences.cu_seqlens.data && sequences.tokens / sequences.count < kFewTokens);
+  return obstacle || few ? Family::recurrent : Family::chunked;
+}
+
+}  // namespace
+
+const char* architectures() {
+#define RWKV6_TEXT_OF(...) #__VA_ARGS__
+#define RWKV6_TEXT(...) RWKV6_TEXT_OF(__VA_ARGS__)
+  static const std::string text = [] {  // from 800,900
+    std::string result;
+    const char* digit = RWKV6_TEXT(__CUDA_ARCH_LIST__);
+    while (*digit) {
+      const int number = int(strtol(digit, const_cast<char**>(&digit), 10));
+      result += (result.empty() ? "" : ", ") + std::to_string(number / 100) + "." +
+                std::to_string(number / 10 % 10);
+      if (*digit) digit++;
+    }
+    return result;
+  }();
+  return text.c_str();
+}
+
+void check_launched(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+    const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+    throw CudaError("CUDA device " + std::to_string(device) + " has compute capability " +
+                    std::to_string(major) + "." + std::to_string(minor) +
+                    ", for which this library has no kernels: it was built for " + architectures() +
+                    " (TORCH_CUDA_ARCH_LIST chooses)");
+  }
+  check(error, kernel);
+}
+
+unsigned blocks_for(int64_t work, int64_t per_block) {
+  constexpr int64_t kMost = INT32_MAX;  // of a grid's first dimension
+  const int64_t blocks = (work + per_block - 1) / per_block;
+  if (blocks > kMost)
+    throw CudaError("the call needs " + std::to_string(blocks) + " blocks, CUDA allows " +
+                    std::to_string(kMost) + ": split its batch");
+  return unsigned(blocks);
+}
+
+void forward(const rwkv6_context* context, int device, ForwardJob job) {
+  const CurrentDevice current(device);
+  const Launch launch = launch_on(context, device);
+  if (job.sequences.count == 0 || job.H == 0) return;
+  check_cu_seqlens(launch, job.sequences);
+  const Family family =
+      choose(job.sequences, job.r.dtype, job.N, {job.r, job.k, job.v, job.w, job.y});
+  family == Family::chunked ? forward_chunked(launch, job) : forward_recurrent(launch, job);
+}
+
+void backward(const rwkv6_context* context, int device, BackwardJob job,
+              const States& grad_initial_state) {
+  const CurrentDevice current(device);
+  const Launch launch = launch_on(context, device);
+  if (job.H == 0) return;
+  const DType acc = state_dtype(job.r.dtype);
+  const int64_t count = job.sequences.count, state_size = job.N * job.N;
+  const bool wanted = grad_initial_state.data != nullptr;
+  const bool one_to_one = job.sequences.states == count && !job.sequences.state_map.data &&
+                          grad_initial_state.dtype == acc;
+  if (wanted && one_to_one) {
+    job.grad_initial = grad_initial_state;
+  } else if (wanted) {
+    job.grad_initial = {launch.workspace<char>(count * job.H * state_size * size_of(acc)), acc,
+                        job.H * state_size, state_size, job.N};
+  }
+  if (count == 0) {  // nothing depends on u
+    acc == DType::f64 ? sum_heads<double>(launch, nullptr, 0, job.H, job.N, job.grad_u)
+                      : sum_heads<float>(launch, nullptr, 0, job.H, job.N, job.grad_u);
+  } else {
+    check_cu_seqlens(launch, job.sequences);
+    const Family family = choose(
+        job.sequences, job.r.dtype, job.N,
+        {job.grad_y, job.r, job.k, job.v, job.w, job.grad_r, job.grad_k, job.grad_v, job.grad_w});
+    family == Family::chunked ? backward_chunked(launch, job) : backward_recurrent(launch, job);
+  }
+  if (wanted && !one_to_one)
+    acc == DType::f64 ? sum_states<double>(launch, job, grad_initial_state)
+                      : sum_states<float>(launch, job, grad_initial_state);
+}
+
+}  // namespace rwkv6::cuda

@@ -1,0 +1,23 @@
+// The way to the CUDA kernels, without CUDA's headers: dispatch.cu lies behind it, or absent.cpp in
+// a library that was built without nvcc.
+#pragma once
+
+#include "cuda/job.h"
+#include "rwkv6.h"
+
+namespace rwkv6::cuda {
+
+// The compute capabilities that the kernels were compiled for, such as "8.0, 9.0"; NULL without.
+const char* architectures();
+
+// Launch the kernels of a call whose arguments are checked, on the caller's stream; `device` is the
+// tensors'. Nothing waits for the GPU. They throw std::runtime_error with a message, or
+// std::bad_alloc.
+void forward(const rwkv6_context* context, int device, ForwardJob job);
+
+// job.grad_initial is filled in here: grad_initial_state, [S, H, N, N], gets the sum over the
+// sequences that start from each row, in their order; absent: not wanted.
+void backward(const rwkv6_context* context, int device, BackwardJob job,
+              const States& grad_initial_state);
+
+}  // namespace rwkv6::cuda

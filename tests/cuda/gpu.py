@@ -1,0 +1,178 @@
+"""A GPU made of a CPU: the kernel library's C interface, its host code included, over ptxcpu.
+
+The library is compiled from the sources that setup.py compiles, but to PTX and against the stand-in
+CUDA runtime. Memory of the "device" is a region of its own for every tensor, and whatever a kernel
+does outside of these, or before it is initialised, makes the call fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from dlpack import ALLOCATE, K_CUDA, Context, DLTensor, int64s
+from ptxcpu import build, runtime
+from samples import Call
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "csrc/cuda"))
+import nvcc  # noqa: E402
+
+ARCHITECTURES = (80, 90)
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+CODES = {"f": 2, "i": 0, "b": 4}  # bfloat16
+
+
+def build_library(csrc: Path = ROOT / "csrc") -> Path:
+    """librwkv6.so with PTX for the ARCHITECTURES, and no kernels for the CPU."""
+    sources = [*csrc.glob("*.cpp"), *(csrc / "cuda").glob("*.cu")]
+    sources.append(Path(__file__).with_name("no_cpu_kernels.cpp"))
+    options = [
+        "-std=c++20", "-O3", "--no-compress", "-Xcompiler=-fPIC", f"-I{csrc}",
+        f"-I{csrc / 'include'}", *(arg for path in include_paths() for arg in ("-isystem", path)),
+        *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES),
+    ]  # fmt: skip
+    folder = csrc.parent / "build/cuda-tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "librwkv6.so"
+    with open(folder / "lock", "w") as lock:  # of several test processes the first one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        toolkit = nvcc.toolkit()
+        assert toolkit, "the tests of the CUDA kernels need nvcc"
+        objects = toolkit.compile(sorted(map(str, sources)), options, folder)
+        newest = max(Path(name).stat().st_mtime for name in objects)
+        if not library.exists() or library.stat().st_mtime < newest:
+            command = [toolkit.nvcc, "-shared", "--cudart=shared", f"-L{build.library()}", *objects]
+            subprocess.run([*command, "-o", library], check=True)
+    return library
+
+
+class Memory:
+    """A tensor copied to the device as it lies in its storage: with strides, offset and gaps."""
+
+    def __init__(self, gpu: Gpu, host: Tensor):
+        self._gpu, self._host = gpu, host
+        self._bytes = host.untyped_storage().nbytes()
+        with gpu.runtime.device(gpu.device):
+            self.address = gpu.allocate(self._bytes)
+        gpu.copy(self.address, host.untyped_storage().data_ptr(), self._bytes, HOST_TO_DEVICE)
+        self.dl = DLTensor(
+            self.address, K_CUDA, gpu.device, host.dim(), *_code(host.dtype), 1,
+            int64s(host.shape), int64s(host.stride()), host.storage_offset() * host.element_size(),
+        )  # fmt: skip
+
+    def read(self) -> Tensor:
+        """What the device holds now; what lies between the elements must be what it was."""
+        before = torch.tensor([], dtype=torch.uint8).set_(self._host.untyped_storage())
+        after = torch.empty_like(before)
+        self._gpu.copy(after.data_ptr(), self.address, self._bytes, DEVICE_TO_HOST)
+        layout = (self._host.storage_offset(), self._host.shape, self._host.stride())
+        found = torch.tensor([], dtype=self._host.dtype).set_(after.untyped_storage(), *layout)
+        result = found.clone()
+        found.copy_(self._host)
+        assert torch.equal(after, before), "an output was written to beside its elements"
+        return result
+
+
+def _code(dtype: torch.dtype) -> tuple[int, int]:
+    """DLPack's type code and number of bits."""
+    name = str(dtype).removeprefix("torch.")
+    return CODES[name[0]], dtype.itemsize * 8
+
+
+class Gpu:
+    """The kernel library over the stand-in runtime. All calls of a test share its device."""
+
+    def __init__(self, library: Path):
+        self.runtime = runtime.load()
+        self.library = ctypes.CDLL(str(library))
+        for name in ("rwkv6_wkv_forward", "rwkv6_wkv_backward", "rwkv6_wkv_inplace"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.context = Context(allocate=ALLOCATE(lambda pool, size: self.allocate(size)))
+        self.device = 0
+        self._allocated: list[int] = []
+
+    @contextlib.contextmanager
+    def on(self, device: int, stream: int) -> Iterator[None]:
+        """Tensors are on that device and calls on that stream, meanwhile."""
+        self.device, self.context.stream = device, stream
+        try:
+            yield
+        finally:
+            self.device, self.context.stream = 0, None
+
+    def allocate(self, size: int) -> int:
+        """Memory of the current device, its numbers NaN."""
+        address = ctypes.c_void_p()
+        assert self.runtime.cuda.cudaMalloc(ctypes.byref(address), max(size, 1)) == 0
+        assert address.value
+        self._allocated.append(address.value)
+        return address.value
+
+    def copy(self, to: int, source: int, size: int, kind: int) -> None:
+        arguments = ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), kind
+        assert size == 0 or self.runtime.cuda.cudaMemcpy(*arguments) == 0
+
+    def run(self, name: str, *tensors: Tensor | Memory | None) -> list[Memory | None]:
+        """Calls rwkv6_wkv_<name>. RuntimeError with the message that it returns."""
+        memory = [Memory(self, x) if isinstance(x, Tensor) else x for x in tensors]
+        pointers = [None if m is None else ctypes.byref(m.dl) for m in memory]
+        message = getattr(self.library, f"rwkv6_wkv_{name}")(ctypes.byref(self.context), *pointers)
+        if message is not None:
+            raise RuntimeError(message.decode())
+        return memory
+
+    def free(self) -> None:
+        for address in self._allocated:
+            assert self.runtime.cuda.cudaFree(address) == 0
+        self._allocated.clear()
+
+    def forward(self, call: Call, y: Tensor | None = None, state: Tensor | None = None):
+        """y [B, T, H, N] and final_state [B or M, H, N, N]; into memory laid out as y and state."""
+        y = _unwritten(call.r) if y is None else y
+        state = _unwritten_states(call) if state is None else state
+        *_, y_memory, state_memory = self.run("forward", *call.args(), y, state)
+        outputs = y_memory.read(), state_memory.read()
+        self.free()
+        return outputs
+
+    def backward(self, call: Call, grad_y: Tensor | None, grad_state: Tensor | None):
+        """The gradients of r, k, v, w, u and, if there is one, initial_state."""
+        grads = [None if x is None else _unwritten(x) for x in call.floats()]
+        memory = self.run("backward", grad_y, grad_state, *call.args(), *grads)[10:]
+        outputs = [m.read() for m in memory if m is not None]
+        self.free()
+        return outputs
+
+    def inplace(self, call: Call):
+        """y [B, T, H, N] and the updated state [S, H, N, N]."""
+        y = _unwritten(call.r)
+        memory = self.run("inplace", *call.args(), y)
+        outputs = memory[8].read(), memory[5].read()
+        self.free()
+        return outputs
+
+
+def _unwritten(x: Tensor) -> Tensor:
+    """An output like x; no kernel writes 7 by chance everywhere."""
+    return torch.full(x.shape, 7, dtype=x.dtype)
+
+
+def _unwritten_states(call: Call) -> Tensor:
+    H, N = call.u.shape
+    dtype = torch.float64 if call.r.dtype == torch.float64 else torch.float32
+    return torch.full((call.sequences, H, N, N), 7, dtype=dtype)
+
+
+@functools.cache
+def gpu() -> Gpu:
+    return Gpu(build_library())
