@@ -139,8 +139,8 @@ def test_what_the_operator_is_not_for() -> None:
     mixed = random_model("6")
     mixed.blocks[0].ln1.double()
     assert decode_(mixed.blocks[0], x, *states) is None
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="is for inference"):
-        decode_(block, x, *states)
+    with torch.enable_grad():
+        assert decode_(block, x, *states) is None
 
 
 @torch.no_grad()

@@ -19,6 +19,29 @@ from torch_rwkv6.nn.time_mix import TimeMix
 
 __all__ = ["decode_"]
 
+# The parameters of a block by the modules that hold them, in the order of rwkv6_layer in
+# csrc/include/rwkv6.h.
+_NAMES = {
+    "ln1": ("weight", "bias"),
+    "att": (
+        *("time_maa_x", "time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"),
+        *("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2"),
+        "time_faaaa",
+    ),
+    "att.receptance": ("weight",),
+    "att.key": ("weight",),
+    "att.value": ("weight",),
+    "att.gate": ("weight",),
+    "att.output": ("weight",),
+    "att.ln_x": ("weight", "bias"),
+    "ln2": ("weight", "bias"),
+    "ffn": ("time_maa_k", "time_maa_r"),
+    "ffn.key": ("weight",),
+    "ffn.receptance": ("weight",),
+    "ffn.value": ("weight",),
+}
+_PLAIN = {TimeMix, ChannelMix, Linear, nn.LayerNorm, nn.GroupNorm}
+
 
 def decode_(
     block: Any,  # a Block
@@ -29,8 +52,8 @@ def decode_(
 ) -> Tensor | None:  # [B, T, D]
     """``block.forward_`` of one token of each sequence; None where the modules have to run.
 
-    That is for more tokens, on other devices, while something traces or transforms, and where a
-    module of the block was replaced (LoRA), hooked or given a dtype of its own.
+    That is for more tokens, on other devices, while something traces or differentiates, and where
+    a module of the block was replaced (LoRA), hooked or given a dtype of its own.
     """
     batch, tokens, _ = x.shape
     if (
@@ -39,63 +62,49 @@ def decode_(
         or type(x) is not Tensor
         or x.device.type != "cpu"
         or not torch_rwkv6.has_kernels
+        or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or not _is_plain(block)
     ):
         return None
-    att, ffn = block.att, block.ffn
-    parameters = [  # in the order of rwkv6_layer in csrc/include/rwkv6.h
-        block.ln1.weight,
-        block.ln1.bias,
-        att.time_maa_x,
-        att.time_maa_w,
-        att.time_maa_k,
-        att.time_maa_v,
-        att.time_maa_r,
-        att.time_maa_g,
-        att.time_maa_w1,
-        att.time_maa_w2,
-        att.time_decay,
-        att.time_decay_w1,
-        att.time_decay_w2,
-        att.time_faaaa,
-        att.receptance.weight,
-        att.key.weight,
-        att.value.weight,
-        att.gate.weight,
-        att.output.weight,
-        att.ln_x.weight,
-        att.ln_x.bias,
-        block.ln2.weight,
-        block.ln2.bias,
-        ffn.time_maa_k,
-        ffn.time_maa_r,
-        ffn.key.weight,
-        ffn.receptance.weight,
-        ffn.value.weight,
+    modules = _modules(block)
+    if modules is None:
+        return None
+    # not by attributes: nn.Module takes a microsecond for each
+    parameters = [
+        m._parameters[n] for m, names in zip(modules, _NAMES.values(), strict=True) for n in names
     ]
     if any(p.dtype != x.dtype or not p.is_contiguous() for p in parameters):
         return None
     if any(s.dtype != x.dtype or s.stride(1) != 1 for s in (att_shift, ffn_shift)):
         return None
-    y = torch.ops.rwkv6.layer_.default(
-        x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, att.ln_x.eps
-    )
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        y = torch.ops.rwkv6.layer_.default(
+            x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
+        )
+    # lets autograd notice that a tensor saved for a backward pass was overwritten since
+    torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))
     return y.unsqueeze(1)
 
 
-def _is_plain(block: Any) -> bool:
-    """Whether the block's modules do what their classes say, and nothing else."""
-    att, ffn = block.att, block.ffn
-    if type(att) is not TimeMix or type(ffn) is not ChannelMix or block.ln1.eps != block.ln2.eps:
-        return False
+def _modules(block: Any) -> list[Any] | None:
+    """The modules of _NAMES; None if one of them is not just what its class says."""
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-        return False
-    inner = (block.ln1, block.ln2, *att._modules.values(), *ffn._modules.values())
-    return all(
-        type(m) in (nn.LayerNorm, nn.GroupNorm, Linear)
-        and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
-        for m in inner
-    )
+        return None
+    inner = block._modules
+    att, ffn = inner["att"], inner["ffn"]
+    if type(att) is not TimeMix or type(ffn) is not ChannelMix:
+        return None
+    a, f = att._modules, ffn._modules
+    modules = [inner["ln1"], att, a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
+    modules += [a["ln_x"], inner["ln2"], ffn, f["key"], f["receptance"], f["value"]]
+    for m in modules:
+        if (
+            type(m) not in _PLAIN
+            or m._forward_hooks
+            or m._forward_pre_hooks
+            or "forward" in m.__dict__
+        ):
+            return None
+    return modules if inner["ln1"].eps == inner["ln2"].eps else None

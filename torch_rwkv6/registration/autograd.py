@@ -24,7 +24,6 @@ _wkv4 = torch.ops.rwkv6.wkv4.default
 _wkv4_backward = torch.ops.rwkv6.wkv4_backward.default
 _wkv4_ = torch.ops.rwkv6.wkv4_.default
 _matvec = torch.ops.rwkv6.matvec.default
-_layer_ = torch.ops.rwkv6.layer_.default
 
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -237,34 +236,19 @@ def matvec(
         return _matvec(*inputs)
 
 
-def layer_(
-    x: Tensor,  # [B, D]
-    att_shift: Tensor,  # [B, D]
-    wkv: Tensor,  # [B, H, N, N]
-    ffn_shift: Tensor,  # [B, D]
-    parameters: list[Tensor],
-    ln_eps: float,
-    ln_x_eps: float,
-) -> Tensor:  # [B, D]
-    if torch.is_grad_enabled():
-        raise RuntimeError("rwkv6::layer_ is for inference: call it under torch.no_grad()")
-    with torch._C._AutoDispatchBelowAutograd():
-        return _layer_(x, att_shift, wkv, ffn_shift, parameters, ln_eps, ln_x_eps)
-
-
-def _bump_version(op: Any, *states: int) -> Any:
+def _bump_version(op: Any, state_index: int) -> Any:
     def kernel(keyset: Any, *args: Any) -> Tensor:
         below = keyset & torch._C._after_ADInplaceOrView_keyset
         y = op.redispatch(below, *args)
         # lets autograd notice that a tensor saved for a backward pass was overwritten since
-        torch.autograd.graph.increment_version([args[i] for i in states])
+        torch.autograd.graph.increment_version(args[state_index])
         return y
 
     return kernel
 
 
-for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec, layer_):
+for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
     library.impl(_function.__name__, _function, "Autograd")
-for _op, _states in ((_wkv_, (5,)), (_wkv4_, (4,)), (_layer_, (1, 2, 3))):
-    _rule = _bump_version(_op, *_states)
-    library.impl(_op._opname, _rule, "ADInplaceOrView", with_keyset=True)
+for _op, _state_index in ((_wkv_, 5), (_wkv4_, 4)):
+    _name = _op._opname
+    library.impl(_name, _bump_version(_op, _state_index), "ADInplaceOrView", with_keyset=True)
