@@ -21,8 +21,7 @@ void layer_inplace(const rwkv6_context* context, const rwkv6_layer* from, const 
   const int64_t N = job.N = size_of("att.time_faaaa", p.att_time_faaaa, -1);
   const int64_t F = job.F = size_of("ffn.key", p.ffn_key, 0);
   const int64_t mix_rank = job.mix_rank = size_of("att.time_maa_w1", p.att_time_maa_w1, -1) / 5;
-  const int64_t decay_rank = job.decay_rank =
-      size_of("att.time_decay_w1", p.att_time_decay_w1, -1);
+  const int64_t decay_rank = job.decay_rank = size_of("att.time_decay_w1", p.att_time_decay_w1, -1);
   if (D < 1 || H * N != D || N > kMaxHeadSize)
     throw ArgumentError("att.time_faaaa: expected [H, N] with H * N = " + std::to_string(D) +
                         " and N up to " + std::to_string(kMaxHeadSize));

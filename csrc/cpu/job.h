@@ -94,19 +94,19 @@ struct LayerJob {
   int64_t M, H, N, D, F;
   int64_t mix_rank, decay_rank;
   double ln_eps, ln_x_eps;
-  DType dtype;                                             // of parameters, x, shifts and y
-  Tokens x, att_shift, ffn_shift, y;                       // [M, D]; the shifts are updated
-  States wkv;                                              // [M, H, N, N], updated
-  const char *ln1_weight, *ln1_bias;                       // [D]
+  DType dtype;                                                // of parameters, x, shifts and y
+  Tokens x, att_shift, ffn_shift, y;                          // [M, D]; the shifts are updated
+  States wkv;                                                 // [M, H, N, N], updated
+  const char *ln1_weight, *ln1_bias;                          // [D]
   const char *maa_x, *maa_w, *maa_k, *maa_v, *maa_r, *maa_g;  // [D]
-  const char *maa_w1, *maa_w2;                             // [D, 5, mix_rank], [5, mix_rank, D]
-  const char *time_decay, *decay_w1, *decay_w2;            // [D], [D, decay_rank], [decay_rank, D]
-  const char* time_faaaa;                                  // [H, N]
-  const char *receptance, *key, *value, *gate, *output;    // [D, D]
-  const char *ln_x_weight, *ln_x_bias;                     // [D]
-  const char *ln2_weight, *ln2_bias;                       // [D]
-  const char *ffn_maa_k, *ffn_maa_r;                       // [D]
-  const char *ffn_key, *ffn_receptance, *ffn_value;        // [F, D], [D, D], [D, F]
+  const char *maa_w1, *maa_w2;                                // [D, 5, mix_rank], [5, mix_rank, D]
+  const char *time_decay, *decay_w1, *decay_w2;          // [D], [D, decay_rank], [decay_rank, D]
+  const char* time_faaaa;                                // [H, N]
+  const char *receptance, *key, *value, *gate, *output;  // [D, D]
+  const char *ln_x_weight, *ln_x_bias;                   // [D]
+  const char *ln2_weight, *ln2_bias;                     // [D]
+  const char *ffn_maa_k, *ffn_maa_r;                     // [D]
+  const char *ffn_key, *ffn_receptance, *ffn_value;      // [F, D], [D, D], [D, F]
 };
 
 // The kernels of one instruction set and one accumulator dtype; each computes the work units

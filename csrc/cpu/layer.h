@@ -165,8 +165,8 @@ class Layer {
       return fma(at(change, j, m), at(mixed[i], j, m), at(token, j, m));
     });
     if (i == kMixes - 1)
-      low_rank(mixed[i], job.decay_w1, job.decay_rank, job.decay_w2, job.decay_rank,
-               job.time_decay, own, w);
+      low_rank(mixed[i], job.decay_w1, job.decay_rank, job.decay_w2, job.decay_rank, job.time_decay,
+               own, w);
   }
 
   struct Product {  // y = x weight^T, with the weight [N, K]
@@ -248,9 +248,8 @@ class Layer {
                 {mixed[2], job.receptance, D, D, r},
                 {mixed[3], job.gate, D, D, g}});
     recur();
-    each(y, D, [&](int64_t i, int64_t m) {
-      return at(y, i, m) * at(g, i, m) * sigmoid(at(g, i, m));
-    });
+    each(y, D,
+         [&](int64_t i, int64_t m) { return at(y, i, m) * at(g, i, m) * sigmoid(at(g, i, m)); });
     project<1>({{y, job.output, D, D, v}});
     each(x, D, [&](int64_t i, int64_t m) { return at(x, i, m) + at(v, i, m); });
 
@@ -264,9 +263,8 @@ class Layer {
       return positive * positive;
     });
     project<1>({{hidden, job.ffn_value, D, F, v}});
-    each(x, D, [&](int64_t i, int64_t m) {
-      return fma(sigmoid(at(g, i, m)), at(v, i, m), at(x, i, m));
-    });
+    each(x, D,
+         [&](int64_t i, int64_t m) { return fma(sigmoid(at(g, i, m)), at(v, i, m), at(x, i, m)); });
 
     for (int64_t m = 0; m < M; m++) store_row(x.row(m), D, job.dtype, job.y.row(m, 0, 0));
   }

@@ -140,23 +140,23 @@ RWKV6_API const char* rwkv6_matvec(const rwkv6_context* context,
 // dimensions of 1 in front, which do not count) and of one dtype, f64 f32 bf16 f16. D = H * N
 // channels, F hidden ones; the ranks are any.
 typedef struct {
-  const DLTensor *ln1_weight, *ln1_bias;                                     // [D]
-  const DLTensor *att_time_maa_x, *att_time_maa_w, *att_time_maa_k;          // [D]
-  const DLTensor *att_time_maa_v, *att_time_maa_r, *att_time_maa_g;          // [D]
-  const DLTensor* att_time_maa_w1;                                           // [D, 5 * rank]
-  const DLTensor* att_time_maa_w2;                                           // [5, rank, D]
-  const DLTensor* att_time_decay;                                            // [D]
-  const DLTensor* att_time_decay_w1;                                         // [D, rank]
-  const DLTensor* att_time_decay_w2;                                         // [rank, D]
-  const DLTensor* att_time_faaaa;                                            // [H, N]
+  const DLTensor *ln1_weight, *ln1_bias;                                         // [D]
+  const DLTensor *att_time_maa_x, *att_time_maa_w, *att_time_maa_k;              // [D]
+  const DLTensor *att_time_maa_v, *att_time_maa_r, *att_time_maa_g;              // [D]
+  const DLTensor* att_time_maa_w1;                                               // [D, 5 * rank]
+  const DLTensor* att_time_maa_w2;                                               // [5, rank, D]
+  const DLTensor* att_time_decay;                                                // [D]
+  const DLTensor* att_time_decay_w1;                                             // [D, rank]
+  const DLTensor* att_time_decay_w2;                                             // [rank, D]
+  const DLTensor* att_time_faaaa;                                                // [H, N]
   const DLTensor *att_receptance, *att_key, *att_value, *att_gate, *att_output;  // [D, D]
-  const DLTensor *att_ln_x_weight, *att_ln_x_bias;                           // [D]
-  const DLTensor *ln2_weight, *ln2_bias;                                     // [D]
-  const DLTensor *ffn_time_maa_k, *ffn_time_maa_r;                           // [D]
-  const DLTensor* ffn_key;                                                   // [F, D]
-  const DLTensor* ffn_receptance;                                            // [D, D]
-  const DLTensor* ffn_value;                                                 // [D, F]
-  double ln_eps;                                                             // of ln1 and ln2
+  const DLTensor *att_ln_x_weight, *att_ln_x_bias;                               // [D]
+  const DLTensor *ln2_weight, *ln2_bias;                                         // [D]
+  const DLTensor *ffn_time_maa_k, *ffn_time_maa_r;                               // [D]
+  const DLTensor* ffn_key;                                                       // [F, D]
+  const DLTensor* ffn_receptance;                                                // [D, D]
+  const DLTensor* ffn_value;                                                     // [D, F]
+  double ln_eps;                                                                 // of ln1 and ln2
   double ln_x_eps;
 } rwkv6_layer;
 

