@@ -142,7 +142,7 @@ template <class T>
 void matvec(const MatvecJob& job, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t padded = matvec_padded<T>(job.K);
-  Scratch<T> scratch((job.M + 1) * padded);
+  Scratch<T> scratch(Scratch<T>::aligned(job.M * padded) + padded);
   T *const x = scratch.take(job.M * padded), *const row = scratch.take(padded);
   for (int64_t m = 0; m < job.M; m++) {
     load_row(job.x.row(m, 0, 0), job.x.dtype, job.K, row);
