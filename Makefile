@@ -7,7 +7,8 @@ CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.inc,$(CSRC)) $(wildcard tests/kernel_library/*) \
 	$(wildcard tests/ptxcpu/*.cpp tests/ptxcpu/src/*.cpp tests/ptxcpu/src/*.h) \
 	$(wildcard tests/ptxcpu/kernels/*.cu) benchmarks/limits.cpp
-PYTEST := $(BIN)/python -m pytest -n auto -q
+# worksteal: the longest tests come first and all of a file would go to one process otherwise
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 
 .PHONY: article demo test lint format bench bench-rivals bench-readme sanitize test-neon \
