@@ -176,9 +176,7 @@ def _walk(
     short = isinstance(count, int) and count <= UNROLLED
     if short or backend not in ("jax", "tensorflow"):
         states = []
-        # unstack and not an index per chunk: the gradient of n indexings costs n whole tensors
-        chunks = (ops.unstack(x, count, axis=2) for x in (decay, update))
-        for chunk_decay, chunk_update in zip(*chunks):
+        for chunk_decay, chunk_update in zip(_each(decay, count), _each(update, count)):
             states.append(state)
             state = chunk_decay * state + chunk_update
         return ops.stack(states, axis=2), state
@@ -186,6 +184,13 @@ def _walk(
     walk = _tensorflow_loop if backend == "tensorflow" else _scan
     states, state = walk(decay, update, state, count)
     return ops.moveaxis(states, 0, 2), state
+
+
+def _each(x: Any, count: int) -> Any:  # [B, H, count, ...] -> count of [B, H, ...]
+    if keras.backend.backend() == "openvino":  # which lacks unstack in Keras 3.12
+        return [x[:, :, i] for i in range(count)]
+    # not an index per chunk: the gradient of n indexings costs n whole tensors
+    return ops.unstack(x, count, axis=2)
 
 
 def _scan(
