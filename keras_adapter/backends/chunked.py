@@ -151,18 +151,25 @@ def _pairs(n: int, acc: str) -> tuple[Any, Any, Any, Any]:
     later [P, n] takes row t of each pair, earlier [P, n] row s, and between [P, n] adds up the rows
     s < j < t. place [P, n * n] puts a number of each pair at (t, s) of an n by n matrix.
     """
-    t, s = np.nonzero(np.tri(n, k=-1))
-    j = np.arange(n)
-    between = (s[:, None] < j) & (j < t[:, None])
-    matrices = (np.eye(n)[t], np.eye(n)[s], between, np.eye(n * n)[t * n + s])
-    later, earlier, between, place = (ops.convert_to_tensor(x, dtype=acc) for x in matrices)
-    return later, earlier, between, place
+    pairs = [(t, s) for t in range(n) for s in range(t)]
+    later = _rows([t for t, _ in pairs], n, acc)
+    earlier = _rows([s for _, s in pairs], n, acc)
+    before, after = _borders(n, acc)
+    between = ops.matmul(later, before) * ops.matmul(earlier, after)
+    return later, earlier, between, _rows([t * n + s for t, s in pairs], n * n, acc)
+
+
+def _rows(indices: list[int], n: int, acc: str) -> Any:  # [len(indices), n]
+    """Those rows of the identity. (Not NumPy's, which torch.compile does not trace.)"""
+    wanted = ops.expand_dims(ops.convert_to_tensor(indices, dtype="int32"), 1)
+    return ops.cast(ops.equal(wanted, ops.arange(n, dtype="int32")), acc)
 
 
 def _borders(n: int, acc: str) -> tuple[Any, Any]:
     """before [n, n] adds up the rows j < t for every t, after [n, n] the rows j > t."""
-    before = np.tri(n, k=-1)
-    return ops.convert_to_tensor(before, dtype=acc), ops.convert_to_tensor(before.T, dtype=acc)
+    j = ops.arange(n)
+    before = ops.cast(ops.less(ops.expand_dims(j, 0), ops.expand_dims(j, 1)), acc)
+    return before, ops.transpose(before)
 
 
 def _walk(
