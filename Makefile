@@ -8,7 +8,8 @@ CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.inc %.cu %.cuh,$(CSRC)) $(wildcard tests/kernel_library/*) \
 	$(wildcard tests/cuda/*.cpp tests/ptxcpu/*.cpp tests/ptxcpu/src/*.cpp tests/ptxcpu/src/*.h) \
 	$(wildcard tests/ptxcpu/kernels/*.cu) benchmarks/limits.cpp
-PYTEST := $(BIN)/python -m pytest -n auto -q
+# worksteal: the longest tests come first and all of a file would go to one process otherwise
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 # Two architectures are enough to develop with: the first runs on every GPU of its generation, the
 # PTX of the last on every later one. A wheel gets them all.

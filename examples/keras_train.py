@@ -36,7 +36,9 @@ def windows(text: np.ndarray, batch: int, length: int) -> Iterator[tuple[np.ndar
 
 def build(layers: int, width: int, head_size: int) -> keras.Model:
     tokens = keras.Input((None,), dtype="int32")
-    x = keras.layers.Embedding(256, width)(tokens)
+    # an Embedding with a dense gradient: given the sparse one of an Embedding, Keras' Adam on
+    # TensorFlow squares the gradient of every occurrence of a byte in place of their sum
+    x = keras.layers.Dense(width, use_bias=False)(keras.ops.one_hot(tokens, 256))
     x = keras.layers.LayerNormalization(epsilon=1e-5)(x)
     for i in range(layers):
         mix = RWKV6TimeMix(i, layers, head_size, lora_mix=8, lora_decay=8)

@@ -47,7 +47,8 @@ def wkv(
             to one, any other S needs state_map.
         state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
             Repeats are allowed, their gradients add up.
-        high_level: computes with keras.ops also where there is a native kernel.
+        high_level: computes with keras.ops also where there is a native kernel. In JAX this has
+            forward-mode derivatives as well; those of the native kernels are reverse-mode.
 
     Returns:
         y, [B, T, H, N] in r's dtype, and the state after the last token, [B, H, N, N], float32

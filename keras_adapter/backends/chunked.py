@@ -107,26 +107,32 @@ def _chunks(
         return ops.reshape(x, (batch, heads, count, blocks, BLOCK, size))
 
     r, k, v, log_decay = (cut(x) for x in (r, k, v, log_decay))
-    before, after, between, earlier = _masks(BLOCK, acc)
 
-    # Within a block: pairs of tokens s < t, [..., t, s, N].
-    pairs = (batch, heads, count, blocks, BLOCK, BLOCK, size)
-    decay = ops.exp(ops.reshape(ops.matmul(between, log_decay), pairs))
-    seen = ops.sum(ops.expand_dims(r, -2) * ops.expand_dims(k, -3) * decay, axis=-1) * earlier
-    y = ops.matmul(seen, v)
+    # Within a block: pairs of tokens s < t, P of them.
+    later, earlier, between, place = _pairs(BLOCK, acc)
+    decay = ops.exp(ops.matmul(between, log_decay))  # [B, H, count, blocks, P, N]
+    seen = ops.sum(ops.matmul(later, r) * ops.matmul(earlier, k) * decay, axis=-1)
+    seen = ops.matmul(seen, place)
+    y = ops.matmul(ops.reshape(seen, (batch, heads, count, blocks, BLOCK, BLOCK)), v)
 
     # Between blocks a > b of a chunk: r decayed from the start of block a, k to the end of b.
+    before, after = _borders(BLOCK, acc)
     r = r * ops.exp(ops.matmul(before, log_decay))
     k = k * ops.exp(ops.matmul(after, log_decay))
     log_decay = ops.sum(log_decay, axis=-2)  # [B, H, count, blocks, N]
     if blocks > 1:
-        before, after, between, earlier = _masks(blocks, acc)
-        pairs = (batch, heads, count, blocks, blocks, 1, size)
-        decay = ops.exp(ops.reshape(ops.matmul(between, log_decay), pairs))
-        decay = decay * ops.reshape(earlier, (blocks, blocks, 1, 1))
-        keys = ops.expand_dims(ops.transpose(k, (0, 1, 2, 3, 5, 4)), 3)
-        seen = ops.matmul(ops.expand_dims(r, 4) * decay, keys)  # [..., a, b, BLOCK, BLOCK]
-        y = y + ops.sum(ops.matmul(seen, ops.expand_dims(v, 3)), axis=4)
+        later, earlier, between, _ = _pairs(blocks, acc)
+        leading = (batch, heads, count)
+
+        def take(which: Any, x: Any) -> Any:  # [..., blocks, BLOCK, N] -> [..., P, BLOCK, N]
+            rows = ops.matmul(which, ops.reshape(x, (*leading, which.shape[1], BLOCK * size)))
+            return ops.reshape(rows, (*leading, which.shape[0], BLOCK, size))
+
+        decay = ops.expand_dims(ops.exp(ops.matmul(between, log_decay)), -2)
+        keys = ops.transpose(take(earlier, k), (0, 1, 2, 3, 5, 4))
+        seen = ops.matmul(take(later, r) * decay, keys)  # [B, H, count, P, BLOCK, BLOCK]
+        y = y + take(ops.transpose(later), ops.matmul(seen, take(earlier, v)))
+        before, after = _borders(blocks, acc)
         r = r * ops.exp(ops.expand_dims(ops.matmul(before, log_decay), -2))
         k = k * ops.exp(ops.expand_dims(ops.matmul(after, log_decay), -2))
 
@@ -139,17 +145,31 @@ def _chunks(
     return ops.transpose(y, (0, 2, 1, 3))[:, :tokens], state
 
 
-def _masks(n: int, acc: str) -> tuple[Any, Any, Any, Any]:
-    """Which of n log decays to add up; each times a [n, ...] gives sums over its first axis.
+def _pairs(n: int, acc: str) -> tuple[Any, Any, Any, Any]:
+    """The P = n (n - 1) / 2 pairs s < t of n rows, as 0/1 matrices to multiply the rows with.
 
-    before [n, n]: j < t. after [n, n]: j > s. between [n * n, n]: s < j < t for the pair t * n + s.
-    And the pairs themselves, earlier [n, n]: s < t.
+    later [P, n] takes row t of each pair, earlier [P, n] row s, and between [P, n] adds up the rows
+    s < j < t. place [P, n * n] puts a number of each pair at (t, s) of an n by n matrix.
     """
+    pairs = [(t, s) for t in range(n) for s in range(t)]
+    later = _rows([t for t, _ in pairs], n, acc)
+    earlier = _rows([s for _, s in pairs], n, acc)
+    before, after = _borders(n, acc)
+    between = ops.matmul(later, before) * ops.matmul(earlier, after)
+    return later, earlier, between, _rows([t * n + s for t, s in pairs], n * n, acc)
+
+
+def _rows(indices: list[int], n: int, acc: str) -> Any:  # [len(indices), n]
+    """Those rows of the identity. (Not NumPy's, which torch.compile does not trace.)"""
+    wanted = ops.expand_dims(ops.convert_to_tensor(indices, dtype="int32"), 1)
+    return ops.cast(ops.equal(wanted, ops.arange(n, dtype="int32")), acc)
+
+
+def _borders(n: int, acc: str) -> tuple[Any, Any]:
+    """before [n, n] adds up the rows j < t for every t, after [n, n] the rows j > t."""
     j = ops.arange(n)
     before = ops.cast(ops.less(ops.expand_dims(j, 0), ops.expand_dims(j, 1)), acc)
-    after = ops.transpose(before)
-    between = ops.expand_dims(before, 1) * ops.expand_dims(after, 0)
-    return before, after, ops.reshape(between, (n * n, n)), before
+    return before, ops.transpose(before)
 
 
 def _walk(
@@ -163,9 +183,7 @@ def _walk(
     short = isinstance(count, int) and count <= UNROLLED
     if short or backend not in ("jax", "tensorflow"):
         states = []
-        # unstack and not an index per chunk: the gradient of n indexings costs n whole tensors
-        chunks = (ops.unstack(x, count, axis=2) for x in (decay, update))
-        for chunk_decay, chunk_update in zip(*chunks):
+        for chunk_decay, chunk_update in zip(_each(decay, count), _each(update, count)):
             states.append(state)
             state = chunk_decay * state + chunk_update
         return ops.stack(states, axis=2), state
@@ -173,6 +191,13 @@ def _walk(
     walk = _tensorflow_loop if backend == "tensorflow" else _scan
     states, state = walk(decay, update, state, count)
     return ops.moveaxis(states, 0, 2), state
+
+
+def _each(x: Any, count: int) -> Any:  # [B, H, count, ...] -> count of [B, H, ...]
+    if keras.backend.backend() == "openvino":  # which lacks unstack in Keras 3.12
+        return [x[:, :, i] for i in range(count)]
+    # not an index per chunk: the gradient of n indexings costs n whole tensors
+    return ops.unstack(x, count, axis=2)
 
 
 def _scan(

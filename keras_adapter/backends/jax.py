@@ -65,7 +65,9 @@ def _native(
     state_map: Array | None,  # [B]
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
     batch, _, heads, size = r.shape
-    operands = [r, k, v, w, jnp.broadcast_to(u, (batch, heads, size))]
+    # wide, as the gradients of u of all batch rows are yet to be added up
+    u = jnp.broadcast_to(u.astype(_state_dtype(r)), (batch, heads, size))
+    operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
         initial_state = initial_state.astype(_state_dtype(r))

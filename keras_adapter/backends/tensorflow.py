@@ -64,11 +64,13 @@ def wkv(
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B, H, N, N]
     if not _use_kernels():
         return chunked.wkv(r, k, v, w, u, initial_state, state_map)
-    operands = [r, k, v, w, tf.broadcast_to(u, (tf.shape(r)[0], *u.shape))]
+    heads, size = u.shape
+    # wide, as the gradients of u of all batch rows are yet to be added up
+    u = tf.broadcast_to(tf.cast(u, _state_dtype(r)), (tf.shape(r)[0], heads, size))
+    operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
         initial_state = tf.cast(initial_state, _state_dtype(r))
-        heads, size = u.shape
         if state_map is None:
             shape = (tf.shape(r)[0], heads, size, size)
             operands.append(tf.broadcast_to(initial_state, shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -36,14 +37,7 @@ def array(x):
 def gradients(function, inputs, grad_outputs):
     """(outputs, gradients of the inputs) of function(*inputs), for the given output gradients."""
     if BACKEND == "jax":
-        import jax
-
-        @jax.jit  # faster than one operation after the other
-        def run(inputs, grad_outputs):
-            outputs, vjp = jax.vjp(function, *inputs)
-            return outputs, vjp(grad_outputs)
-
-        return run(tuple(inputs), tuple(grad_outputs))
+        return _jax_vjp(function)(tuple(inputs), tuple(grad_outputs))
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -56,6 +50,24 @@ def gradients(function, inputs, grad_outputs):
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     return outputs, torch.autograd.grad(outputs, leaves, list(grad_outputs))
+
+
+@functools.cache  # a function that comes again is compiled for new shapes only
+def _jax_vjp(function):
+    import jax
+
+    @jax.jit
+    def run(inputs, grad_outputs):
+        outputs, vjp = jax.vjp(function, *inputs)
+        return outputs, vjp(grad_outputs)
+
+    return run
+
+
+@functools.cache
+def quick(function):
+    """function as it runs soonest: JAX takes long for its first operations one by one."""
+    return compiled(function) if BACKEND == "jax" else function
 
 
 def compiled(function):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 BACKEND = os.environ["KERAS_BACKEND"]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+flags = "--xla_backend_optimization_level=0"  # programs that run once
 if BACKEND == "jax":  # eight devices on the CPU, for the tests of sharding
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    os.environ.setdefault("XLA_FLAGS", flags)
+    flags += " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", flags)
 sys.path.insert(0, str(Path(__file__).parent))
 
 _OWN = {"jax": "test_jax_*.py", "tensorflow": "test_tensorflow_*.py", "torch": "test_torch_*.py"}

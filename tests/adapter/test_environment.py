@@ -1,6 +1,7 @@
-"""Environment variables and missing pieces, each in a process of its own."""
+"""Environment variables and missing pieces, most in a process of their own."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -64,15 +65,18 @@ def test_without_the_binary_it_works_and_says_once_what_is_missing(tmp_path):
 
 
 @pytest.mark.skipif(BACKEND in ("torch", "numpy"), reason="the native kernels need torch here")
-def test_torch_is_not_imported():
-    done = run(COMPUTE + "import sys; print('torch' in sys.modules, 'torch_rwkv6' in sys.modules)")
+def test_torch_is_not_imported_and_no_compiler_is_looked_for():
+    report = "import sys; print('torch' in sys.modules, 'torch_rwkv6' in sys.modules)"
+    done = run(COMPUTE + report, PATH="", RWKV6_TF_NATIVE="1")
     assert done.stdout == "1.0\nFalse False\n", done.stderr
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own variable")
-def test_rwkv6_tf_native():
-    name = "RWKV6_TF_NATIVE"
-    assert f"{name}: expected 0 or 1, got 'x'" in run(COMPUTE, **{name: "x"}).stderr
-    report = COMPUTE + "print(keras_adapter.has_kernels)"
-    assert run(report, **{name: "0"}).stdout == "1.0\nFalse\n"
-    assert run(report, **{name: "1"}).stdout == "1.0\nTrue\n"
+def test_rwkv6_tf_native(monkeypatch):
+    """1 is in the test above, and in a run of test_adapter.py."""
+    path = ROOT / "keras_adapter/backends/tensorflow.py"
+    monkeypatch.setenv("RWKV6_TF_NATIVE", "x")
+    with pytest.raises(ValueError, match="RWKV6_TF_NATIVE: expected 0 or 1, got 'x'"):
+        runpy.run_path(str(path))
+    monkeypatch.setenv("RWKV6_TF_NATIVE", "0")
+    assert not runpy.run_path(str(path))["has_kernels"]

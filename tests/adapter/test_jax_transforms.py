@@ -1,5 +1,7 @@
 """Every JAX transform over the native kernels, against the same transform of the recurrence."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,9 +123,11 @@ def test_second_derivative():
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
 
 
-def test_forward_mode_is_refused_and_not_silently_zero():
-    with pytest.raises(TypeError, match="forward-mode"):
+def test_forward_mode_is_refused_and_is_there_in_the_high_level_implementation():
+    with pytest.raises(TypeError, match=r"forward-mode .*\(jvp\) to a custom_vjp function"):
         jax.jvp(wkv, X, X)
+    high_level = jax.jit(partial(wkv, high_level=True))
+    assert_close(jax.jvp(high_level, X, X), jax.jvp(scanned, X, X))
 
 
 def test_no_state_no_gradient_of_the_final_state():

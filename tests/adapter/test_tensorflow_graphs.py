@@ -50,7 +50,7 @@ def test_unknown_batch_and_length(implementation, jit):
     wkv = IMPLEMENTATIONS[implementation]
     f = tf.function(lambda *x: wkv(*x, None), input_signature=SIGNATURE, jit_compile=jit)
     g = tf.function(gradients(wkv), input_signature=SIGNATURE, jit_compile=jit)
-    for B, T in ((2, 10), (3, 70), (1, 0), (2, 1)):
+    for B, T in ((3, 70), (1, 0)) if jit else ((2, 10), (3, 70), (1, 0), (2, 1)):  # jit: each anew
         x = random_inputs(B, T, H, N, states=B)
         y, state = f(*x)
         expected = recurrence.wkv(*x)

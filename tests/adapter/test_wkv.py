@@ -1,29 +1,44 @@
 """keras_adapter.ops.wkv against the float64 recurrence: both implementations, both directions."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
 import recurrence
-from backend import BACKEND, DIFFERENTIABLE, array, compiled, gradients, relative_rms, tensor
+from backend import (
+    BACKEND,
+    DIFFERENTIABLE,
+    array,
+    compiled,
+    gradients,
+    quick,
+    relative_rms,
+    tensor,
+)
 from samples import random_grads, random_inputs
 
 import keras_adapter
 from keras_adapter.ops import wkv
 
-# float64 needs a flag of its own in JAX (test_jax_transforms.py); keras makes float32 of NumPy's
-DTYPES = ["float32", "bfloat16", "float16"]
-DTYPES += ["float64"] if BACKEND in ("torch", "tensorflow") else []
+DOUBLE = BACKEND in ("torch", "tensorflow")
 FORWARD = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2.5e-3, "float16": 3.5e-4}
 BACKWARD = {"float64": 1e-13, "float32": 5e-6, "bfloat16": 2.5e-3, "float16": 4.5e-4}
 HIGH_LEVEL = [False, True] if keras_adapter.has_kernels else [True]
 IMPLEMENTATIONS = pytest.mark.parametrize("high_level", HIGH_LEVEL)
-STATES = {
+STATES = {  # how many, and the state map
     "no state": (None, None),
     "shared state": (1, None),
     "a state each": (3, None),
-    "state map": (4, [2, 0, 2]),
-    "fewer states than sequences": (2, [1, 1, 0]),
+    "state map": (4, (2, 0, 2)),
+    "fewer states than sequences": (2, (1, 1, 0)),
 }
+
+
+@functools.cache  # so that what is compiled for it is compiled once
+def operator(high_level, state_map=None):
+    index = tensor(np.array(state_map, "int32")) if state_map else None
+    return lambda *a: wkv(*a, state_map=index, high_level=high_level)
 
 
 def check(x, state_map=None, *, high_level, wrap=lambda f: f):
@@ -35,8 +50,7 @@ def check(x, state_map=None, *, high_level, wrap=lambda f: f):
         single = double_as_single and a.dtype == "float64"
         return bounds["float32" if single else str(a.dtype)]
 
-    index = tensor(np.array(state_map, "int32")) if state_map else None
-    f = wrap(lambda *a: wkv(*a, state_map=index, high_level=high_level))
+    f = wrap(operator(high_level, state_map))
     expected = recurrence.wkv(*x, state_map=state_map)
     tensors = [tensor(a) for a in x]
     acc = "float64" if dtype == "float64" else "float32"
@@ -58,10 +72,28 @@ def check(x, state_map=None, *, high_level, wrap=lambda f: f):
         assert relative_rms(a, b) <= bound(FORWARD, a), name
 
 
+# Lengths around the chunks' and dtypes, head sizes and states, which do not know of each other:
+# each value of each, in one process.
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("T", [0, 1, 31, 32, 33, 200])
-def test_lengths(T, high_level):
-    check(random_inputs(2, T, 2, 8, states=2), high_level=high_level)
+@pytest.mark.parametrize(
+    ("T", "N", "dtype", "states"),
+    [
+        (0, 8, "float32", "a state each"),
+        (1, 1, "float32", "no state"),
+        (1, 8, "bfloat16", "a state each"),
+        (31, 3, "float16", "shared state"),
+        (32, 64, "float32", "state map"),
+        (33, 8, "bfloat16", "fewer states than sequences"),
+        (40, 16, "float64", "state map"),
+        (40, 96, "float32", "no state"),
+        (200, 8, "float32", "a state each"),
+    ],
+)
+def test_lengths_sizes_dtypes_and_states(T, N, dtype, states, high_level):
+    if dtype == "float64" and not DOUBLE:
+        pytest.skip("test_jax_transforms.py has float64; keras makes float32 of NumPy's")
+    count, state_map = STATES[states]
+    check(random_inputs(3, T, 2, N, dtype, states=count), state_map, high_level=high_level)
 
 
 @IMPLEMENTATIONS
@@ -70,31 +102,13 @@ def test_a_length_that_takes_the_loop(high_level):
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("states", STATES)
-def test_states(states, high_level):
-    count, state_map = STATES[states]
-    x = random_inputs(3, 17, 2, 4, states=count)
-    check(x, state_map, high_level=high_level)
-
-
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(dtype, high_level):
-    check(random_inputs(2, 40, 2, 16, dtype, states=2), high_level=high_level)
-
-
-@IMPLEMENTATIONS
 def test_w_and_u_in_float32_beside_half_precision(high_level):
     r, k, v, w, u = random_inputs(2, 20, 2, 8, "bfloat16", w_dtype="float32")
     check([r, k, v, w, u.astype("float32")], high_level=high_level)
 
 
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("N", [1, 3, 64, 96])
-def test_head_sizes_share_a_process(N, high_level):
-    check(random_inputs(1, 10, 2, N), high_level=high_level)
-
-
+@pytest.mark.skipif(BACKEND == "jax", reason="all that check() runs there is compiled")
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="test_tensorflow_graphs.py has it")
 @IMPLEMENTATIONS
 def test_compiled(high_level):
     check(random_inputs(2, 33, 2, 8, states=2), high_level=high_level, wrap=compiled)
@@ -112,7 +126,8 @@ def test_any_decay_is_finite(value, high_level):
 def test_padding_leaves_the_state(high_level):
     r, k, v, w, u, state = random_inputs(2, 40, 2, 8, states=2)
     k[:], v[:], w[:] = 0, 0, -1e9
-    _, final = wkv(*(tensor(x) for x in (r, k, v, w, u, state)), high_level=high_level)
+    f = quick(operator(high_level))
+    _, final = f(*(tensor(x) for x in (r, k, v, w, u, state)))
     np.testing.assert_array_equal(array(final), state)
 
     # after real tokens, and with finite gradients
@@ -121,10 +136,8 @@ def test_padding_leaves_the_state(high_level):
         a[:, 23:] = pad
     check(x, high_level=high_level)
     short = [a[:, :23] for a in x[:4]] + x[4:]
-    long_state = array(wkv(*map(tensor, x), high_level=high_level)[1])
-    np.testing.assert_allclose(
-        long_state, array(wkv(*map(tensor, short), high_level=high_level)[1]), rtol=1e-5, atol=1e-6
-    )
+    long_state, short_state = (array(f(*map(tensor, a))[1]) for a in (x, short))
+    np.testing.assert_allclose(long_state, short_state, rtol=1e-5, atol=1e-6)
 
 
 @IMPLEMENTATIONS
@@ -134,7 +147,7 @@ def test_a_state_handed_over_is_not_rounded(high_level):
     state = tensor(x[5])
     for t in range(64):
         piece = [tensor(a[:, t : t + 1]) for a in x[:4]]
-        _, state = wkv(*piece, tensor(x[4]), state, high_level=high_level)
+        _, state = quick(operator(high_level))(*piece, tensor(x[4]), state)
     assert relative_rms(array(state), recurrence.wkv(*x)[1]) < 1e-6
 
 
