@@ -4,6 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "views.h"
 
 namespace rwkv6::cuda {
@@ -100,7 +103,12 @@ __device__ void store_whole(char* to, const Pack<T>& pack) {
   } raw;
 #pragma unroll
   for (int e = 0; e < Pack<T>::kSize; e++) narrow(pack.x[e], raw.x[e]);
-  *reinterpret_cast<Raw*>(to) = raw;
+  typedef std::conditional_t<sizeof(Raw) == 16, uint4,
+                             std::conditional_t<sizeof(Raw) == 8, uint2, unsigned>>
+      Words;
+  Words words;
+  memcpy(&words, &raw, sizeof(words));
+  *reinterpret_cast<Words*>(to) = words;  // one store
 }
 template <class T>
 __device__ void store_pack(char* to, DType dtype, const Pack<T>& pack, int64_t count, bool whole) {

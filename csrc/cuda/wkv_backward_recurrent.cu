@@ -68,6 +68,8 @@ struct Backward {
   Pack<T> bk[C][Shape::kKeyPacks];    // B_t k_t, then G v_t
   Pack<T> all[Shape::kKeyPacks];      // product of the chunk's decays
   Pack<T> meeting[Shape::kKeyPacks];  // sum_j S G
+  Pack<T> u[Shape::kKeyPacks];
+  Pack<T> grad_u[Shape::kKeyPacks];
   // Of all columns; a pack more than needed, so that the rows start at different banks.
   Pack<T> v[C][Shape::kRowPacks + 1];  // then G^T (B_t k_t)
   Pack<T> grad_y[C][Shape::kRowPacks + 1];
@@ -84,10 +86,11 @@ struct Whole {
 };
 
 struct Workspace {
-  void* states;    // [H, chunks, parts, warps, kStatePacks] packs: S before every chunk
-  void* grad_v;    // [parts, B T, H, N]: grad_v if there is more than one part
-  void* grad_u;    // [count, H, N]
-  int64_t chunks;  // of all sequences, and one more for each
+  void* states;          // [H, chunks, parts, warps, kStatePacks] packs: S before every chunk
+  void* grad_u;          // [count, H, N]
+  Tokens grad_v;         // of the first part
+  int64_t grad_v_bytes;  // from one part's to the next one's
+  int64_t chunks;        // of all sequences, and one more for each
   int64_t parts;
 };
 
@@ -96,14 +99,13 @@ struct Range {  // of the elements of a row
 };
 
 // Where a block works. Kept in shared memory: registers are for states.
-template <class T>
 struct Place {
   Span span;
   int64_t m, h;
   Range keys, columns;
-  Tokens grad_v;         // or this part's share of it
-  Pack<T>* states;       // the block's, before the first chunk
+  int64_t states;        // packs before the block's first state
   int64_t chunk_states;  // packs from one chunk's to the next one's
+  int64_t grad_v;        // bytes before the part's grad_v
 
   __device__ char* row(const Tokens& x, int64_t t) const {
     return x.row(span.b, span.begin + t, h);
@@ -111,10 +113,10 @@ struct Place {
 };
 
 template <class T, int P>
-__device__ Place<T> place_of(const BackwardJob& job, const Workspace& workspace) {
+__device__ Place place_of(const BackwardJob& job, const Workspace& workspace) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
-  Place<T> place;
+  Place place;
   const int64_t part = blockIdx.x % workspace.parts, head = blockIdx.x / workspace.parts;
   const int warps = blockDim.x / 32;
   place.h = head % job.H;
@@ -124,21 +126,14 @@ __device__ Place<T> place_of(const BackwardJob& job, const Workspace& workspace)
   const int keys = N - first < warps * Shape::kWarpKeys ? N - first : warps * Shape::kWarpKeys;
   place.keys = {first, keys};
   place.columns = {0, N};
-  place.grad_v = job.grad_v;
+  place.grad_v = part * workspace.grad_v_bytes;
   const bool packed = job.sequences.cu_seqlens.data;
-  if (workspace.parts > 1) {
-    const int64_t T_ = job.sequences.tokens, tokens = packed ? T_ : job.sequences.count * T_;
-    place.grad_v = {
-        reinterpret_cast<char*>(static_cast<T*>(workspace.grad_v) + part * tokens * job.H * N),
-        sizeof(T) == 8 ? DType::f64 : DType::f32, T_ * job.H * N, job.H * N, N};
-  }
   // Sequences of any lengths: begin / C + 2 m leaves room for their chunks and one more.
   const int64_t chunk = packed ? place.span.begin / C + 2 * place.m
                                : place.m * ((job.sequences.tokens + C - 1) / C + 1);
   place.chunk_states = workspace.parts * warps * Shape::kStatePacks;
-  place.states = static_cast<Pack<T>*>(workspace.states) +
-                 (place.h * workspace.chunks + chunk) * place.chunk_states +
-                 part * warps * Shape::kStatePacks;
+  place.states =
+      (place.h * workspace.chunks + chunk) * place.chunk_states + part * warps * Shape::kStatePacks;
   return place;
 }
 
@@ -156,8 +151,10 @@ struct Lane {
   __device__ int column_pack(int p) const { return p * Shape::kColumnLanes + column_lane; }
 
   // The thread's packs of the state before a chunk, which lie 32 packs apart.
-  __device__ Pack<T>* checkpoint(const Place<T>& place, int64_t chunk) const {
-    return place.states + chunk * place.chunk_states + warp * Shape::kStatePacks + lane;
+  __device__ Pack<T>* checkpoint(const Workspace& workspace, const Place& place,
+                                 int64_t chunk) const {
+    return static_cast<Pack<T>*>(workspace.states) + place.states + chunk * place.chunk_states +
+           warp * Shape::kStatePacks + lane;
   }
 
   // x[key], of this thread's columns, summed over all columns, to its place in a row of keys.
@@ -175,7 +172,7 @@ __device__ T* elements(Pack<T>* row) {
 
 // Starts to copy the rows of `tokens` tokens from `begin` on.
 template <class T, int packs, int pitch>
-__device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Place<T>& place,
+__device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Place& place,
                            int64_t begin, int tokens, Range range, bool whole) {
   if (!x.data) return;
 #pragma unroll 1
@@ -225,7 +222,7 @@ __device__ void unpack_rows(Pack<T> (*rows)[pitch], const Tokens& x, int tokens,
 }
 
 template <class T, int packs, int pitch>
-__device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Place<T>& place,
+__device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Place& place,
                            int64_t begin, int tokens, Range range, bool whole) {
 #pragma unroll 1
   for (int at = threadIdx.x; at < tokens * packs; at += blockDim.x) {
@@ -236,10 +233,10 @@ __device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const 
 }
 
 template <class T, int P>
-__device__ void load_checkpoint(const Place<T>& place, int64_t chunk,
+__device__ void load_checkpoint(const Workspace& workspace, const Place& place, int64_t chunk,
                                 typename Shape<T, P>::State& to) {
   typedef Shape<T, P> Shape;
-  const Pack<T>* from = Lane<T, P>().checkpoint(place, chunk);
+  const Pack<T>* from = Lane<T, P>().checkpoint(workspace, place, chunk);
 #pragma unroll
   for (int a = 0; a < Shape::kKeys; a++)
 #pragma unroll
@@ -251,10 +248,10 @@ __device__ void load_checkpoint(const Place<T>& place, int64_t chunk,
 }
 
 template <class T, int P>
-__device__ void store_checkpoint(const Place<T>& place, int64_t chunk,
+__device__ void store_checkpoint(const Workspace& workspace, const Place& place, int64_t chunk,
                                  const typename Shape<T, P>::State& from) {
   typedef Shape<T, P> Shape;
-  Pack<T>* to = Lane<T, P>().checkpoint(place, chunk);
+  Pack<T>* to = Lane<T, P>().checkpoint(workspace, place, chunk);
 #pragma unroll
   for (int a = 0; a < Shape::kKeys; a++)
 #pragma unroll
@@ -269,12 +266,12 @@ __device__ void store_checkpoint(const Place<T>& place, int64_t chunk,
 // Matrices of any dtype and layout come and go through a checkpoint: what indexes memory can be a
 // loop, what indexes registers could not.
 template <class T, int P>
-__device__ void load_matrix(const Place<T>& place, int64_t chunk, const States& from, int64_t row,
-                            bool whole) {
+__device__ void load_matrix(const Workspace& workspace, const Place& place, int64_t chunk,
+                            const States& from, int64_t row, bool whole) {
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;
   const char* matrix = from.data && row >= 0 ? from.matrix(row, place.h) : nullptr;
-  Pack<T>* to = lane.checkpoint(place, chunk);
+  Pack<T>* to = lane.checkpoint(workspace, place, chunk);
 #pragma unroll 1
   for (int n = 0; n < Shape::kKeys * Shape::kColumnPacks; n++) {
     const int key = lane.key_pack * Shape::kPack + n / Shape::kColumnPacks;
@@ -288,11 +285,11 @@ __device__ void load_matrix(const Place<T>& place, int64_t chunk, const States& 
 }
 
 template <class T, int P>
-__device__ void store_matrix(const Place<T>& place, int64_t chunk, const States& to, int64_t row,
-                             bool whole) {
+__device__ void store_matrix(const Workspace& workspace, const Place& place, int64_t chunk,
+                             const States& to, int64_t row, bool whole) {
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;
-  const Pack<T>* from = lane.checkpoint(place, chunk);
+  const Pack<T>* from = lane.checkpoint(workspace, place, chunk);
 #pragma unroll 1
   for (int n = 0; n < Shape::kKeys * Shape::kColumnPacks; n++) {
     const int key = lane.key_pack * Shape::kPack + n / Shape::kColumnPacks;
@@ -306,14 +303,14 @@ __device__ void store_matrix(const Place<T>& place, int64_t chunk, const States&
 
 // The walk there: leaves the state before every chunk behind.
 template <class T, int P>
-__device__ void walk_there(const BackwardJob& job, const Whole& whole, const Place<T>& place,
-                           int64_t chunks, Forward<T, P>& rows) {
+__device__ void walk_there(const BackwardJob& job, const Whole& whole, const Workspace& workspace,
+                           const Place& place, int64_t chunks, Forward<T, P>& rows) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   const Lane<T, P> lane;
-  load_matrix<T, P>(place, 0, job.initial, place.span.initial, whole.initial);
+  load_matrix<T, P>(workspace, place, 0, job.initial, place.span.initial, whole.initial);
   typename Shape::State S;
-  load_checkpoint<T, P>(place, 0, S);
+  load_checkpoint<T, P>(workspace, place, 0, S);
 #pragma unroll 1
   for (int64_t chunk = 0; chunk + 1 < chunks; chunk++) {
     const int64_t begin = chunk * C;
@@ -341,7 +338,7 @@ __device__ void walk_there(const BackwardJob& job, const Whole& whole, const Pla
           }
       }
     }
-    store_checkpoint<T, P>(place, chunk + 1, S);
+    store_checkpoint<T, P>(workspace, place, chunk + 1, S);
     __syncthreads();
   }
 }
@@ -486,16 +483,17 @@ __device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::St
 }
 
 // The pairs of the chunk, every key by itself: dr, dk and dw in the place of r, k and the rates,
-// the warp's share of A, and what the chunk adds to du.
+// the warp's share of A, and du so far.
 //
 // D[s] is D(s, t). `passed` is what arrives at t of the sources met so far, first S, then the
 // tokens one by one: passing s on their way, they are q's at s.
 template <class T, int P>
-__device__ T pair_up(Backward<T, P>& back, T u) {
+__device__ void pair_up(Backward<T, P>& back) {
   constexpr int C = Shape<T, P>::kChunk;
   const Lane<T, P> lane;
   const int i = lane.own_key;
   T k[C], D[C], grad_k[C], q[C];
+  const T u = elements(back.u)[i];
   T F = 1, grad_u = 0;
 #pragma unroll
   for (int t = 0; t < C; t++) {
@@ -527,7 +525,8 @@ __device__ T pair_up(Backward<T, P>& back, T u) {
     if (lane.owns) elements(back.r[t])[i] = passed + m_tt * u_k;
     F *= d;
   }
-  if (!lane.owns) return grad_u;
+  if (!lane.owns) return;
+  elements(back.grad_u)[i] += grad_u;
   T passed = F * elements(back.meeting)[i];  // at G
 #pragma unroll
   for (int s = 0; s < C; s++) {
@@ -537,13 +536,12 @@ __device__ T pair_up(Backward<T, P>& back, T u) {
     elements(back.k[s])[i] = grad_k[s] + arriving;
     elements(back.w[s])[i] *= -q[s];
   }
-  return grad_u;
 }
 
 // dv, from what has been found with G and the rows of A.
 template <class T, int P>
-__device__ void store_grad_v(const Backward<T, P>& back, const Place<T>& place, int64_t begin,
-                             int tokens, bool whole) {
+__device__ void store_grad_v(const Backward<T, P>& back, const Tokens& grad_v, const Place& place,
+                             int64_t begin, int tokens, bool whole) {
   constexpr int kRowPacks = Shape<T, P>::kRowPacks;
 #pragma unroll 1
   for (int at = threadIdx.x; at < tokens * kRowPacks; at += blockDim.x) {
@@ -556,19 +554,20 @@ __device__ void store_grad_v(const Backward<T, P>& back, const Place<T>& place, 
 #pragma unroll
       for (int c = 0; c < Pack<T>::kSize; c++) sum.x[c] += a * y.x[c];
     }
-    const Tokens& grad_v = place.grad_v;
-    store_pack(place.row(grad_v, begin + s) + j * size_of(grad_v.dtype), grad_v.dtype, sum,
-               place.columns.count - j, whole);
+    store_pack(place.row(grad_v, begin + s) + place.grad_v + j * size_of(grad_v.dtype),
+               grad_v.dtype, sum, place.columns.count - j, whole);
   }
 }
 
 template <class T, int P>
-__device__ void fill_with_nan(const BackwardJob& job, const Place<T>& place, T* grad_u) {
+__device__ void fill_with_nan(const BackwardJob& job, const Workspace& workspace,
+                              const Place& place, T* grad_u) {
   for (int i = threadIdx.x; i < place.columns.count; i += blockDim.x) {
     const bool own = i >= place.keys.first && i < place.keys.first + place.keys.count;
 #pragma unroll 1
     for (int64_t t = 0; t < place.span.length; t++) {
-      store_element(place.row(place.grad_v, t), place.grad_v.dtype, i, T(NAN));
+      store_element(place.row(workspace.grad_v, t) + place.grad_v, workspace.grad_v.dtype, i,
+                    T(NAN));
       if (!own) continue;
       store_element(place.row(job.grad_r, t), job.grad_r.dtype, i, T(NAN));
       store_element(place.row(job.grad_k, t), job.grad_k.dtype, i, T(NAN));
@@ -589,25 +588,27 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   extern __shared__ __align__(16) char shared[];
-  __shared__ Place<T> place;
+  __shared__ Place place;
   if (threadIdx.x == 0) place = place_of<T, P>(job, workspace);
   __syncthreads();
   T* grad_u = static_cast<T*>(workspace.grad_u) + (place.m * job.H + place.h) * job.N;
-  if (!place.span.valid) return fill_with_nan<T, P>(job, place, grad_u);
+  if (!place.span.valid) return fill_with_nan<T, P>(job, workspace, place, grad_u);
 
   const int64_t chunks = (place.span.length + C - 1) / C;
-  walk_there<T, P>(job, whole, place, chunks, *reinterpret_cast<Forward<T, P>*>(shared));
+  walk_there<T, P>(job, whole, workspace, place, chunks, *reinterpret_cast<Forward<T, P>*>(shared));
 
   Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
   const Lane<T, P> lane;
   const bool owns = lane.owns && lane.own_key < place.keys.count;
-  const T u =
-      owns ? load_element<T>(job.u.row(place.h), job.u.dtype, place.keys.first + lane.own_key)
-           : T(0);
-  T grad_u_sum = 0;
+  if (lane.owns) {
+    elements(back.u)[lane.own_key] =
+        owns ? load_element<T>(job.u.row(place.h), job.u.dtype, place.keys.first + lane.own_key)
+             : T(0);
+    elements(back.grad_u)[lane.own_key] = 0;
+  }
   typename Shape::State S, G;
-  load_matrix<T, P>(place, chunks, job.grad_final, place.m, whole.grad_final);
-  load_checkpoint<T, P>(place, chunks, G);
+  load_matrix<T, P>(workspace, place, chunks, job.grad_final, place.m, whole.grad_final);
+  load_checkpoint<T, P>(workspace, place, chunks, G);
 #pragma unroll 1
   for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
     const int64_t begin = chunk * C, left = place.span.length - begin;
@@ -631,9 +632,10 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     multiply_values(back);
     __syncthreads();
     apply_gradient(back, G);
-    load_checkpoint<T, P>(place, chunk, S);  // not before: with G it takes most registers
+    load_checkpoint<T, P>(workspace, place, chunk,
+                          S);  // not before: with G it takes most registers
     apply_state(back, S, G);
-    grad_u_sum += pair_up(back, u);
+    pair_up(back);
     __syncthreads();
 #pragma unroll 1
     for (int at = threadIdx.x; at < C * C; at += blockDim.x) {
@@ -647,14 +649,14 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     store_rows<T, Shape::kKeyPacks>(back.k, job.grad_k, place, begin, tokens, keys, whole.grad_k);
     store_rows<T, Shape::kKeyPacks>(back.w, job.grad_w, place, begin, tokens, keys, whole.grad_w);
     __syncthreads();
-    store_grad_v(back, place, begin, tokens, whole.grad_v);
+    store_grad_v(back, workspace.grad_v, place, begin, tokens, whole.grad_v);
     __syncthreads();
   }
 
-  if (owns) grad_u[place.keys.first + lane.own_key] = grad_u_sum;
+  if (owns) grad_u[place.keys.first + lane.own_key] = elements(back.grad_u)[lane.own_key];
   if (!job.grad_initial.data) return;
-  store_checkpoint<T, P>(place, chunks, G);
-  store_matrix<T, P>(place, chunks, job.grad_initial, place.m, whole.grad_initial);
+  store_checkpoint<T, P>(workspace, place, chunks, G);
+  store_matrix<T, P>(workspace, place, chunks, job.grad_initial, place.m, whole.grad_initial);
 }
 
 // grad_v from the shares of a head's blocks. parts: [count, B, T, H, N]
@@ -691,22 +693,23 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
              : ((sequences.tokens + Shape::kChunk - 1) / Shape::kChunk + 1) * sequences.count;
   T* grad_u = launch.workspace<T>(heads * job.N);
   T* grad_v = parts > 1 ? launch.workspace<T>(parts * tokens * job.H * job.N) : nullptr;
+  Tokens grad_v_parts = job.grad_v;
+  if (parts > 1)
+    grad_v_parts = {reinterpret_cast<char*>(grad_v), sizeof(T) == 8 ? DType::f64 : DType::f32,
+                    sequences.tokens * job.H * job.N, job.H * job.N, job.N};
   const Workspace workspace = {
-      launch.workspace<Pack<T>>(job.H * chunks * parts * warps * Shape::kStatePacks), grad_v,
-      grad_u, chunks, parts};
+      launch.workspace<Pack<T>>(job.H * chunks * parts * warps * Shape::kStatePacks),
+      grad_u,
+      grad_v_parts,
+      tokens * job.H * job.N * int64_t(sizeof(T)),
+      chunks,
+      parts};
 
-  const Whole whole = {rows_whole<T>(job.grad_y),
-                       rows_whole<T>(job.r),
-                       rows_whole<T>(job.k),
-                       rows_whole<T>(job.v),
-                       rows_whole<T>(job.w),
-                       rows_whole<T>(job.initial),
-                       rows_whole<T>(job.grad_final),
-                       rows_whole<T>(job.grad_r),
-                       rows_whole<T>(job.grad_k),
-                       parts > 1 ? job.N % Pack<T>::kSize == 0 : rows_whole<T>(job.grad_v),
-                       rows_whole<T>(job.grad_w),
-                       rows_whole<T>(job.grad_initial)};
+  const Whole whole = {
+      rows_whole<T>(job.grad_y),     rows_whole<T>(job.r),      rows_whole<T>(job.k),
+      rows_whole<T>(job.v),          rows_whole<T>(job.w),      rows_whole<T>(job.initial),
+      rows_whole<T>(job.grad_final), rows_whole<T>(job.grad_r), rows_whole<T>(job.grad_k),
+      rows_whole<T>(grad_v_parts),   rows_whole<T>(job.grad_w), rows_whole<T>(job.grad_initial)};
   const int bytes = int(sizeof(Backward<T, P>));
   if (bytes > 48 * 1024)
     cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,

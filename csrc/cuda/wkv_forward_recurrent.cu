@@ -18,8 +18,6 @@
 namespace rwkv6::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8;  // of a block
-
 template <class T, int P>
 struct Shape {
   static constexpr int kPack = Pack<T>::kSize;
@@ -30,6 +28,8 @@ struct Shape {
   static constexpr int kRowPacks = P / kPack;                        // of a token
   static constexpr int kRowLanes = kRowPacks < 32 ? kRowPacks : 32;  // that share a token's row
   static constexpr int kTile = 4096 / (P * sizeof(T)) < 8 ? 4096 / (P * sizeof(T)) : 8;  // tokens
+  static constexpr int kMaxWarps = P / kWarpColumns < 4 ? P / kWarpColumns : 4;  // of a block
+  static constexpr int kBlocks = 12 / kMaxWarps;  // of a multiprocessor: registers for 12 warps
 };
 
 // The rows of a tile: as fetched, then unpacked in place.
@@ -49,25 +49,27 @@ struct Whole {
 };
 
 template <class T, int P>
-__global__ void __launch_bounds__(kMaxWarps * 32)
+__global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlocks)
     forward_recurrent_kernel(ForwardJob job, int64_t parts, Whole whole) {
   typedef Shape<T, P> Shape;
   constexpr int kPack = Shape::kPack;
   constexpr int kTile = Shape::kTile;
   __shared__ Tile<T, P> tiles[2];
 
+  __shared__ Span span;
   const int64_t part = blockIdx.x % parts;
   const int64_t head = blockIdx.x / parts;
-  const int64_t h = head % job.H, m = head / job.H;
-  const int64_t N = job.N;
+  const int64_t h = head % job.H;
+  if (threadIdx.x == 0) span = span_of(job.sequences, head / job.H);
+  __syncthreads();
+  const int N = int(job.N);
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Span span = span_of(job.sequences, m);
-  const int64_t first = (part * warps + warp) * Shape::kWarpColumns;  // column of the warp
+  const int first = (int(part) * warps + warp) * Shape::kWarpColumns;  // column of the warp
   T* final = reinterpret_cast<T*>(span.final < 0 ? nullptr : job.final.matrix(span.final, h));
 
   if (!span.valid || span.padding) {
     const T fill = span.padding ? T(0) : T(NAN);
-    const int64_t j = first + lane;
+    const int j = first + lane;
     if (lane >= Shape::kWarpColumns || j >= N) return;
     for (int64_t t = 0; t < span.length; t++)
       store_element(job.y.row(span.b, span.begin + t, h), job.y.dtype, j, fill);
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
       const char* v = job.v.row(span.b, token, h);
 #pragma unroll
       for (int p = row_pack; p < Shape::kRowPacks; p += Shape::kRowLanes) {
-        const int64_t i = p * kPack, count = N - i;
+        const int i = p * kPack, count = N - i;
         fetch_pack(&to.r[t][p], r + i * size_of(job.r.dtype), job.r.dtype, count, whole.r);
         fetch_pack(&to.k[t][p], k + i * size_of(job.k.dtype), job.k.dtype, count, whole.k);
         fetch_pack(&to.w[t][p], w + i * size_of(job.w.dtype), job.w.dtype, count, whole.w);
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   fetch(0);
 
   const int key_lane = lane / Shape::kColumnLanes, column_lane = lane % Shape::kColumnLanes;
-  const int64_t column = first + column_lane * kPack;
+  const int column = first + column_lane * kPack;
   T state[Shape::kKeyPacks][kPack][kPack];  // [pack of keys][key][column]
   {
     const char* initial =
@@ -131,10 +133,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   for (int n = 0; n < Shape::kRowPacks / Shape::kRowLanes; n++)
 #pragma unroll
     for (int e = 0; e < kPack; e++) {
-      const int64_t i = (row_pack + n * Shape::kRowLanes) * kPack + e;
+      const int i = (row_pack + n * Shape::kRowLanes) * kPack + e;
       u[n][e] = i < N ? load_element<T>(job.u.row(h), job.u.dtype, i) : T(0);
     }
 
+  char* y_row = job.y.row(span.b, span.begin, h);
   const int64_t tile_count = (span.length + kTile - 1) / kTile;
   for (int64_t tile = 0; tile < tile_count; tile++) {
     Tile<T, P>& rows = tiles[tile % 2];
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
 #pragma unroll
         for (int n = 0; n < Shape::kRowPacks / Shape::kRowLanes; n++) {
           const int p = row_pack + n * Shape::kRowLanes;
-          const int64_t count = N - p * kPack;
+          const int count = N - p * kPack;
           const Pack<T> r = unpack(&rows.r[t][p], job.r.dtype, count);
           const Pack<T> k = unpack(&rows.k[t][p], job.k.dtype, count);
           const Pack<T> v = unpack(&rows.v[t][p], job.v.dtype, count);
@@ -171,7 +174,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
     __syncthreads();  // the tile is there, and nobody needs the one before
     if (tile + 1 < tile_count) fetch(tile + 1);
 
-    for (int t = 0; t < tokens; t++) {
+#pragma unroll 1
+    for (int t = 0; t < tokens; t++, y_row += job.y.distance(1, 0)) {
       T y[kPack] = {};
       if (column < P) {
         const Pack<T> v = rows.v[t][column / kPack];
@@ -189,11 +193,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
             }
         }
       }
-      const int64_t j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y, lane);
+      const int j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y, lane);
       if (key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
         const T v = rows.v[t][j / kPack].x[j % kPack];
-        store_element(job.y.row(span.b, span.begin + tile * kTile + t, h), job.y.dtype, j,
-                      y[0] + rows.bonus[t] * v);
+        store_element(y_row, job.y.dtype, j, y[0] + rows.bonus[t] * v);
       }
     }
   }
@@ -218,7 +221,7 @@ void launch_forward(const Launch& launch, const ForwardJob& job) {
   typedef Shape<T, P> Shape;
   const int64_t heads = job.sequences.count * job.H;
   const int64_t head_warps = (job.N + Shape::kWarpColumns - 1) / Shape::kWarpColumns;
-  int64_t warps = head_warps < kMaxWarps ? head_warps : kMaxWarps;
+  int64_t warps = head_warps < Shape::kMaxWarps ? head_warps : Shape::kMaxWarps;
   while (warps > 1 && heads * ((head_warps + warps - 1) / warps) < launch.multiprocessors)
     warps = (warps + 1) / 2;
   const int64_t parts = (head_warps + warps - 1) / warps;
