@@ -48,9 +48,20 @@ struct Place {
   __device__ bool is_end() const { return last == span.length && (segment == 0 || first < last); }
 };
 
+// threadIdx.x, asked for anew: addresses made of it that are kept over a loop would take more
+// registers than there are.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 struct Lane {
   int g, t;
-  __device__ Lane() : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
+  __device__ Lane() {
+    const int thread = thread_index();
+    g = thread % 32 / 4, t = thread % 4;
+  }
 };
 
 // Starts to copy 16 rows of x, tokens from `first` on, to shared memory; zeros beyond the end.
@@ -99,7 +110,10 @@ struct Quad {
   Values before, after;       // their products within the quad, before and after a token
   float products[kQuads][K];  // over each quad of the chunk
 
-  __device__ Quad() : quad(threadIdx.x / (N / K)), key(threadIdx.x % (N / K) * K) {}
+  __device__ Quad() {
+    const int thread = thread_index();
+    quad = thread / (N / K), key = thread % (N / K) * K;
+  }
 
   __device__ void load(Values& x, const uint32_t* raw, bool wide = false) const {
 #pragma unroll
@@ -118,20 +132,12 @@ struct Quad {
     }
   }
 
-  // Makes the decays of the raw w, 1 for tokens from `tokens` on, and shares their products.
-  __device__ void decays(const Values& w, int tokens, float (*shared)[N]) {
-#pragma unroll
-    for (int t = 0; t < kQuad; t++)
-#pragma unroll
-      for (int i = 0; i < K; i++) d[t][i] = kQuad * quad + t < tokens ? decay(w[t][i]) : 1.f;
-    multiply_out();
-#pragma unroll
-    for (int i = 0; i < K; i++) shared[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
-  }
-  // `before` and `after`, from d.
-  __device__ void multiply_out() {
+  // The decays of the raw w, 1 for tokens from `tokens` on.
+  __device__ void decays(const Values& w, int tokens) {
 #pragma unroll
     for (int i = 0; i < K; i++) {
+#pragma unroll
+      for (int t = 0; t < kQuad; t++) d[t][i] = kQuad * quad + t < tokens ? decay(w[t][i]) : 1.f;
       before[0][i] = after[kQuad - 1][i] = 1.f;
 #pragma unroll
       for (int t = 1; t < kQuad; t++) {
@@ -141,6 +147,10 @@ struct Quad {
     }
   }
 
+  __device__ void share_products(float (*shared)[N]) const {
+#pragma unroll
+    for (int i = 0; i < K; i++) shared[quad][key + i] = before[kQuad - 1][i] * d[kQuad - 1][i];
+  }
   // The products of all quads, when all threads have shared theirs.
   __device__ void load_products(const float (*shared)[N]) {
 #pragma unroll

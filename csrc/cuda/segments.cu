@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(2 * N)
 
     float x[kQuad][K], scale[K];
     my.load(x, shared.raw_w[buffer], wide);
-    my.decays(x, int(min(at.last - first, int64_t(kChunk))), shared.products);
+    my.decays(x, int(min(at.last - first, int64_t(kChunk))));
+    my.share_products(shared.products);
     my.load(x, shared.raw[buffer][0]);
     __syncthreads();
     my.load_products(shared.products);

@@ -20,6 +20,8 @@ namespace {
 
 template <int N>
 struct Shared {
+  Place at;  // here, as what follows, because registers are few
+  float u[N], du[kQuads][N];
   // As in the forward; then the gradients of the same rows, before their scales.
   Rows<N> levels[kLevels], r, k;
   float products[kQuads][N], total[N];
@@ -285,7 +287,8 @@ __device__ inline void collect(Gradients& out, Shared<N>& shared, const Quad<E, 
 template <class E, int N>
 __device__ inline float finish(Gradients& out, const Shared<N>& shared, const Quad<E, N, 4 * N>& my,
                                const float (&r)[kQuad][1], const float (&k)[kQuad][1],
-                               const float (&w)[kQuad][1], float u) {
+                               const float (&w)[kQuad][1]) {
+  const float u = shared.u[my.key];
   float all[1], du = 0.f;
   my.product(all, 0, kQuads);
   float crossing = all[0] * shared.crossing[my.key];
@@ -327,6 +330,14 @@ __device__ inline void store_quad(const float (&x)[kQuad], const Tokens& to, con
   }
 }
 
+// What a warp has of the states: 16 values, or 16 keys; its first.
+template <int N>
+struct Share {
+  int warp = thread_index() / 32;
+  bool has_values = warp < N / 16;
+  int value = 16 * warp, key = value - N;
+};
+
 struct Given {
   const float* checkpoints;  // [group][H][N][N]
   const float* ends;         // [unit][segment][N][N], G behind each segment, or nullptr
@@ -341,57 +352,56 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   constexpr int kThreads = 4 * N, K = 1, kValueWarps = N / 16;
   extern __shared__ __align__(16) char memory[];
   Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
-  const Place at(job.sequences, segments, job.H);
-  float* grad_u = given.grad_u + ((at.m * segments.count + at.segment) * job.H + at.h) * N;
-
+  if (threadIdx.x == 0) shared.at = Place(job.sequences, segments, job.H);
+  __syncthreads();
+  const Place& at = shared.at;
+  const auto grad_u = [&] {
+    return given.grad_u + ((at.m * segments.count + at.segment) * job.H + at.h) * N;
+  };
   if (!at.span.valid) {
     for (const Tokens* to : {&job.grad_r, &job.grad_k, &job.grad_v}) fill_rows<N>(*to, at);
     fill_rows<N>(job.grad_w, at);
-    if (threadIdx.x < N) grad_u[threadIdx.x] = NAN;
+    if (threadIdx.x < N) grad_u()[threadIdx.x] = NAN;
     if (job.grad_initial.data && at.segment == 0)
       fill_matrix<N>(f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row, NAN);
     return;
   }
 
-  const int warp = threadIdx.x / 32;
-  const bool has_values = warp < kValueWarps;
-  const int value = 16 * warp, key = 16 * (warp - kValueWarps);  // the first of a warp
   float g[N / 8][4];  // G: the StateTile of a warp with values, the KeyTile of one with keys
   KeyTile<N>& g_keys = reinterpret_cast<KeyTile<N>&>(g);
   {
+    const Share<N> of = {};
     const float* end = given.ends ? given.ends + int64_t(blockIdx.x) * (N * N)
                                   : f32_matrix(job.grad_final, at.m, at.h);
     const int64_t stride = given.ends ? N : job.grad_final.stride_row;
-    if (!has_values)
-      load_key_tile<N>(g_keys, end, stride, key);
+    if (!of.has_values)
+      load_key_tile<N>(g_keys, end, stride, of.key);
     else if (end)
-      load_state<N>(g, end, stride, value);
+      load_state<N>(g, end, stride, of.value);
     else
       fill_state<N>(g, 0.f);
   }
 
   const bool wide = job.w.dtype == DType::f32;
   uint32_t* raw_w = reinterpret_cast<uint32_t*>(&shared + 1);
-  const int w_words = Shared<N>::w_words(wide);
-  const int64_t chunks = (at.last - at.first + kChunk - 1) / kChunk;
+  const auto chunks = [&] { return int((at.last - at.first + kChunk - 1) / kChunk); };
 
   // The steps of a group of n chunks: the first n - 1 to compute their states again, then all n
   // backwards.
   struct Step {
-    int64_t group;
-    int i, n;
+    int group, i, n;
     __device__ bool again() const { return i < n - 1; }
     __device__ int chunk() const { return again() ? i : 2 * (n - 1) - i; }
   };
-  const auto start_of = [&](int64_t group) {
-    return Step{group, 0, int(min(chunks - group * kGroup, int64_t(kGroup)))};
+  const auto start_of = [&](int group) {
+    return Step{group, 0, min(chunks() - group * kGroup, kGroup)};
   };
   const auto next = [&](const Step& step) {
     if (step.i < 2 * (step.n - 1)) return Step{step.group, step.i + 1, step.n};
     return start_of(step.group - 1);
   };
   const auto first_of = [&](const Step& step) {
-    return at.first + (step.group * kGroup + step.chunk()) * kChunk;
+    return at.first + int64_t(step.group * kGroup + step.chunk()) * kChunk;
   };
   const auto stage_step = [&](const Step& step, int buffer) {
     const int64_t first = first_of(step);
@@ -401,26 +411,31 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     }
     stage<N, kThreads>(shared.raw[buffer][1], job.k, at, first);
     stage<N, kThreads>(shared.raw[buffer][2], job.v, at, first);
-    stage_w<N, kThreads>(raw_w + buffer * w_words, job.w, at, first);
+    stage_w<N, kThreads>(raw_w + buffer * Shared<N>::w_words(wide), job.w, at, first);
     commit_copies();
   };
-  // The states before the chunks of a group.
-  const int64_t position = at.span.b * job.sequences.tokens + at.span.begin;
-  float* scratch = given.scratch + int64_t(blockIdx.x) * ((kGroup - 1) * N * N);
+  const auto scratch = [&](int chunk) {
+    return given.scratch + (int64_t(blockIdx.x) * (kGroup - 1) + chunk) * (N * N);
+  };
   const auto state_before = [&](const Step& step) -> const float* {
+    if (step.chunk() > 0) return scratch(step.chunk() - 1);
+    const int64_t position = at.span.b * job.sequences.tokens + at.span.begin;
     const int64_t group = group_of(position, at.m, at.first) + step.group;
-    return step.chunk() == 0 ? given.checkpoints + (group * job.H + at.h) * (N * N)
-                             : scratch + (step.chunk() - 1) * (N * N);
+    return given.checkpoints + (group * job.H + at.h) * (N * N);
   };
 
-  Quad<E, N, kThreads> my;
-  float u[K], du = 0.f;
-  load_u<E, K>(u, job.u, at.h, my.key);
+  {
+    const Quad<E, N, kThreads> my;
+    float u[K];
+    load_u<E, K>(u, job.u, at.h, my.key);
+    shared.du[my.quad][my.key] = 0.f;
+    if (my.quad == 0) shared.u[my.key] = u[0];
+  }
   for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
 
-  Step step = start_of((chunks - 1) / kGroup);
-  if (chunks) stage_step(step, 0);
-  for (int buffer = 0; chunks && step.group >= 0; step = next(step), buffer ^= 1) {
+  Step step = start_of((chunks() - 1) / kGroup);
+  if (chunks()) stage_step(step, 0);
+  for (int buffer = 0; at.first < at.last && step.group >= 0; step = next(step), buffer ^= 1) {
     const int64_t first = first_of(step);
     const uint32_t (*raw)[kChunk * kRawRow<N>] = shared.raw[buffer];
     const uint32_t *raw_v = raw[2], *raw_grad_y = raw[3];
@@ -428,12 +443,15 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     __syncthreads();
     if (const Step after = next(step); after.group >= 0) stage_step(after, buffer ^ 1);
 
+    Quad<E, N, kThreads> my;
     float r[kQuad][K], k[kQuad][K], w[kQuad][K], x[kQuad][K], before[K], after[K];
-    my.load(w, raw_w + buffer * w_words, wide);
-    my.decays(w, int(min(at.last - first, int64_t(kChunk))), shared.products);
+    my.load(w, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.decays(w, int(min(at.last - first, int64_t(kChunk))));
+    my.share_products(shared.products);
     my.load(k, raw[1]);
     if (!step.again()) {
       my.load(r, raw[0]);
+      const float u[K] = {shared.u[my.key]};
       share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
     }
     __syncthreads();
@@ -449,9 +467,10 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     }
     if (step.again()) {
       __syncthreads();
-      if (has_values)
-        advance_state<E, N>(scratch + step.chunk() * (N * N), state_before(step), shared.total,
-                            shared.k, raw_v, value);
+      const Share<N> of = {};
+      if (of.has_values)
+        advance_state<E, N>(scratch(step.chunk()), state_before(step), shared.total, shared.k,
+                            raw_v, of.value);
       continue;
     }
     {
@@ -462,64 +481,67 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     }
     __syncthreads();
 
-    OutputTile dv = {};
-    ValueTile grad_y;
-    TokenTile dr_tile = {}, dk_tile = {};
-    if (has_values) {
-      for (int level = warp; level < kLevels; level += kValueWarps)
+    float tiles[2][2][4] = {};  // dv, or dr and dk
+    const Share<N> of = {};
+    if (of.has_values) {
+      for (int level = of.warp; level < kLevels; level += kValueWarps)
         pair_level<N, true>(shared.pairs, level, shared.levels[level]);
       if (threadIdx.x < kChunk)
         shared.pairs[threadIdx.x][threadIdx.x] =
             __uint_as_float(tf32(bonus_of(shared.bonus, threadIdx.x)));
-      times_state<N>(dv, shared.k, g);
-      load_values<E, N>(grad_y, raw_grad_y, value);
+      times_state<N>(tiles[0], shared.k, g);
+      ValueTile grad_y;
+      load_values<E, N>(grad_y, raw_grad_y, of.value);
       update_state<N>(g, shared.total, shared.r, grad_y);
     } else {
-      meet_states<E, N>(dr_tile, dk_tile, shared.crossing, state_before(step), g_keys, raw_grad_y,
-                        raw_v, key);
-      update_key_tile<E, N>(g_keys, shared.total, shared.r, raw_grad_y, key);
+      meet_states<E, N>(tiles[0], tiles[1], shared.crossing, state_before(step), g_keys, raw_grad_y,
+                        raw_v, of.key);
+      update_key_tile<E, N>(g_keys, shared.total, shared.r, raw_grad_y, of.key);
     }
     __syncthreads();
 
-    if (has_values) {
-      times_values(dv, shared.pairs, grad_y);
-      store_output<E>(dv, job.grad_v, at, first, value);
+    if (of.has_values) {
+      ValueTile grad_y;
+      load_values<E, N>(grad_y, raw_grad_y, of.value);
+      times_values(tiles[0], shared.pairs, grad_y);
+      store_output<E>(tiles[0], job.grad_v, at, first, of.value);
     } else {
+      store_tile<N>(shared.r, tiles[0], of.key);
+      store_tile<N>(shared.k, tiles[1], of.key);
       PairTile pairs;
-      load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, key == 0);
+      load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, of.key == 0);
 #pragma unroll
       for (int level = 0; level < kLevels; level++)
-        level_gradient<N>(shared.levels[level], level, pairs, key);
-      store_tile<N>(shared.r, dr_tile, key);
-      store_tile<N>(shared.k, dk_tile, key);
+        level_gradient<N>(shared.levels[level], level, pairs, of.key);
     }
     __syncthreads();
 
+    my = Quad<E, N, kThreads>();  // anew: registers are few
     Gradients gradients = {};
+    my.load(w, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.decays(w, int(min(at.last - first, int64_t(kChunk))));
     my.load(r, raw[0]);
     my.load(k, raw[1]);
-    my.multiply_out();
     my.load_products(shared.products);
     collect<E, N>(gradients, shared, my, r, k);
     __syncthreads();
-    my.load(w, raw_w + buffer * w_words, wide);
-    du += finish<E, N>(gradients, shared, my, r, k, w, u[0]);
+    my.load(w, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    shared.du[my.quad][my.key] += finish<E, N>(gradients, shared, my, r, k, w);
     const int64_t token = first + kQuad * my.quad;
     store_quad<E>(gradients.r, job.grad_r, at, token, my.key);
     store_quad<E>(gradients.k, job.grad_k, at, token, my.key);
     store_quad<E>(gradients.w, job.grad_w, at, token, my.key);
   }
 
-  if (at.segment == 0 && has_values && job.grad_initial.data)
-    store_state<N>(g, f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row, value);
+  if (at.segment == 0 && Share<N>().has_values && job.grad_initial.data)
+    store_state<N>(g, f32_matrix(job.grad_initial, at.m, at.h), job.grad_initial.stride_row,
+                   Share<N>().value);
   __syncthreads();
-  shared.sums[0][my.quad][my.key] = du;
-  __syncthreads();
-  if (my.quad == 0) {
-    float sum = du;
+  if (threadIdx.x < N) {
+    float sum = 0.f;
 #pragma unroll
-    for (int q = 1; q < kQuads; q++) sum += shared.sums[0][q][my.key];
-    grad_u[my.key] = sum;
+    for (int q = 0; q < kQuads; q++) sum += shared.du[q][threadIdx.x];
+    grad_u()[threadIdx.x] = sum;
   }
 }
 

@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(2 * N)
 
     float r[kQuad][K], k[kQuad][K], x[kQuad][K], scale[K];
     my.load(x, raw_w + buffer * Shared<N>::w_words(wide), wide);
-    my.decays(x, int(min(at.last - first, int64_t(kChunk))), shared.products);
+    my.decays(x, int(min(at.last - first, int64_t(kChunk))));
+    my.share_products(shared.products);
     my.load(r, raw[0]);
     my.load(k, raw[1]);
     share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
