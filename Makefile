@@ -6,7 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.inc %.cu %.cuh,$(CSRC)) $(wildcard tests/kernel_library/*) \
-	$(wildcard tests/cuda/*.cpp) benchmarks/limits.cpp
+	$(wildcard tests/cuda/*.cpp tests/ptxcpu/*.cpp tests/ptxcpu/src/*.cpp tests/ptxcpu/src/*.h) \
+	$(wildcard tests/ptxcpu/kernels/*.cu) benchmarks/limits.cpp
 PYTEST := $(BIN)/python -m pytest -n auto -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 # Two architectures are enough to develop with: the first runs on every GPU of its generation, the

@@ -74,21 +74,25 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def cached(
-    name: str, command: Sequence[str | Path], depends: Iterable[Path], make: Callable[[Path], None]
+    name: str,
+    command: Sequence[str | Path],
+    depends: Iterable[Path],
+    make: Callable[[Path], object],
 ) -> Path:
     """A folder that make(folder) has filled, kept until command or a file of depends changes."""
-    digest = hashlib.sha256("\0".join(map(str, command)).encode())
+    contents = hashlib.sha256()
     for path in sorted(depends):
-        digest.update(path.read_bytes())
-    folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+        contents.update(path.read_bytes())
+    name += "-" + hashlib.sha256("\0".join(map(str, command)).encode()).hexdigest()[:8]
+    folder = CACHE / f"{name}-{contents.hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with _locked(CACHE / f"{name}.lock"):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
+            with tempfile.TemporaryDirectory(dir=CACHE, ignore_cleanup_errors=True) as unfinished:
                 make(Path(unfinished))
-                for old in CACHE.glob(f"{name}-????????????????"):
-                    shutil.rmtree(old, ignore_errors=True)
-                shutil.copytree(unfinished, folder, symlinks=True)
+                for old in CACHE.glob(f"{name}-*"):
+                    shutil.rmtree(old)
+                Path(unfinished).rename(folder)  # whole or not at all
     return folder
 
 
@@ -103,31 +107,40 @@ def _cpu() -> str:
 def library() -> Path:
     """The folder of libptxcpu.so and of the stand-in libcudart.so.13; a minute's work."""
     source = HERE / "src"
-    flags = ["-std=c++20", "-O2", "-march=native", "-fPIC", f"-I{toolkit() / 'include'}"]
+    headers, exports = sorted(source.glob("*.h")), source / "cudart.map"
+    flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC"]
+    flags += ["-fno-semantic-interposition", f"-I{toolkit() / 'include'}"]
+
+    def object_file(file: Path) -> Path:
+        command = ["g++", *flags, "-c", file]
+        folder = cached(
+            f"object-{file.stem}",
+            [*command, _cpu()],
+            [file, *headers],
+            lambda to: run([*command, "-o", to / "object.o"]),
+        )
+        return folder / "object.o"
+
     files = sorted(source.glob("*.cpp"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = dict(zip([file.stem for file in files], pool.map(object_file, files)))
+    interpreter = [path for name, path in objects.items() if name != "cudart"]
+    runtime = [path for name, path in objects.items() if name != "interface"]
 
-    def make(folder: Path) -> None:
-        objects = {file.stem: folder / f"{file.stem}.o" for file in files}
-        jobs = [["g++", *flags, "-c", file, "-o", objects[file.stem]] for file in files]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, jobs))
-        interpreter = [path for name, path in objects.items() if name != "cudart"]
-        runtime = [path for name, path in objects.items() if name != "interface"]
-        exports = f"-Wl,--version-script={source / 'cudart.map'},-soname,libcudart.so.13"
+    def link(folder: Path) -> None:
         run(["g++", "-shared", *interpreter, "-o", folder / "libptxcpu.so"])
-        run(["g++", "-shared", *runtime, exports, "-o", folder / "libcudart.so.13"])
+        script = f"-Wl,--version-script={exports},-soname,libcudart.so.13"
+        run(["g++", "-shared", *runtime, script, "-o", folder / "libcudart.so.13"])
         (folder / "libcudart.so").symlink_to("libcudart.so.13")
-        for path in objects.values():
-            path.unlink()
 
-    return cached("library", [*flags, _cpu()], source.iterdir(), make)
+    return cached("library", ["g++"], [exports, *objects.values()], link)
 
 
 def ptx(source: Path, arch: str = "80", flags: Sequence[str] = ()) -> str:
     """nvcc's PTX of a .cu file for compute_<arch>."""
     command = [tool("nvcc"), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{arch}", *flags, source]
     name = f"{source.stem}-{arch}"
-    folder = cached(name, command, [source], lambda to: run([*command, "-o", to / "ptx"]) and None)
+    folder = cached(name, command, [source], lambda to: run([*command, "-o", to / "ptx"]))
     return (folder / "ptx").read_text()
 
 
@@ -149,6 +162,6 @@ def cuda_library(
     command += [f"-L{library()}", *sources]
     file = f"lib{name}.so"
     folder = cached(
-        name, command, [*sources, *depends], lambda to: run([*command, "-o", to / file]) and None
+        name, command, [*sources, *depends], lambda to: run([*command, "-o", to / file])
     )
     return folder / file

@@ -315,5 +315,3 @@ extern "C" __global__ void warp_reductions(const int* x, int* y) {
   y[32 + t] = __reduce_min_sync(~0u, v);
   y[64 + t] = __match_any_sync(~0u, v & 3);
 }
-
-extern "C" __global__ __launch_bounds__(64) void bounded(float* y) { y[threadIdx.x] = 1; }

@@ -83,8 +83,6 @@ struct Symbol {
 struct State {
   std::recursive_mutex mutex;
   Settings settings;
-  int device = 0;
-  cudaError_t last_error = cudaSuccess;
   std::map<const void*, KernelFunction> kernels;
   std::map<const void*, Symbol> symbols;
   std::map<uint64_t, Allocation> allocations;
@@ -99,8 +97,15 @@ State& state() {
   return *all;
 }
 
+// What each thread of the program has of its own.
+struct Thread {
+  int device = 0;
+  cudaError_t last_error = cudaSuccess;
+};
+thread_local Thread this_thread;
+
 cudaError_t failed(cudaError_t error) {
-  if (error != cudaSuccess) state().last_error = error;
+  if (error != cudaSuccess) this_thread.last_error = error;
   return error;
 }
 
@@ -128,7 +133,7 @@ bool capturing() {
 // nullptr, cudaStreamLegacy and cudaStreamPerThread are the current device's own streams.
 bool valid(cudaStream_t stream) {
   if (uint64_t(stream) <= 2) return true;
-  return state().streams.count(stream) && stream->device == state().device;
+  return state().streams.count(stream) && stream->device == this_thread.device;
 }
 
 // Does the work of a stream, or records it.
@@ -146,7 +151,7 @@ cudaError_t enqueue(cudaStream_t stream, std::function<cudaError_t()> work) {
 Regions device_memory() {
   Regions regions;
   for (const auto& [address, allocation] : state().allocations) {
-    if (allocation.device == state().device) regions.add(address, allocation.bytes);
+    if (allocation.device == this_thread.device) regions.add(address, allocation.bytes);
   }
   std::set<const FatBinary*> binaries;
   for (const auto& [host, kernel] : state().kernels) binaries.insert(kernel.binary);
@@ -228,13 +233,14 @@ cudaError_t run(const LaunchRequest& request) {
   double seconds = now() - begin;
   cudaError_t status = launch.statistics.errors ? cudaErrorLaunchFailure : cudaSuccess;
   state().launches.push_back(
-      "{\"kernel\": " + json_string(function.name) + ", \"name\": " +
-      json_string(demangled(function.name)) + ", \"device\": " + std::to_string(state().device) +
-      ", \"stream\": " + std::to_string(uint64_t(request.stream)) +
-      ", \"target\": " + std::to_string(module.target) + ", \"grid\": " + list(configuration.grid) +
-      ", \"block\": " + list(configuration.block) + ", \"shared\": " +
-      std::to_string(configuration.dynamic_shared) + ", \"status\": " + std::to_string(status) +
-      ", \"seconds\": " + std::to_string(seconds) + ", " + json_fields(launch, module) + "}");
+      "{\"kernel\": " + json_string(function.name) +
+      ", \"name\": " + json_string(demangled(function.name)) +
+      ", \"device\": " + std::to_string(this_thread.device) + ", \"stream\": " +
+      std::to_string(uint64_t(request.stream)) + ", \"target\": " + std::to_string(module.target) +
+      ", \"grid\": " + list(configuration.grid) + ", \"block\": " + list(configuration.block) +
+      ", \"shared\": " + std::to_string(configuration.dynamic_shared) +
+      ", \"status\": " + std::to_string(status) + ", \"seconds\": " + std::to_string(seconds) +
+      ", " + json_fields(launch, module) + "}");
   if (settings["verbose"]) print(request, launch, seconds);
   for (const std::string& message : launch.messages) {
     fprintf(stderr, "ptxcpu: %s: %s\n", demangled(function.name).c_str(), message.c_str());
@@ -497,7 +503,7 @@ cudaError_t cudaMalloc(void** address, size_t bytes) {
   void* memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
   if (!memory) return failed(cudaErrorMemoryAllocation);
   memset(memory, 0xff, bytes);  // NaN, whatever the format
-  state().allocations[uint64_t(memory)] = {bytes, state().device, true};
+  state().allocations[uint64_t(memory)] = {bytes, this_thread.device, true};
   *address = memory;
   return cudaSuccess;
 }
@@ -590,21 +596,21 @@ cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
 
 // ---- errors ----
 
-cudaError_t cudaGetLastError() { return std::exchange(state().last_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return state().last_error; }
+cudaError_t cudaGetLastError() { return std::exchange(this_thread.last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return this_thread.last_error; }
 const char* cudaGetErrorString(cudaError_t error) { return error_name(error).text; }
 const char* cudaGetErrorName(cudaError_t error) { return error_name(error).name; }
 
 // ---- devices ----
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = state().device;
+  *device = this_thread.device;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
   PTXCPU_CALL;
   if (device < 0 || device >= state().settings["devices"]) return failed(cudaErrorInvalidDevice);
-  state().device = device;
+  this_thread.device = device;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* devices) {
@@ -669,7 +675,7 @@ cudaError_t cudaDriverGetVersion(int* version) {
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   PTXCPU_CALL;
-  *stream = new CUstream_st{state().device};
+  *stream = new CUstream_st{this_thread.device};
   state().streams.insert(*stream);
   return cudaSuccess;
 }
@@ -781,7 +787,7 @@ int ptxcpu_configure(const char* name, int value) {
 // Lends memory of the host to the current device.
 void ptxcpu_register(const void* address, size_t bytes) {
   PTXCPU_CALL;
-  if (bytes) state().allocations[uint64_t(address)] = {bytes, state().device, false};
+  if (bytes) state().allocations[uint64_t(address)] = {bytes, this_thread.device, false};
 }
 void ptxcpu_unregister(const void* address) {
   PTXCPU_CALL;

@@ -174,6 +174,10 @@ struct Warp {
   void report(const std::string& kind, const std::string& detail = "") const {
     launch->report(*this, kind, detail);
   }
+  // of instructions that all lanes execute together
+  void require_whole(Mask mask, const char* what) const {
+    if (mask != kAllLanes) report(std::string(what) + " executed by a part of a warp");
+  }
   void count_flops(Mask mask, int each) {
     launch->statistics.flops += uint64_t(count(mask)) * each;
   }

@@ -104,6 +104,10 @@ uint32_t SharedChecks::time_of_read(const Cell& cell, int warp) const {
 // Readers that this warp knows to be done with the cell are forgotten: what waits for this warp
 // waits for them as well.
 void SharedChecks::note_reader(const Warp& warp, Cell& cell) {
+  if (cell.read == time && !cell.mixed) {  // all at the same time
+    cell.readers |= 1u << warp.id;
+    return;
+  }
   const WarpClock& clock = warp.clock;
   if (cell.read >= clock.all_known) {
     for (uint32_t left = cell.readers; left; left &= left - 1) {
@@ -137,11 +141,12 @@ void SharedChecks::read_cell(const Warp& warp, int thread, uint32_t offset, Cell
     cell.initialised = true;
   }
   int writer = cell.writer / kLanes;
-  if (cell.written >= clock.all_known && writer != warp.id && cell.written &&
-      cell.written >= clock.known[writer]) {
-    warp.report("shared race: read of what another warp wrote since the last barrier", detail());
-  } else if (warp.launch->configuration.options.check > 1 && cell.writer != thread &&
-             writer == warp.id && cell.written && cell.written_synchronised == clock.synchronised) {
+  if (cell.written && writer != warp.id) {
+    if (cell.written >= clock.all_known && cell.written >= clock.known[writer]) {
+      warp.report("shared race: read of what another warp wrote since the last barrier", detail());
+    }
+  } else if (cell.written_synchronised == clock.synchronised && cell.writer != thread &&
+             cell.written && warp.launch->configuration.options.check > 1) {
     warp.report("shared hazard in a warp: read of what another lane wrote, no __syncwarp between",
                 detail());
   }

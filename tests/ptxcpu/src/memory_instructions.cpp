@@ -222,10 +222,6 @@ void lanes_to_matrix(const uint32_t* lanes, bool transposed, Matrix& matrix) {
   }
 }
 
-void require_whole_warp(Warp& warp, Mask mask, const char* what) {
-  if (mask != kAllLanes) warp.report(std::string(what) + " executed by a part of a warp");
-}
-
 void load_or_store_matrix(Statement& s) {
   bool load = s.name == "ldmatrix";
   if (!s.has("b16") || !s.has("m8n8")) s.unsupported();
@@ -233,7 +229,7 @@ void load_or_store_matrix(Statement& s) {
   auto registers = load ? s.all_out<uint32_t>(0) : s.all_in<uint32_t>(1);
   Address address = s.address(load ? 1 : 0);
   s.emit([=](Warp& warp, Mask mask) {
-    require_whole_warp(warp, mask, load ? "ldmatrix" : "stmatrix");
+    warp.require_whole(mask, load ? "ldmatrix" : "stmatrix");
     Block& block = *warp.block;
     const Options& options = warp.launch->configuration.options;
     uint64_t addresses[kLanes];
@@ -270,7 +266,7 @@ void load_or_store_matrix(Statement& s) {
 void transpose_matrix(Statement& s) {  // movmatrix
   auto to = s.out<uint32_t>(0), from = s.in<uint32_t>(1);
   s.emit([=](Warp& warp, Mask mask) {
-    require_whole_warp(warp, mask, "movmatrix");
+    warp.require_whole(mask, "movmatrix");
     Matrix matrix;
     lanes_to_matrix(from(warp), false, matrix);
     matrix_to_lanes(matrix, true, to(warp));

@@ -5,10 +5,6 @@
 namespace ptxcpu {
 namespace {
 
-void require_whole_warp(Warp& warp, Mask mask, const char* what) {
-  if (mask != kAllLanes) warp.report(std::string(what) + " executed by a part of a warp");
-}
-
 float element(Type type, uint32_t two, int which) {
   uint16_t one = uint16_t(two >> 16 * which);
   return type == Type::kF16 ? from_half(one) : from_bfloat16(one);
@@ -45,7 +41,7 @@ void mma_sync(Statement& s) {
     s.unsupported();
   }
   s.emit([=](Warp& warp, Mask mask) {
-    require_whole_warp(warp, mask, "mma");
+    warp.require_whole(mask, "mma");
     float A[M][K], B[K][N];
     double C[M][N];
     for (size_t i = 0; i < a.size(); i++) {
@@ -80,7 +76,11 @@ void mma_sync(Statement& s) {
             float_in ? bits<float>(from[lane]) : element(Type::kF16, from[lane], i & 1);
       }
     }
-    multiply(&A[0][0], &B[0][0], &C[0][0], M, N, K);
+    for (int i = 0; i < M; i++) {
+      for (int k = 0; k < K; k++) {
+        for (int j = 0; j < N; j++) C[i][j] += double(A[i][k]) * B[k][j];
+      }
+    }
     for (int i = 0; i < 4; i++) {
       uint32_t* to = d[float_out ? i : i / 2](warp);
       for (int lane = 0; lane < kLanes; lane++) {
@@ -146,7 +146,7 @@ Tile tile(Statement& s, int address) {
 // f(lane, element of the lane, its place) for what may be accessed.
 template <class F>
 void for_elements(Warp& warp, Mask mask, const Tile& tile, Use use, F f) {
-  require_whole_warp(warp, mask, "wmma");
+  warp.require_whole(mask, "wmma");
   Block& block = *warp.block;
   const Options& options = warp.launch->configuration.options;
   uint64_t addresses[kLanes];
@@ -231,7 +231,7 @@ void wmma_mma(Statement& s) {
   auto a = s.all_in<uint32_t>(1), b = s.all_in<uint32_t>(2);
   auto c = s.all_in<uint32_t>(3), d = s.all_out<uint32_t>(0);
   s.emit([=](Warp& warp, Mask mask) {
-    require_whole_warp(warp, mask, "wmma.mma");
+    warp.require_whole(mask, "wmma.mma");
     auto [M, N, K] = mnk;
     auto read = [&](const std::vector<Register<uint32_t>>& from, Type type, int size) {
       std::vector<float> elements(size);
