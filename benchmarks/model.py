@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,38 +91,62 @@ def run(args: argparse.Namespace) -> None:
         check(model, other)
     read = sum(p.numel() * p.element_size() for p in model.parameters())
     read -= model.emb.weight.numel() * model.emb.weight.element_size()
-    prompt = torch.randint(VOCAB, (1, PROMPT))
     print(
-        f"{LAYERS} layers, {WIDTH} wide, {VOCAB} tokens: {read / 1e6:.0f} MB read a token in fp32"
+        f"{LAYERS} layers, {WIDTH} wide, {VOCAB} tokens: {read / 1e6:.0f} MB read a token in fp32\n"
     )
-    print(f"{'tokens per second':40} {'best':>8} {'median':>8} {'to rwkv':>8}")
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        decoding = {"fp32": decoder(model), "bf16": decoder(half)}
-        reading: dict[str, Callable[[], object]] = {
-            "fp32": lambda: model.forward_(prompt, model.initial_state(1)),
-        }
-        if other is not None:
-            decoding["rwkv, fp32"] = peer_decoder(other)
-            reading["rwkv, fp32"] = lambda: other.forward(prompt[0].tolist(), None)
-        # what reading the weights alone would allow: the head's, summed
-        decoding["a sum over the head"] = lambda: model.head.weight.sum()
-        for work, contenders, rounds, count in (
-            ("decoding", decoding, 12, TOKENS),
-            (f"a prompt of {PROMPT}", reading, 2, PROMPT),
-        ):
-            seconds = interleave(contenders, rounds)
-            if work == "decoding":
-                best, _ = seconds.pop("a sum over the head")
-                speed = model.head.weight.numel() * 4 / best
-                limit, least = speed / 1e9, seconds["fp32"][0] / TOKENS
-                print(
-                    f"  {threads} threads: weights are read at {read / least / 1e9:.1f} GB/s, "
-                    f"torch.sum reads at {limit:.1f} GB/s"
-                )
-            for name, (least, median) in seconds.items():
-                to = ""
-                if other is not None:
-                    to = f"{seconds['rwkv, fp32'][0] / least:7.2f}x"
-                label = f"{work}, {threads} threads, {name}"
-                print(f"{label:40} {count / least:8.1f} {count / median:8.1f} {to:>8}")
+        title = f"{threads} thread" + "s" * (threads > 1)
+        print(f"| {title}, tokens per second | best | median | to rwkv | GB/s |")
+        print("|---|---:|---:|---:|---:|")
+        race_decoding(model, half, other, read)
+        race_reading(model, other)
+        print()
+
+
+def race_decoding(model: RWKV, half: RWKV, other: Any, read: int) -> None:
+    """Decoding, and as its limit how fast the largest weight can be read at all."""
+    head, x = model.head.weight, torch.randn(1, WIDTH)
+    contenders: dict[str, Callable[[], object]] = {
+        "decoding, fp32": decoder(model),
+        "decoding, bf16": decoder(half),
+    }
+    if other is not None:
+        contenders["decoding, rwkv, fp32"] = peer_decoder(other)
+    contenders["sum"] = head.sum
+    contenders["product"] = lambda: torch.ops.rwkv6.matvec(x, head)
+    seconds = interleave(contenders, 8)
+    limit = head.nbytes / min(seconds.pop("sum")[0], seconds.pop("product")[0])
+    for name, (least, median) in seconds.items():
+        size = read / 2 if "bf16" in name else read
+        speed = TOKENS * size / least / 1e9
+        report(name, TOKENS, least, median, seconds, "decoding, rwkv, fp32", f"{speed:.1f}")
+    print(f"| reading the head's weight alone | | | | {limit / 1e9:.1f} |")
+
+
+def race_reading(model: RWKV, other: Any) -> None:
+    """A prompt, all its tokens in one call."""
+    prompt = torch.randint(VOCAB, (1, PROMPT))
+    contenders: dict[str, Callable[[], object]] = {
+        f"a prompt of {PROMPT}, fp32": lambda: model.forward_(prompt, model.initial_state(1)),
+    }
+    peer_name = f"a prompt of {PROMPT}, rwkv, fp32"
+    if other is not None:
+        contenders[peer_name] = lambda: other.forward(prompt[0].tolist(), None)
+    seconds = interleave(contenders, 2)
+    for name, (least, median) in seconds.items():
+        report(name, PROMPT, least, median, seconds, peer_name, "")
+
+
+def report(
+    name: str,
+    tokens: int,
+    least: float,
+    median: float,
+    seconds: Mapping[str, tuple[float, float]],
+    peer_name: str,
+    speed: str,
+) -> None:
+    """One row: tokens per second of the fastest turn and of the middle one."""
+    to = f"{seconds[peer_name][0] / least:.2f}x" if peer_name in seconds else ""
+    print(f"| {name} | {tokens / least:.1f} | {tokens / median:.1f} | {to} | {speed} |", flush=True)

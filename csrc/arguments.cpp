@@ -174,6 +174,28 @@ Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns
   return {data(x), dtype, stride(x, 0), 0, 0};
 }
 
+const char* parameter(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
+                      DType dtype) {
+  if (!x) fail(name, ": required, got NULL");
+  DLTensor inner = *x;
+  while (inner.ndim > int(shape.size()) && *inner.shape == 1) {
+    inner.ndim--, inner.shape++;
+    if (inner.strides) inner.strides++;
+  }
+  check_float(name, &inner, shape, dtype, dtype);
+  int64_t step = 1;
+  for (int i = inner.ndim - 1; i >= 0; step *= inner.shape[i], i--)
+    if (inner.shape[i] > 1 && stride(&inner, i) != step && elements(x))
+      fail(name, ": must be dense, got stride ", stride(&inner, i), " in dimension ", i);
+  return data(x);
+}
+
+int64_t size_of(const char* name, const DLTensor* x, int dim) {
+  if (!x) fail(name, ": required, got NULL");
+  if (x->ndim < 1) fail(name, ": expected a matrix, got a number");
+  return x->shape[dim < 0 ? x->ndim + dim : dim];
+}
+
 void check_writable(const char* name, const DLTensor* x) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride either way, size)
   for (int i = 0; i < x->ndim; i++) {

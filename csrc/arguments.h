@@ -1,6 +1,7 @@
 // From DLTensors to the kernels' views: every check of the C interface is here.
 #pragma once
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,6 +53,12 @@ States channel_states(const char* name, const DLTensor* x, Shape shape, DType dt
 // A [rows, columns] matrix on the CPU, as one token of each of `rows` batch rows; -1 takes any
 // number.
 Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype);
+
+// The values of a dense tensor of this shape, in front of which it may have dimensions of 1; and
+// the size of one of its dimensions, -1 for the last.
+const char* parameter(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
+                      DType dtype);
+int64_t size_of(const char* name, const DLTensor* x, int dim);
 
 // A [rows, H, N, N] tensor; rows = -1 takes any number.
 States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DType dtype,

@@ -20,6 +20,8 @@ class Threads {
   Threads(const rwkv6_context* context, int64_t work)
       : context_(context && context->parallel_for && work >= kWorthThreads ? context : nullptr) {}
 
+  bool many() const { return context_; }
+
   // Parts to cut N columns into so that `units` heads keep the threads busy, each part no narrower
   // than `narrowest`. The results do not depend on it.
   int64_t parts(int64_t units, int64_t N, int64_t narrowest) const {

@@ -304,6 +304,36 @@ Tensor matvec(const Tensor& x,                              // [M, K]
   return y;
 }
 
+Tensor layer_(const Tensor& x,          // [B, D]
+              const Tensor& att_shift,  // [B, D], updated in place
+              const Tensor& wkv,        // [B, H, N, N], updated in place
+              const Tensor& ffn_shift,  // [B, D], updated in place
+              const std::vector<Tensor>& parameters, double ln_eps, double ln_x_eps) {
+  rwkv6_layer layer = {};
+  const DLTensor** const fields[] = {
+      &layer.ln1_weight,        &layer.ln1_bias,        &layer.att_time_maa_x,
+      &layer.att_time_maa_w,    &layer.att_time_maa_k,  &layer.att_time_maa_v,
+      &layer.att_time_maa_r,    &layer.att_time_maa_g,  &layer.att_time_maa_w1,
+      &layer.att_time_maa_w2,   &layer.att_time_decay,  &layer.att_time_decay_w1,
+      &layer.att_time_decay_w2, &layer.att_time_faaaa,  &layer.att_receptance,
+      &layer.att_key,           &layer.att_value,       &layer.att_gate,
+      &layer.att_output,        &layer.att_ln_x_weight, &layer.att_ln_x_bias,
+      &layer.ln2_weight,        &layer.ln2_bias,        &layer.ffn_time_maa_k,
+      &layer.ffn_time_maa_r,    &layer.ffn_key,         &layer.ffn_receptance,
+      &layer.ffn_value};
+  constexpr size_t kFields = sizeof(fields) / sizeof(fields[0]);
+  if (parameters.size() != kFields)
+    throw std::runtime_error("rwkv6::layer_: expected " + std::to_string(kFields) +
+                             " parameters, got " + std::to_string(parameters.size()));
+  std::vector<View> views(parameters.begin(), parameters.end());
+  for (size_t i = 0; i < kFields; i++) *fields[i] = views[i];
+  layer.ln_eps = ln_eps, layer.ln_x_eps = ln_x_eps;
+  const Tensor y = empty_for(x);
+  check(rwkv6_layer_inplace(context(), &layer, View(x), View::output(att_shift), View::output(wkv),
+                            View::output(ffn_shift), View::output(y)));
+  return y;
+}
+
 }  // namespace
 
 // torch_rwkv6/registration/schema.py holds the same schemas, for an installation without binary.
@@ -326,6 +356,9 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
       "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("wkv4_(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor");
   m.def("matvec(Tensor x, Tensor weight) -> Tensor");
+  m.def(
+      "layer_(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
+      "Tensor[] parameters, float ln_eps, float ln_x_eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
@@ -336,6 +369,7 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
   m.impl("wkv4_", TORCH_BOX(&wkv4_));
   m.impl("matvec", TORCH_BOX(&matvec));
+  m.impl("layer_", TORCH_BOX(&layer_));
 }
 
 // A CUDA build of torch gets the CUDA kernels if the kernel library has them; the reference serves

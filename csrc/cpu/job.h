@@ -84,6 +84,31 @@ struct MatvecJob {
   int64_t units() const { return (N + kMatvecRows - 1) / kMatvecRows; }
 };
 
+// One token of each of M sequences through one layer of RWKV-6. All parameters are dense and of one
+// dtype; D = H * N channels, F hidden ones.
+struct LayerJob {
+  // Runs body(data, begin, end) over [0, n) on several threads; nullptr: on this one.
+  void (*parallel_for)(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), void* data);
+  void* pool;
+  const Sequence* sequences;  // M of them, one token each
+  int64_t M, H, N, D, F;
+  int64_t mix_rank, decay_rank;
+  double ln_eps, ln_x_eps;
+  DType dtype;                                                // of parameters, x, shifts and y
+  Tokens x, att_shift, ffn_shift, y;                          // [M, D]; the shifts are updated
+  States wkv;                                                 // [M, H, N, N], updated
+  const char *ln1_weight, *ln1_bias;                          // [D]
+  const char *maa_x, *maa_w, *maa_k, *maa_v, *maa_r, *maa_g;  // [D]
+  const char *maa_w1, *maa_w2;                                // [D, 5, mix_rank], [5, mix_rank, D]
+  const char *time_decay, *decay_w1, *decay_w2;          // [D], [D, decay_rank], [decay_rank, D]
+  const char* time_faaaa;                                // [H, N]
+  const char *receptance, *key, *value, *gate, *output;  // [D, D]
+  const char *ln_x_weight, *ln_x_bias;                   // [D]
+  const char *ln2_weight, *ln2_bias;                     // [D]
+  const char *ffn_maa_k, *ffn_maa_r;                     // [D]
+  const char *ffn_key, *ffn_receptance, *ffn_value;      // [F, D], [D, D], [D, F]
+};
+
 // The kernels of one instruction set and one accumulator dtype; each computes the work units
 // [begin, end) and may throw std::bad_alloc.
 struct KernelsOf {
@@ -94,6 +119,7 @@ struct KernelsOf {
   void (*wkv4_forward)(const Wkv4Job&, int64_t begin, int64_t end);
   void (*wkv4_backward)(const Wkv4Job&, int64_t begin, int64_t end);
   void (*matvec)(const MatvecJob&, int64_t begin, int64_t end);
+  void (*layer)(const LayerJob&);  // the whole of it; cuts its work itself
 };
 struct Kernels {
   const char* name;

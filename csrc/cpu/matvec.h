@@ -93,7 +93,7 @@ void matvec_tiles(const MatvecJob& job, const T* x, int64_t padded, int64_t row,
 
 // All rows of x with the rows [first, last) of the weight.
 template <class T, DType D>
-void matvec_rows(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
+void matvec_rows_of(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
   const int64_t length = (last - first) / kStreams;
   for (int64_t i = first; i < first + length; i++)
     matvec_tiles<T, D, kStreams>(job, x, padded, i, length);
@@ -101,34 +101,52 @@ void matvec_rows(const MatvecJob& job, const T* x, int64_t padded, int64_t first
     matvec_tiles<T, D, 1>(job, x, padded, i, 0);
 }
 
+// The blocks [begin, end) of rows of the weight; x as matvec_layout has made it.
 template <class T>
-void matvec(const MatvecJob& job, int64_t begin, int64_t end) {
-  const FlushDenormals flush;
-  constexpr int64_t kStep = 2 * Vec<T>::W;
-  const DType dtype = job.weight.dtype;
-  const int64_t padded = (job.K + kStep - 1) / kStep * kStep;
-  Scratch<T> scratch(job.M * padded + padded);
-  T *const x = scratch.take(job.M * padded), *const row = scratch.take(padded);
-  for (int64_t m = 0; m < job.M; m++) {
-    T* const out = dtype == DType::bf16 ? row : x + m * padded;
-    load_row(job.x.row(m, 0, 0), job.x.dtype, job.K, out);
-    const int64_t loaded = (job.K + Vec<T>::W - 1) / Vec<T>::W * Vec<T>::W;
-    for (int64_t i = loaded; i < padded; i++) out[i] = T(0);
-    if (dtype != DType::bf16) continue;
-    for (int64_t i = 0; i < padded; i++) {  // even elements of each step, then the odd ones
-      const int64_t at = i % kStep;
-      x[m * padded + i - at + at / 2 + (at % 2) * Vec<T>::W] = row[i];
-    }
-  }
+void matvec_blocks(const MatvecJob& job, const T* x, int64_t padded, int64_t begin, int64_t end) {
   const int64_t first = begin * kMatvecRows;
   const int64_t last = end * kMatvecRows < job.N ? end * kMatvecRows : job.N;
   if constexpr (sizeof(T) == 8) {
-    matvec_rows<T, DType::f64>(job, x, padded, first, last);
-  } else if (dtype == DType::bf16) {
-    matvec_rows<T, DType::bf16>(job, x, padded, first, last);
-  } else if (dtype == DType::f16) {
-    matvec_rows<T, DType::f16>(job, x, padded, first, last);
+    matvec_rows_of<T, DType::f64>(job, x, padded, first, last);
+  } else if (job.weight.dtype == DType::bf16) {
+    matvec_rows_of<T, DType::bf16>(job, x, padded, first, last);
+  } else if (job.weight.dtype == DType::f16) {
+    matvec_rows_of<T, DType::f16>(job, x, padded, first, last);
   } else {
-    matvec_rows<T, DType::f32>(job, x, padded, first, last);
+    matvec_rows_of<T, DType::f32>(job, x, padded, first, last);
   }
+}
+
+// The length of a row of x as the steps of a tile read it.
+template <class T>
+int64_t matvec_padded(int64_t K) {
+  constexpr int64_t kStep = 2 * Vec<T>::W;
+  return (K + kStep - 1) / kStep * kStep;
+}
+
+// Lays a row of K values out for a weight of this dtype.
+template <class T>
+void matvec_layout(const T* row, int64_t K, DType weight, T* out) {
+  const int64_t W = Vec<T>::W, length = matvec_padded<T>(K);
+  for (int64_t i = K; i < length; i++) out[i] = T(0);
+  if (weight != DType::bf16) {
+    memcpy(out, row, size_t(K) * sizeof(T));
+    return;
+  }
+  for (int64_t step = 0; step < length; step += 2 * W)  // its even elements, then the odd ones
+    for (int64_t i = 0; i < 2 * W; i++)
+      out[step + i / 2 + i % 2 * W] = step + i < K ? row[step + i] : T(0);
+}
+
+template <class T>
+void matvec(const MatvecJob& job, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  const int64_t padded = matvec_padded<T>(job.K);
+  Scratch<T> scratch(Scratch<T>::aligned(job.M * padded) + padded);
+  T *const x = scratch.take(job.M * padded), *const row = scratch.take(padded);
+  for (int64_t m = 0; m < job.M; m++) {
+    load_row(job.x.row(m, 0, 0), job.x.dtype, job.K, row);
+    matvec_layout(row, job.K, job.weight.dtype, x + m * padded);
+  }
+  matvec_blocks(job, x, padded, begin, end);
 }

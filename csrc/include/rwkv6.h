@@ -141,6 +141,39 @@ RWKV6_API const char* rwkv6_matvec(const rwkv6_context* context,
                                    const DLTensor* weight,  // [N, K], as x
                                    DLTensor* y);            // [M, N], as x
 
+// The parameters of one layer of RWKV-6 under the names of its checkpoints; all dense (but for
+// dimensions of 1 in front, which do not count) and of one dtype, f64 f32 bf16 f16. D = H * N
+// channels, F hidden ones; the ranks are any.
+typedef struct {
+  const DLTensor *ln1_weight, *ln1_bias;                                         // [D]
+  const DLTensor *att_time_maa_x, *att_time_maa_w, *att_time_maa_k;              // [D]
+  const DLTensor *att_time_maa_v, *att_time_maa_r, *att_time_maa_g;              // [D]
+  const DLTensor* att_time_maa_w1;                                               // [D, 5 * rank]
+  const DLTensor* att_time_maa_w2;                                               // [5, rank, D]
+  const DLTensor* att_time_decay;                                                // [D]
+  const DLTensor* att_time_decay_w1;                                             // [D, rank]
+  const DLTensor* att_time_decay_w2;                                             // [rank, D]
+  const DLTensor* att_time_faaaa;                                                // [H, N]
+  const DLTensor *att_receptance, *att_key, *att_value, *att_gate, *att_output;  // [D, D]
+  const DLTensor *att_ln_x_weight, *att_ln_x_bias;                               // [D]
+  const DLTensor *ln2_weight, *ln2_bias;                                         // [D]
+  const DLTensor *ffn_time_maa_k, *ffn_time_maa_r;                               // [D]
+  const DLTensor* ffn_key;                                                       // [F, D]
+  const DLTensor* ffn_receptance;                                                // [D, D]
+  const DLTensor* ffn_value;                                                     // [D, F]
+  double ln_eps;                                                                 // of ln1 and ln2
+  double ln_x_eps;
+} rwkv6_layer;
+
+// One token of each of B sequences through one layer, time mixing and channel mixing: decoding, at
+// the speed that the weights can be read. Everything in between is f32 (f64 for f64).
+RWKV6_API const char* rwkv6_layer_inplace(const rwkv6_context* context, const rwkv6_layer* layer,
+                                          const DLTensor* x,    // [B, D], residual stream
+                                          DLTensor* att_shift,  // [B, D], updated
+                                          DLTensor* wkv,        // [B, H, N, N], f32 (f64 for f64)
+                                          DLTensor* ffn_shift,  // [B, D], updated
+                                          DLTensor* y);         // [B, D]
+
 // The instruction set the CPU kernels use in this process: "baseline", "avx2" or "avx512" on
 // x86-64, "neon" on AArch64, "baseline" elsewhere. The environment variable RWKV6_CPU_ISA forces
 // one; NULL if it names one that is not available.

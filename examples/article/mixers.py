@@ -9,14 +9,14 @@ something for every token so far (attention, AFT).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from rwkv4_layers import RWKV4ChannelMix, RWKV4TimeMix
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from torch_rwkv6.nn import RWKV6
+from torch_rwkv6.nn import RWKV4, RWKV6
 
 NAMES = ("lstm", "gru", "attention", "aft", "rwkv4", "rwkv6")
 TITLES = dict(zip(NAMES, ("LSTM", "GRU", "attention", "AFT", "RWKV-4", "RWKV-6"), strict=True))
@@ -34,19 +34,19 @@ def build(
     if name == "rwkv6":
         return rwkv6
     mixer = {
-        "lstm": lambda layer: Recurrent(nn.LSTM, n_embd),
-        "gru": lambda layer: Recurrent(nn.GRU, n_embd),
-        "attention": lambda layer: Attention(n_embd, head_size),
-        "aft": lambda layer: AFT(n_embd, max_len),
-        "rwkv4": lambda layer: RWKV4TimeMix(n_embd, layer, n_layer),
-    }[name]
-    feed_forward = RWKV4ChannelMix if name == "rwkv4" else MLP
-    one, two = (
-        parameters(LanguageModel(vocab_size, n_layer, n_embd, mixer, feed_forward, n_ffn))
-        for n_ffn in (1, 2)
-    )
-    n_ffn = max(n_embd, 1 + round((parameters(rwkv6) - one) / (two - one)))
-    return LanguageModel(vocab_size, n_layer, n_embd, mixer, feed_forward, n_ffn)
+        "lstm": lambda: Recurrent(nn.LSTM, n_embd),
+        "gru": lambda: Recurrent(nn.GRU, n_embd),
+        "attention": lambda: Attention(n_embd, head_size),
+        "aft": lambda: AFT(n_embd, max_len),
+    }
+
+    def model(n_ffn: int) -> nn.Module:
+        if name == "rwkv4":
+            return RWKV4(vocab_size, n_layer, n_embd, n_ffn=n_ffn)
+        return LanguageModel(vocab_size, n_layer, n_embd, mixer[name], n_ffn)
+
+    one, two = parameters(model(1)), parameters(model(2))
+    return model(max(n_embd, 1 + round((parameters(rwkv6) - one) / (two - one))))
 
 
 def parameters(model: nn.Module) -> int:
@@ -55,17 +55,20 @@ def parameters(model: nn.Module) -> int:
 
 
 class LanguageModel(nn.Module):
-    """RWKV-4's frame (and nearly RWKV-6's) around any mixer, under the official names.
+    """RWKV's frame around any mixer: what RWKV4 and RWKV6 have around theirs."""
 
-    ``mixer(layer)`` and ``feed_forward(n_embd, n_ffn, layer, n_layer)`` make the halves of a block.
-    """
-
-    def __init__(self, vocab_size, n_layer, n_embd, mixer, feed_forward, n_ffn) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layer: int,
+        n_embd: int,
+        mixer: Callable[[], nn.Module],
+        n_ffn: int,
+    ) -> None:
         super().__init__()
         self.emb = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(
-            Block(n_embd, layer, mixer(layer), feed_forward(n_embd, n_ffn, layer, n_layer))
-            for layer in range(n_layer)
+            Block(n_embd, mixer(), MLP(n_embd, n_ffn), first=layer == 0) for layer in range(n_layer)
         )
         self.ln_out = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
@@ -88,33 +91,29 @@ class LanguageModel(nn.Module):
 class Block(nn.Module):
     """x + att(ln1(x)), then x + ffn(ln2(x)); ln0 in front of the first block."""
 
-    def __init__(self, n_embd: int, layer: int, att: nn.Module, ffn: nn.Module) -> None:
+    def __init__(self, n_embd: int, att: nn.Module, ffn: nn.Module, first: bool) -> None:
         super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(n_embd)
+        self.ln0 = nn.LayerNorm(n_embd) if first else nn.Identity()
         self.ln1, self.ln2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
         self.att, self.ffn = att, ffn
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        att_state, ffn_state = state or (None, None)
-        y, att_state = self.att(self.ln1(x), att_state)
+        x = self.ln0(x)
+        y, state = self.att(self.ln1(x), state)
         x = x + y
-        y, ffn_state = self.ffn(self.ln2(x), ffn_state)
-        return x + y, (att_state, ffn_state)
+        return x + self.ffn(self.ln2(x)), state
 
 
 class MLP(nn.Module):
-    """The Transformer's feed-forward half, with RWKV's squared ReLU. It keeps no state."""
+    """The Transformer's feed-forward half, with RWKV's squared ReLU."""
 
-    def __init__(self, n_embd: int, n_ffn: int, layer: int, n_layer: int) -> None:
+    def __init__(self, n_embd: int, n_ffn: int) -> None:
         super().__init__()
         self.key = nn.Linear(n_embd, n_ffn, bias=False)
         self.value = nn.Linear(n_ffn, n_embd, bias=False)
 
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
-        return self.value(torch.relu(self.key(x)).square()), None
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(torch.relu(self.key(x)).square())
 
 
 class Recurrent(nn.Module):

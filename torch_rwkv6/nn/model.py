@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.nn.decode import decode_
 from torch_rwkv6.nn.linear import Linear
 from torch_rwkv6.nn.optim import parameter_groups
 from torch_rwkv6.nn.state import RWKVState
@@ -71,6 +72,9 @@ class Block(nn.Module):
         """As `forward`, but updates the states in place: for inference, without autograd."""
         if self.ln0 is not None:
             x = self.ln0(x)
+        y = decode_(self, x, att_shift, wkv, ffn_shift)
+        if y is not None:
+            return y
         x = x + self.att.forward_(self.ln1(x), att_shift, wkv)
         ffn, last = self.ffn(self.ln2(x), ffn_shift)
         ffn_shift.copy_(last)

@@ -20,6 +20,9 @@ SCHEMAS = {
     "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "wkv4_": "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor",
     "matvec": "(Tensor x, Tensor weight) -> Tensor",
+    # eager decoding on a CPU, and nothing else: see torch_rwkv6/nn/decode.py
+    "layer_": "(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
+    "Tensor[] parameters, float ln_eps, float ln_x_eps) -> Tensor",
 }
 
 library = torch.library.Library("rwkv6", "FRAGMENT")

@@ -1,0 +1,277 @@
+// One token of each of a few sequences through one layer of RWKV-6: decoding.
+//
+// What takes time at one token is reading the weights, and would be calling some seventy small
+// operations on a thousand numbers each. Here these are loops between the products with the
+// weights. Everything is computed in the accumulator's dtype T.
+// Included by isa.inc inside the namespace of one instruction set.
+
+RWKV6_INLINE Vec<float> exponential(Vec<float> x) {
+  Vec<float> e[1] = {at_most(Vec<float>(88.f), at_least(Vec<float>(-87.f), x)) *
+                     Vec<float>(1.44269504f)};
+  exp2_lanes(e);
+  return e[0];
+}
+RWKV6_INLINE Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::W; i++) x.x[i] = std::exp(x.x[i]);
+  return x;
+}
+template <class T>
+RWKV6_INLINE Vec<T> sigmoid(Vec<T> x) {
+  return Vec<T>(T(1)).x / (Vec<T>(T(1)) + exponential(Vec<T>(T(0)) - x)).x;
+}
+template <class T>
+RWKV6_INLINE Vec<T> hyperbolic_tangent(Vec<T> x) {
+  return Vec<T>(T(2)) * sigmoid(x + x) - Vec<T>(T(1));
+}
+
+// The mean of f over n values.
+template <class T, class F>
+RWKV6_INLINE T mean_of(const T* x, int64_t n, const F& f) {
+  typedef Vec<T> V;
+  V sums(T(0));
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) sums = sums + f(V::load(x + i));
+  T sum = 0;
+  for (; i < n; i++) sum += f(V(x[i])).x[0];
+  for (int lane = 0; lane < V::W; lane++) sum += sums.x[lane];
+  return sum / T(n);
+}
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias, over n values. y may be x.
+template <class T>
+void normalise(const T* x, int64_t n, double eps, const T* weight, const T* bias, T* y) {
+  typedef Vec<T> V;
+  const T mean = mean_of(x, n, [](V v) { return v; });
+  const T variance = mean_of(x, n, [&](V v) { return (v - V(mean)) * (v - V(mean)); });
+  const T scale = T(1 / std::sqrt(double(variance) + eps));
+  for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+// y = x W, with x of K values and W of K rows of n values, `pitch` values apart. `row` and y have
+// room for n values in whole vectors.
+template <class T>
+void low_product(const T* x, int64_t K, const char* W, DType dtype, int64_t n, int64_t pitch,
+                 T* row, T* y) {
+  typedef Vec<T> V;
+  for (int64_t i = 0; i < n; i += V::W) V(T(0)).store(y + i);
+  for (int64_t k = 0; k < K; k++, W += pitch * size_of(dtype)) {
+    for (int64_t at = 0; at < n * size_of(dtype); at += 64) __builtin_prefetch(W + kPrefetch + at);
+    load_row(W, dtype, n, row);
+    for (int64_t i = 0; i < n; i += V::W)
+      fma(V(x[k]), V::load(row + i), V::load(y + i)).store(y + i);
+  }
+}
+
+template <class T>
+class Layer {
+  typedef Vec<T> V;
+  static constexpr int kMixes = 5;  // k, v, r, g and w, each with a token shift of its own
+
+  const LayerJob& job;
+  const int64_t M, D, F;
+  const int64_t pitch, wide;  // rows of D and of F values, in whole steps of matvec
+  const int64_t ranks;        // the larger rank, in whole vectors
+  Scratch<T> scratch;
+
+  struct Rows {  // one for each sequence
+    T* data;
+    int64_t pitch;
+    T* row(int64_t m) const { return data + m * pitch; }
+  };
+  Rows rows(int64_t row_pitch) { return {scratch.take(M * row_pitch), row_pitch}; }
+
+  const Rows x = rows(pitch);        // residual stream
+  const Rows token = rows(pitch);    // its norm
+  const Rows change = rows(pitch);   // that of the token before, minus this one's
+  const Rows mixed_x = rows(pitch);  // what the token shifts depend on
+  const Rows mixed[kMixes] = {rows(pitch), rows(pitch), rows(pitch), rows(pitch), rows(pitch)};
+  const Rows k = rows(pitch), v = rows(pitch), r = rows(pitch), g = rows(pitch), w = rows(pitch);
+  const Rows y = rows(pitch);
+  const Rows hidden = rows(wide);
+  const Rows laid_out[4] = {rows(wide), rows(pitch), rows(pitch), rows(pitch)};
+  T* const parameters[2] = {scratch.take(pitch), scratch.take(pitch)};
+  T* const low = scratch.take(kMixes * (ranks + pitch));  // of each mix: ranks, and a row
+
+  // f(begin, end) over [0, n).
+  template <class G>
+  void parallel(int64_t n, const G& f) const {
+    if (!job.parallel_for) return f(0, n);
+    const auto body = [](void* data, int64_t begin, int64_t end) {
+      const FlushDenormals flush;
+      (*static_cast<const G*>(data))(begin, end);
+    };
+    job.parallel_for(job.pool, n, body, const_cast<G*>(&f));
+  }
+
+  // A parameter of D values as T. Two can be in use at once.
+  const T* parameter(const char* values, int which = 0) const {
+    load_row(values, job.dtype, D, parameters[which]);
+    return parameters[which];
+  }
+
+  // out = f(i, m) for all vectors i of all rows m.
+  template <class G>
+  void each(const Rows& out, int64_t n, const G& f) const {
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t i = 0; i < n; i += V::W) f(i, m).store(out.row(m) + i);
+  }
+  static RWKV6_INLINE V at(const Rows& rows, int64_t i, int64_t m) {
+    return V::load(rows.row(m) + i);
+  }
+
+  // The norm of x becomes the token, and the token of the next call's `shift`.
+  void next_token(const char* weight, const char* bias, const Tokens& shift) const {
+    const T *const weights = parameter(weight, 0), *const biases = parameter(bias, 1);
+    for (int64_t m = 0; m < M; m++) {
+      char* const last = shift.row(m, 0, 0);
+      normalise(x.row(m), D, job.ln_eps, weights, biases, token.row(m));
+      load_row(last, job.dtype, D, change.row(m));
+      store_row(token.row(m), D, job.dtype, last);
+    }
+    each(change, D, [&](int64_t i, int64_t m) { return at(change, i, m) - at(token, i, m); });
+  }
+
+  // token + change * maa, of the same share in every sequence.
+  void mix(const char* maa, const Rows& out) const {
+    const T* const share = parameter(maa);
+    each(out, D, [&](int64_t i, int64_t m) {
+      return fma(at(change, i, m), V::load(share + i), at(token, i, m));
+    });
+  }
+
+  // out = base + tanh(x w1) w2, with w1 [D, w1_pitch] and w2 [rank, D]; `own` is of the mix.
+  void low_rank(const Rows& x, const char* w1, int64_t w1_pitch, const char* w2, int64_t rank,
+                const char* base, T* own, const Rows& out) const {
+    T *const narrow = own, *const row = own + ranks;
+    for (int64_t m = 0; m < M; m++) {
+      low_product(x.row(m), D, w1, job.dtype, rank, w1_pitch, row, narrow);
+      for (int64_t i = 0; i < rank; i += V::W)
+        hyperbolic_tangent(V::load(narrow + i)).store(narrow + i);
+      low_product(narrow, rank, w2, job.dtype, D, D, row, out.row(m));
+    }
+    load_row(base, job.dtype, D, row);
+    each(out, D, [&](int64_t i, int64_t m) { return at(out, i, m) + V::load(row + i); });
+  }
+
+  // One of the data-dependent token shifts, and w from its own.
+  void mix_one(int64_t i) const {
+    const char* const maa[kMixes] = {job.maa_k, job.maa_v, job.maa_r, job.maa_g, job.maa_w};
+    const int64_t stored[kMixes] = {1, 2, 3, 4, 0};  // as the weights have them: w, k, v, r, g
+    const int64_t rank = job.mix_rank, bytes = stored[i] * rank * size_of(job.dtype);
+    T* const own = low + i * (ranks + pitch);
+    low_rank(mixed_x, job.maa_w1 + bytes, kMixes * rank, job.maa_w2 + bytes * D, rank, maa[i], own,
+             mixed[i]);
+    each(mixed[i], D, [&](int64_t j, int64_t m) {
+      return fma(at(change, j, m), at(mixed[i], j, m), at(token, j, m));
+    });
+    if (i == kMixes - 1)
+      low_rank(mixed[i], job.decay_w1, job.decay_rank, job.decay_w2, job.decay_rank, job.time_decay,
+               own, w);
+  }
+
+  struct Product {  // y = x weight^T, with the weight [N, K]
+    Rows x;
+    const char* weight;
+    int64_t N, K;
+    Rows y;
+  };
+
+  // Several at once, their rows shared out among all threads.
+  template <int n>
+  void project(const Product (&products)[n]) const {
+    MatvecJob jobs[n];
+    int64_t first[n + 1] = {};
+    for (int i = 0; i < n; i++) {
+      const Product& p = products[i];
+      for (int64_t m = 0; m < M; m++)
+        matvec_layout(p.x.row(m), p.K, job.dtype, laid_out[i].data + m * matvec_padded<T>(p.K));
+      jobs[i] = {M, p.N, p.K, {}, {}, {}};
+      jobs[i].weight = {const_cast<char*>(p.weight), job.dtype, p.K, 0, 0};
+      jobs[i].y = {reinterpret_cast<char*>(p.y.data), DTypeOf<T>::value, p.y.pitch, 0, 0};
+      first[i + 1] = first[i] + jobs[i].units();
+    }
+    parallel(first[n], [&](int64_t begin, int64_t end) {
+      for (int i = 0; i < n; i++) {
+        const int64_t from = begin > first[i] ? begin : first[i];
+        const int64_t to = end < first[i + 1] ? end : first[i + 1];
+        if (from < to)
+          matvec_blocks(jobs[i], laid_out[i].data, matvec_padded<T>(jobs[i].K), from - first[i],
+                        to - first[i]);
+      }
+    });
+  }
+
+  // WKV6 of one token, and the norm of every head of y.
+  void recur() const {
+    const auto heads = [&](const Rows& rows) {
+      return Tokens{reinterpret_cast<char*>(rows.data), DTypeOf<T>::value, rows.pitch, 0, job.N};
+    };
+    ForwardJob wkv = {};
+    wkv.sequences = job.sequences, wkv.num_sequences = M;
+    wkv.H = job.H, wkv.N = job.N, wkv.parts = 1;
+    wkv.r = heads(r), wkv.k = heads(k), wkv.v = heads(v), wkv.w = heads(w), wkv.y = heads(y);
+    wkv.u = {const_cast<char*>(job.time_faaaa), job.dtype, job.N};
+    wkv.initial = wkv.final = job.wkv;
+    const T* const weight = parameter(job.ln_x_weight, 0);
+    const T* const bias = parameter(job.ln_x_bias, 1);
+    parallel(wkv.units(), [&](int64_t begin, int64_t end) {
+      forward(wkv, begin, end);
+      for (int64_t unit = begin; unit < end; unit++) {
+        const int64_t first = unit % job.H * job.N;
+        T* const head = y.row(unit / job.H) + first;
+        normalise(head, job.N, job.ln_x_eps, weight + first, bias + first, head);
+      }
+    });
+  }
+
+ public:
+  explicit Layer(const LayerJob& layer)
+      : job(layer),
+        M(job.M),
+        D(job.D),
+        F(job.F),
+        pitch(Scratch<T>::aligned(matvec_padded<T>(D))),
+        wide(Scratch<T>::aligned(matvec_padded<T>(F > D ? F : D))),
+        ranks(Scratch<T>::aligned(job.mix_rank > job.decay_rank ? job.mix_rank : job.decay_rank)),
+        scratch(M * (18 * pitch + 2 * wide) + 2 * pitch + kMixes * (ranks + pitch)) {}
+
+  void run() const {
+    for (int64_t m = 0; m < M; m++) load_row(job.x.row(m, 0, 0), job.dtype, D, x.row(m));
+
+    next_token(job.ln1_weight, job.ln1_bias, job.att_shift);
+    mix(job.maa_x, mixed_x);
+    parallel(kMixes, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) mix_one(i);
+    });
+    project<4>({{mixed[0], job.key, D, D, k},
+                {mixed[1], job.value, D, D, v},
+                {mixed[2], job.receptance, D, D, r},
+                {mixed[3], job.gate, D, D, g}});
+    recur();
+    each(y, D,
+         [&](int64_t i, int64_t m) { return at(y, i, m) * at(g, i, m) * sigmoid(at(g, i, m)); });
+    project<1>({{y, job.output, D, D, v}});
+    each(x, D, [&](int64_t i, int64_t m) { return at(x, i, m) + at(v, i, m); });
+
+    next_token(job.ln2_weight, job.ln2_bias, job.ffn_shift);
+    mix(job.ffn_maa_k, k);
+    mix(job.ffn_maa_r, r);
+    project<2>({{k, job.ffn_key, F, D, hidden}, {r, job.ffn_receptance, D, D, g}});
+    each(hidden, F, [&](int64_t i, int64_t m) {
+      const V h = at(hidden, i, m), zero(T(0));
+      const V positive = h.x < zero.x ? zero.x : h.x;  // a NaN stays one
+      return positive * positive;
+    });
+    project<1>({{hidden, job.ffn_value, D, F, v}});
+    each(x, D,
+         [&](int64_t i, int64_t m) { return fma(sigmoid(at(g, i, m)), at(v, i, m), at(x, i, m)); });
+
+    for (int64_t m = 0; m < M; m++) store_row(x.row(m), D, job.dtype, job.y.row(m, 0, 0));
+  }
+};
+
+template <class T>
+void layer(const LayerJob& job) {
+  const FlushDenormals flush;
+  Layer<T>(job).run();
+}
