@@ -182,7 +182,7 @@ const char* parameter(const char* name, const DLTensor* x, std::initializer_list
     inner.ndim--, inner.shape++;
     if (inner.strides) inner.strides++;
   }
-  check_float(name, &inner, shape, dtype, dtype);
+  check_float(name, &inner, shape, Device(), dtype, dtype);
   int64_t step = 1;
   for (int i = inner.ndim - 1; i >= 0; step *= inner.shape[i], i--)
     if (inner.shape[i] > 1 && stride(&inner, i) != step && elements(x))

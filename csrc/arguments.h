@@ -54,8 +54,8 @@ States channel_states(const char* name, const DLTensor* x, Shape shape, DType dt
 // number.
 Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype);
 
-// The values of a dense tensor of this shape, in front of which it may have dimensions of 1; and
-// the size of one of its dimensions, -1 for the last.
+// The values of a dense tensor of this shape on the CPU, in front of which it may have dimensions
+// of 1; and the size of one of its dimensions, -1 for the last.
 const char* parameter(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
                       DType dtype);
 int64_t size_of(const char* name, const DLTensor* x, int dim);

@@ -26,7 +26,8 @@ void layer_inplace(const rwkv6_context* context, const rwkv6_layer* from, const 
     throw ArgumentError("att.time_faaaa: expected [H, N] with H * N = " + std::to_string(D) +
                         " and N up to " + std::to_string(kMaxHeadSize));
   const DType acc = state_dtype(dtype);
-  job.wkv = states("wkv", wkv, M, {M, 1, H, N}, acc, acc);
+  const Shape shape = {M, 1, H, N, Device()};
+  job.wkv = states("wkv", wkv, M, shape, acc, acc);
   const auto read = [&](const char* name, const DLTensor* x, std::initializer_list<int64_t> shape) {
     return parameter(name, x, shape, dtype);
   };
@@ -69,7 +70,7 @@ void layer_inplace(const rwkv6_context* context, const rwkv6_layer* from, const 
 
   if (!M) return;
   const std::vector<Sequence> steps =
-      sequences({M, 1, H, N}, nullptr, nullptr, StateUse::update, M);
+      Walk(shape, nullptr, nullptr, StateUse::update, wkv).sequences();
   job.sequences = steps.data();
   if (Threads(context, M * D * D).many()) {
     job.parallel_for = context->parallel_for;

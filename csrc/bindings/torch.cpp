@@ -329,7 +329,7 @@ Tensor layer_(const Tensor& x,          // [B, D]
   for (size_t i = 0; i < kFields; i++) *fields[i] = views[i];
   layer.ln_eps = ln_eps, layer.ln_x_eps = ln_x_eps;
   const Tensor y = empty_for(x);
-  check(rwkv6_layer_inplace(context(), &layer, View(x), View::output(att_shift), View::output(wkv),
+  check(rwkv6_layer_inplace(Context(x), &layer, View(x), View::output(att_shift), View::output(wkv),
                             View::output(ffn_shift), View::output(y)));
   return y;
 }

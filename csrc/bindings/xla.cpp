@@ -85,7 +85,11 @@ void run_on_pool(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), v
 }
 
 rwkv6_context context_of(ffi::ThreadPool& threads) {
-  return {run_on_pool, &threads, int(threads.num_threads())};
+  rwkv6_context context = {};
+  context.parallel_for = run_on_pool;
+  context.pool = &threads;
+  context.num_threads = int(threads.num_threads());
+  return context;
 }
 
 ffi::Error error(const std::string& message) {

@@ -42,11 +42,14 @@ struct Call {
 };
 
 // A pool of four threads that are one, and hands out the work piece by piece, the last first.
-const rwkv6_context kPieces = {
-    [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
-      for (int64_t i = n - 1; i >= 0; i--) body(data, i, i + 1);
-    },
-    nullptr, 4};
+const rwkv6_context kPieces = [] {
+  rwkv6_context context = {};
+  context.parallel_for = [](void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
+    for (int64_t i = n - 1; i >= 0; i--) body(data, i, i + 1);
+  };
+  context.num_threads = 4;
+  return context;
+}();
 
 void same_bits_however_the_work_is_cut(Report& report) {
   for (int64_t N : {40, 64, 256}) {
