@@ -14,7 +14,9 @@
 // warp owns some keys with all columns, so that what is summed over columns, the gradients of r, k,
 // w and u, stays within the warp; what is summed over keys, A and dv, is added up through shared
 // memory. Keys of a head that one block does not hold are other blocks', with a dv of their own
-// that sum_parts adds up. Head sizes are padded to 32, 64, 128 or 256 by zeros.
+// that sum_parts adds up. Head sizes are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256.
+#include <type_traits>
+
 #include "cuda/decay.cuh"
 #include "cuda/launch.h"
 #include "cuda/load.cuh"
@@ -730,9 +732,11 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
 
 template <class T>
 void backward(const Launch& launch, const BackwardJob& job) {
-  if (job.N <= 32) return launch_backward<T, 32>(launch, job);
+  if constexpr (std::is_same_v<T, float>) {
+    if (job.N <= 32) return launch_backward<T, 32>(launch, job);
+    if (64 < job.N && job.N <= 128) return launch_backward<T, 128>(launch, job);
+  }
   if (job.N <= 64) return launch_backward<T, 64>(launch, job);
-  if (job.N <= 128) return launch_backward<T, 128>(launch, job);
   launch_backward<T, 256>(launch, job);
 }
 

@@ -8,7 +8,9 @@
 // of columns and every kKeyLanes-th pack of keys, and the key lanes of a column add up y with a few
 // shuffles. The warps of a block share the tokens, which come through shared memory a tile at a
 // time, one tile ahead and unpacked by the thread that fetched them: one barrier a tile. Head sizes
-// are padded to 32, 64, 128 or 256 by zeros.
+// are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256.
+#include <type_traits>
+
 #include "cuda/decay.cuh"
 #include "cuda/launch.h"
 #include "cuda/load.cuh"
@@ -234,9 +236,11 @@ void launch_forward(const Launch& launch, const ForwardJob& job) {
 
 template <class T>
 void forward(const Launch& launch, const ForwardJob& job) {
-  if (job.N <= 32) return launch_forward<T, 32>(launch, job);
+  if constexpr (std::is_same_v<T, float>) {
+    if (job.N <= 32) return launch_forward<T, 32>(launch, job);
+    if (64 < job.N && job.N <= 128) return launch_forward<T, 128>(launch, job);
+  }
   if (job.N <= 64) return launch_forward<T, 64>(launch, job);
-  if (job.N <= 128) return launch_forward<T, 128>(launch, job);
   launch_forward<T, 256>(launch, job);
 }
 
