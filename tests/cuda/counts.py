@@ -10,15 +10,17 @@ again within a launch comes from the same block a few thousand cycles later, and
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-from cuda.gpu import gpu  # noqa: E402
-from samples import Call, random_call  # noqa: E402
+import torch
+from samples import Call, random_call
+
+from cuda.gpu import gpu
 
 LENGTHS = 512, 1024
 COUNTS = {
@@ -46,7 +48,7 @@ def launches(call: Call, kind: str) -> dict[str, dict[str, float]]:
             device.backward(call, *call.grad_outputs())
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for launch in device.runtime.launches():
-        name = launch.name.split("<")[0].split("(")[0].split("::")[-1]
+        name = re.findall(r"(\w+)_kernel\b", launch.name)[0]
         for column, (statistic, unit) in COUNTS.items():
             totals[name][column] += launch.statistics[statistic] * unit
     return totals
@@ -84,7 +86,9 @@ def main() -> None:
 
 def row(dtype: torch.dtype, N: int, kernel: str, counts: dict[str, float]) -> None:
     name = str(dtype).removeprefix("torch.")
-    figures = " | ".join(f"{counts[c]:,.4g}" if counts[c] < 10 else f"{counts[c]:,.0f}" for c in COUNTS)
+    figures = " | ".join(
+        f"{counts[c]:,.4g}" if counts[c] < 10 else f"{counts[c]:,.0f}" for c in COUNTS
+    )
     print(f"| {name}, {N} | {kernel} | {figures} |")
 
 
