@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(2 * N)
 
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
-  const Segments segments = segments_of(launch, job.sequences, job.H);
+  const Segments segments = segments_of(launch, job.sequences, job.H, 4);
   const float* starts = nullptr;
   if (segments.count > 1)
     starts = segment_starts(
