@@ -17,8 +17,8 @@ struct Segments {
   int64_t length;  // in tokens, whole groups of chunks
 };
 
-// As many segments as it takes to give every multiprocessor the blocks_each blocks that it can hold,
-// of no fewer than 256 tokens (RWKV6_CUDA_SEGMENT names another length, for tests).
+// As many segments as it takes to give every multiprocessor the blocks_each blocks that it has room
+// for, of no fewer than 256 tokens (RWKV6_CUDA_SEGMENT names another length, for tests).
 Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
                      int64_t blocks_each);
 
