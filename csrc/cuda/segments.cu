@@ -138,8 +138,9 @@ void walk_states(const Launch& launch, const Walk& walk, const Segments& segment
 
 }  // namespace
 
-Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H) {
-  constexpr int64_t kGroupTokens = kChunk * kGroup, kBlocksEach = 4, kShortest = 256;
+Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
+                     int64_t blocks_each) {
+  constexpr int64_t kGroupTokens = kChunk * kGroup, kShortest = 256;
   const auto whole_groups = [](int64_t tokens) {
     return (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
   };
@@ -149,7 +150,7 @@ Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H
     length = std::max<int64_t>(std::atoll(forced), 1);
   } else {
     const int64_t units = std::max<int64_t>(sequences.count * H, 1);
-    const int64_t wanted = launch.multiprocessors * kBlocksEach / units;
+    const int64_t wanted = launch.multiprocessors * blocks_each / units;
     if (wanted > 1) length = std::max(T / wanted, kShortest);
   }
   length = whole_groups(std::min(length, T));

@@ -17,9 +17,10 @@ struct Segments {
   int64_t length;  // in tokens, whole groups of chunks
 };
 
-// As many segments as it takes to give every multiprocessor some blocks, of no fewer than 256
-// tokens (RWKV6_CUDA_SEGMENT names another length, for tests).
-Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H);
+// As many segments as it takes to give every multiprocessor the blocks_each blocks that it has room
+// for, of no fewer than 256 tokens (RWKV6_CUDA_SEGMENT names another length, for tests).
+Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
+                     int64_t blocks_each);
 
 // The walk of a state alone, S <- d S + x v: of the state itself with x = k, or, backwards, of its
 // gradient with x = r and v = grad_y.

@@ -545,10 +545,12 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
 }
 
+constexpr int64_t kBlocksEach = 2;  // on a multiprocessor at head size 64
+
 template <class E, int N>
 void run(const Launch& launch, const BackwardJob& job) {
   const Sequences& all = job.sequences;
-  const Segments segments = segments_of(launch, all, job.H);
+  const Segments segments = segments_of(launch, all, job.H, kBlocksEach);
   const int64_t blocks = all.count * job.H * segments.count;
   const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
   const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};

@@ -108,9 +108,11 @@ __global__ void __launch_bounds__(2 * N)
     store_state<N>(s, f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, value);
 }
 
+constexpr int64_t kBlocksEach = 4;  // on a multiprocessor at head size 64
+
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
-  const Segments segments = segments_of(launch, job.sequences, job.H);
+  const Segments segments = segments_of(launch, job.sequences, job.H, kBlocksEach);
   const float* starts = nullptr;
   if (segments.count > 1)
     starts = segment_starts(
