@@ -428,6 +428,7 @@ def test_machine_code_of_a_library():
     for arch in ARCHITECTURES:
         assert (arch, "void add<float>(float*, float const*, int)") in found
         assert (arch, "void add<double>(double*, double const*, int)") in found
+        assert {kernel.arch for kernel in sass.inspect(library, arch)} == {arch}
 
 
 def test_occupancy_is_that_of_cuda():

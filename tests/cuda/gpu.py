@@ -128,7 +128,8 @@ class Gpu:
         pointers = [None if m is None else ctypes.byref(m.dl) for m in memory]
         message = getattr(self.library, f"rwkv6_wkv_{name}")(ctypes.byref(self.context), *pointers)
         if message is not None:
-            raise RuntimeError(message.decode())
+            checks = [text for each in self.runtime.launches()[-1:] for text in each.messages]
+            raise RuntimeError("\n".join([message.decode(), *checks]))
         return memory
 
     def free(self) -> None:

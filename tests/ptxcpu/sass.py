@@ -176,24 +176,25 @@ def _inspect_cubin(cubin: Path) -> list[Kernel]:
         raise ValueError(f"nvdisasm names no target of {cubin}")
     found = [(match[1], *map(int, match.groups()[1:])) for match in _USAGE.finditer(usage)]
     names = _demangled([symbol for symbol, *_ in found])
-    # from sm_90 on the tool counts the shared memory that the system takes
+    # from sm_90 on the tool counts the shared memory that the system takes, if there is any other
     taken = 1024 if int(re.sub(r"\D", "", target[1])) >= 90 else 0
     kernels = {
-        symbol: Kernel(symbol, name, target[1], registers, stack, shared - taken)
+        symbol: Kernel(symbol, name, target[1], registers, stack, max(shared - taken, 0))
         for (symbol, registers, stack, shared, _), name in zip(found, names)
     }
     _fill_in(kernels, disassembly)
     return [kernel for kernel in kernels.values() if kernel.instructions]
 
 
-def inspect(path: Path) -> list[Kernel]:
-    """The kernels of a cubin, or of all cubins embedded in an object, library or program."""
+def inspect(path: Path, arch: str = "") -> list[Kernel]:
+    """The kernels of a cubin, or of all cubins embedded in an object, library or program; arch:
+    of those for sm_<arch> alone."""
     if path.suffix == ".cubin":
         return _inspect_cubin(path)
     with tempfile.TemporaryDirectory() as folder:
         command = [build.tool("cuobjdump"), "-xelf", "all", path.resolve()]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        cubins = sorted(Path(folder).glob("*.cubin"))
+        cubins = sorted(Path(folder).glob(f"*.sm_{arch}.cubin" if arch else "*.cubin"))
         return [kernel for cubin in cubins for kernel in _inspect_cubin(cubin)]
 
 

@@ -1,0 +1,341 @@
+"""Do the tests of the CUDA kernels see mistakes? Seeds them, one at a time, and runs some tests.
+
+cd tests, then: python -m cuda.mutations [WORD ...]    those with one of the words in their name
+
+The kernels are compiled in a copy, with only those instances of templates that the tests named
+below run. Each defect has to make one of its tests fail; what noticed it is printed.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from . import gpu
+
+COPY = gpu.ROOT / "build/mutations/tree"
+PRISTINE = gpu.ROOT / "build/mutations/pristine"  # the copy once it is built
+TESTS = gpu.ROOT / "tests/test_cuda_kernels.py"
+LIMIT = 600  # seconds that tests may take
+
+MORE_THAN_32 = """  if (job.N <= 64) return launch_{0}<T, 64>(launch, job);
+  if (job.N <= 128) return launch_{0}<T, 128>(launch, job);
+  launch_{0}<T, 256>(launch, job);
+"""
+DOUBLE = "{0}<double>(launch, job);"
+# What the mutants do without, so that they compile in seconds: file, text, instead.
+LEFT_OUT = [
+    (
+        "chunked.cuh",
+        """    if (N == 64) return f(element, std::integral_constant<int, 64>());
+    return f(element, std::integral_constant<int, 128>());
+""",
+        "",
+    ),
+    ("chunked.cuh", "dtype == DType::bf16 ? sized(Bf16()) : sized(F16());", "sized(Bf16());"),
+    *(
+        (f"wkv_{name}_recurrent.cu", text.format(name), instead)
+        for name in ("forward", "backward")
+        for text, instead in ((MORE_THAN_32, ""), (DOUBLE, ";"))
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # in csrc/cuda
+    text: str  # once in the file
+    instead: str
+    tests: str  # of tests/test_cuda_kernels.py, as for pytest -k
+
+
+FORWARD, BACKWARD = "wkv_forward_chunked.cu", "wkv_backward_chunked.cu"
+RECURRENT, RECURRENT_BACKWARD = "wkv_forward_recurrent.cu", "wkv_backward_recurrent.cu"
+CHUNKED_17 = "test_accuracy and sm_80 and chunked-bfloat16-32-17"
+CHUNKED_65 = "test_accuracy and sm_80 and chunked-bfloat16-32-65"
+RECURRENT_17 = "test_accuracy and sm_80 and recurrent-float32-20-17"
+OPTIONS = "test_options and sm_80 and "
+
+MUTATIONS = [
+    # barriers and waits
+    Mutation(
+        "forward, chunked: no wait for the staged rows",
+        FORWARD, "    wait_for_copies<0>();\n", "", CHUNKED_17,
+    ),
+    Mutation(
+        "forward, chunked: no barrier before the rows of all threads are read",
+        FORWARD,
+        "    }\n    __syncthreads();\n\n    for (int level = warp;",
+        "    }\n\n    for (int level = warp;",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "forward, chunked: the next chunk is staged over the current one",
+        FORWARD, "stage_chunk(first + kChunk, buffer ^ 1)", "stage_chunk(first + kChunk, buffer)",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "backward, chunked: no barrier before the levels' gradients are collected",
+        BACKWARD,
+        "    __syncthreads();\n\n    my = Quad",
+        "\n    my = Quad",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "backward, chunked: no __syncwarp before a level is overwritten",
+        BACKWARD, "  __syncwarp();\n", "", CHUNKED_17,
+    ),
+    Mutation(
+        "state walk: no barrier before the state's update",
+        "segments.cu",
+        "    __syncthreads();\n    update_state",
+        "    update_state",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "forward, recurrent: no barrier behind the tile's arrival",
+        RECURRENT,
+        "    __syncthreads();  // the tile is there, and nobody needs the one before\n",
+        "",
+        RECURRENT_17,
+    ),
+    Mutation(
+        "backward, recurrent: no __syncwarp before sums replace what they are made of",
+        RECURRENT_BACKWARD,
+        "    __syncwarp();  // everybody has read what was there\n",
+        "",
+        RECURRENT_17,
+    ),
+    # fragments, levels and edges
+    Mutation(
+        "chunked: a fragment's rows swapped",
+        "chunk.cuh",
+        "a[4] = {upper.x, lower.x, upper.y, lower.y}",
+        "a[4] = {lower.x, upper.x, upper.y, lower.y}",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "backward, chunked: a lane's row of ldmatrix off by four tokens",
+        BACKWARD, "n / 2 + n % 2 * 4 + l / 16 * 8", "n / 2 + n % 2 * 4 + l / 16 * 4", CHUNKED_17,
+    ),
+    Mutation(
+        "chunked: a level takes in its neighbour's pairs",
+        "chunk.cuh", "(lane.g ^ column) >= bit", "(lane.g ^ column) > bit", CHUNKED_17,
+    ),
+    Mutation(
+        "backward, chunked: wrong mask of a level",
+        BACKWARD, "(row ^ column) >> level == 1", "(row & column) >> level == 1", CHUNKED_17,
+    ),
+    Mutation(
+        "forward, chunked: a last chunk of one token forgotten",
+        FORWARD, "first < at.last; first += kChunk", "first + 1 < at.last; first += kChunk",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "chunked: rows beyond the end not zero",
+        "chunk.cuh", "if (x.data && row < tokens)", "if (x.data)", CHUNKED_17,
+    ),
+    Mutation(
+        "backward, chunked: decays beyond the end not 1",
+        BACKWARD,
+        "    my.decays(w, int(min(at.last - first, int64_t(kChunk))));\n    my.share_products",
+        "    my.decays(w, kChunk);\n    my.share_products",
+        CHUNKED_17,
+    ),
+    # decays
+    Mutation(
+        "chunked: decay applied one token too early",
+        "chunk.cuh",
+        "before[t][i] = before[t - 1][i] * d[t - 1][i]",
+        "before[t][i] = before[t - 1][i] * d[t][i]",
+        CHUNKED_17,
+    ),
+    Mutation(
+        "backward, chunked: a pair of quads left out of dw",
+        BACKWARD, "if (my.quad == 2) crossing += shared.sums[2][3][my.key];", "", CHUNKED_17,
+    ),
+    Mutation(
+        "recurrent: the decay's rate with too small a bound",
+        "decay.cuh", "w = w > 88 ? 88 : w;", "w = w > 4 ? 4 : w;", RECURRENT_17,
+    ),
+    # states, segments, checkpoints
+    Mutation(
+        "segments: each starts where it should end",
+        "segments.cu",
+        "    end = s;\n    s = decays[segment * N + key] * s + added;\n",
+        "    s = decays[segment * N + key] * s + added;\n    end = s;\n",
+        "test_segments and sm_80 and plain",
+    ),
+    Mutation(
+        "state walk: a checkpoint every second group",
+        "segments.cu",
+        "first % (kChunk * kGroup) == 0",
+        "first % (2 * kChunk * kGroup) == 0",
+        CHUNKED_65,
+    ),
+    Mutation(
+        "backward, chunked: a chunk meets its successor's state",
+        BACKWARD,
+        "return scratch(step.chunk() - 1)",
+        "return scratch(step.chunk() > 1 ? step.chunk() - 2 : 0)",
+        CHUNKED_65,
+    ),
+    Mutation(
+        "packed sequences share a group of checkpoints",
+        "segments.h",
+        "return position / kTokens + m + token / kTokens",
+        "return position / kTokens + token / kTokens",
+        OPTIONS + "chunked-bfloat16-32-packed",
+    ),
+    # around the kernels
+    Mutation(
+        "forward, recurrent: the tiles swapped",
+        RECURRENT,
+        "rows = tiles[tile % 2]",
+        "rows = tiles[(tile + 1) % 2]",
+        RECURRENT_17,
+    ),
+    Mutation(
+        "recurrent: elements beyond the head size not zero",
+        "load.cuh",
+        "  if (count <= 0) return zeros<T>();\n",
+        "",
+        RECURRENT_17,
+    ),
+    Mutation(
+        "backward, recurrent: one block's part of dv left out",
+        RECURRENT_BACKWARD,
+        "for (int64_t p = 0; p < count; p++) sum += parts[p * size + at];",
+        "for (int64_t p = 1; p < count; p++) sum += parts[p * size + at];",
+        RECURRENT_17,
+    ),
+    Mutation(
+        "gradient of u: the last sequence left out",
+        "sum_heads.cu", "p < count; p++", "p + 1 < count; p++", CHUNKED_17,
+    ),
+    Mutation(
+        "gradient of a shared state: only the first sequence's",
+        "dispatch.cu",
+        "m < count; m = next[S + m]",
+        "m < count; m = count",
+        OPTIONS + "recurrent-float32-20-state",
+    ),
+    Mutation(
+        "padding rows not honoured",
+        "span.cuh", "s.in_place && span.initial < 0", "false", "test_pool and sm_80",
+    ),
+    Mutation(
+        "cu_seqlens: the last sequence not checked",
+        "dispatch.cu",
+        "for (int64_t m = threadIdx.x; m < count; m += kThreads)",
+        "for (int64_t m = threadIdx.x; m + 1 < count; m += kThreads)",
+        "test_wrong_cu_seqlens and sm_80",
+    ),
+    Mutation(
+        "launches on the default stream",
+        "dispatch.cu",
+        "static_cast<cudaStream_t>(context->stream)",
+        "nullptr",
+        "test_launches",
+    ),
+]  # fmt: skip
+
+
+def replace(name: str, text: str, instead: str) -> None:
+    """In a file of the copy."""
+    file = COPY / "csrc/cuda" / name
+    contents = file.read_text()
+    if contents.count(text) != 1:
+        raise SystemExit(f"{name}: expected once, found {contents.count(text)} times:\n{text}")
+    file.write_text(contents.replace(text, instead))
+
+
+def build_library() -> Path:
+    return gpu.build_library(COPY / "csrc")
+
+
+class FirstFailure:
+    """A plugin of pytest."""
+
+    text: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.text:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.text = f"{report.nodeid.split('::')[1]}: {crash.message if crash else 'failed'}"
+
+
+def run_tests(tests: str, library: Path, result: Connection) -> None:
+    gpu.build_library = lambda: library
+    first = FirstFailure()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", tests, str(TESTS)], [first])
+    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        result.send(first.text)
+    else:
+        raise SystemExit(output.getvalue())
+
+
+def failure(tests: str, library: Path) -> str | None:
+    """The first of the tests that fails and what it says; None: none does.
+
+    In a process of its own, which is a copy of this one: a library stays loaded in a process, and
+    a defect may end it.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=run_tests, args=(tests, library, sender))
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        print(f"{tests}: no verdict within {LIMIT} s")
+        return None
+    if receiver.poll():
+        return receiver.recv()
+    if process.exitcode and process.exitcode < 0:
+        return f"{tests}: ended by signal {-process.exitcode}"
+    raise SystemExit(f"pytest could not run {tests}")
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
+    gpu.ARCHITECTURES = (80,)
+    shutil.rmtree(COPY.parent, ignore_errors=True)
+    shutil.copytree(gpu.ROOT / "csrc", COPY / "csrc")
+    for left_out in LEFT_OUT:
+        replace(*left_out)
+    library = build_library()
+    shutil.copytree(COPY, PRISTINE)
+    every_test = " or ".join(f"({tests})" for tests in dict.fromkeys(m.tests for m in chosen))
+    if complaint := failure(every_test, library):
+        raise SystemExit(f"without any defect: {complaint}")
+    survivors = []
+    for mutation in chosen:
+        start = time.monotonic()
+        replace(mutation.file, mutation.text, mutation.instead)
+        complaint = failure(mutation.tests, build_library())
+        shutil.copytree(PRISTINE, COPY, dirs_exist_ok=True)  # with the files' times, for ninja
+        seconds = time.monotonic() - start
+        first_line = (complaint or "SURVIVES").splitlines()[0]
+        print(f"{mutation.name}\n    {first_line} ({seconds:.0f} s)", flush=True)
+        if not complaint:
+            survivors.append(mutation.name)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    if survivors:
+        raise SystemExit("not caught: " + "; ".join(survivors))
+
+
+if __name__ == "__main__":
+    main()
