@@ -28,8 +28,8 @@ void sum_heads(const Launch& launch, const T* parts, int64_t sequences, int64_t 
   const int64_t rows = out.stride_b ? sequences : 1;
   if (rows * H * N == 0) return;
   const unsigned blocks = blocks_for(rows * H * N, kThreads);
-  sum_heads_kernel<T><<<blocks, kThreads, 0, launch.stream>>>(
-      parts, rows, sequences / rows * count, H, N, out);
+  sum_heads_kernel<T>
+      <<<blocks, kThreads, 0, launch.stream>>>(parts, rows, sequences / rows * count, H, N, out);
   check_launched("sum_heads");
 }
 

@@ -604,7 +604,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   const bool owns = lane.owns && lane.own_key < place.keys.count;
   if (lane.owns) {
     elements(back.u)[lane.own_key] =
-        owns ? load_element<T>(job.u.row(place.h, place.span.b), job.u.dtype, place.keys.first + lane.own_key)
+        owns ? load_element<T>(job.u.row(place.h, place.span.b), job.u.dtype,
+                               place.keys.first + lane.own_key)
              : T(0);
     elements(back.grad_u)[lane.own_key] = 0;
   }
