@@ -146,7 +146,8 @@ def test_few_tokens(gpu, T):
 def test_an_empty_batch(gpu):
     operands = inputs(F32, 20, B=0)
     y, state = run(gpu, "rwkv6_xla_forward_cuda", operands, unwritten(operands[0], operands[5]))
-    assert y.shape == (0, 33, 2, 20) and state.shape == (0, 2, 20, 20)
+    assert y.shape == (0, 33, 2, 20)
+    assert state.shape == (0, 2, 20, 20)
 
 
 def test_wrong_shapes_are_an_error(gpu):
