@@ -136,6 +136,11 @@ Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DTy
 }
 
 Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
+  if (shape.device.cuda && x && x->ndim == 3) {
+    const DType found =
+        check_float(name, x, {shape.B, shape.H, shape.N}, shape.device, dtype, or_dtype);
+    return {data(x), found, stride(x, 1), shape.B > 1 ? stride(x, 0) : 0};
+  }
   const DType found = check_float(name, x, {shape.H, shape.N}, shape.device, dtype, or_dtype);
   return {data(x), found, stride(x, 0)};
 }

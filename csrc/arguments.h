@@ -38,7 +38,7 @@ Shape check_r(const DLTensor* r);
 // A [B, T, H, N] tensor of one of two dtypes (the same one twice where only one is allowed).
 Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
 
-// A [H, N] tensor.
+// A [H, N] tensor; on a GPU also [B, H, N].
 Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype);
 
 // The shape [B, T, H = 1, N = D] of a [B, T, D] tensor of a float dtype, of any width D, on the

@@ -276,6 +276,8 @@ const char* rwkv6_wkv_inplace(const rwkv6_context* context, const DLTensor* r, c
 
 const char* rwkv6_cuda_architectures(void) { return rwkv6::cuda::architectures(); }
 
+int rwkv6_cuda_current_device(void) { return rwkv6::cuda::current_device(); }
+
 const char* rwkv6_cpu_isa(void) {
   const rwkv6::Kernels* kernels = rwkv6::select_kernels();
   return kernels ? kernels->name : nullptr;

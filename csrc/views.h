@@ -44,8 +44,11 @@ struct Heads {
   char* data = nullptr;
   DType dtype = DType::f32;
   int64_t stride_h = 0;
+  int64_t stride_b = 0;  // 0: all batch rows share the [H, N]
 
-  RWKV6_HOST_DEVICE char* row(int64_t h) const { return data + h * stride_h * size_of(dtype); }
+  RWKV6_HOST_DEVICE char* row(int64_t h, int64_t b = 0) const {
+    return data + (b * stride_b + h * stride_h) * size_of(dtype);
+  }
 };
 
 // A [S, H, N, N] tensor, each state [key][value] with contiguous values.

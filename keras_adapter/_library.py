@@ -15,6 +15,13 @@ FORWARD, BACKWARD = "rwkv6_xla_forward", "rwkv6_xla_backward"  # also the custom
 _BINARY = Path(__file__).with_name("_xla.abi3.so")
 
 
+def has_cuda_kernels(binding: ctypes.CDLL) -> bool:
+    """Whether the kernel library behind the binding was built with CUDA."""
+    architectures = binding.rwkv6_cuda_architectures
+    architectures.restype = ctypes.c_char_p
+    return architectures() is not None
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The binding, or None, after a warning, where it is not there."""

@@ -1,14 +1,17 @@
 // WKV as custom calls of XLA's foreign function interface, for JAX and TensorFlow.
 //
 // Only XLA's header-only FFI is used. A handler runs where the runtime's API is at least as new as
-// the headers it was built with; neither jaxlib, TensorFlow nor torch is linked.
+// the headers it was built with; neither jaxlib, TensorFlow nor torch is linked, and CUDA is not
+// needed to compile it: what the handlers of XLA's CUDA platform do lies in the kernel library.
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "rwkv6.h"
 #include "xla/ffi/api/ffi.h"
@@ -30,24 +33,29 @@ DLDataType dlpack_dtype(ffi::DataType dtype) {
   }
 }
 
-// Batch rows [first, first + count) of a buffer as a DLTensor, borrowed. One row of u [B, H, N] is
-// the library's u [H, N].
+// A buffer as a DLTensor, borrowed: on a GPU all of it, on the CPU batch rows [first, first +
+// count). One row of u [B, H, N] is the library's u [H, N].
 class View {
   static constexpr int kMaxDim = 4;
   DLTensor dl_ = {};
   int64_t shape_[kMaxDim] = {};
 
  public:
-  View(const ffi::AnyBuffer& buffer, int64_t first, int64_t count, bool drop_batch = false) {
+  View(const ffi::AnyBuffer& buffer, DLDevice gpu) {
     const auto dims = buffer.dimensions();
-    const int skipped = drop_batch ? 1 : 0;
-    for (size_t i = 0; i < dims.size(); i++) shape_[i] = i ? dims[i] : count;
-    dl_.data = static_cast<char*>(buffer.untyped_data()) +
-               (dims[0] ? int64_t(buffer.size_bytes()) / dims[0] * first : 0);
-    dl_.device = {kDLCPU, 0};
-    dl_.ndim = int32_t(dims.size()) - skipped;
+    for (size_t i = 0; i < dims.size() && i < kMaxDim; i++) shape_[i] = dims[i];
+    dl_.data = buffer.untyped_data();
+    dl_.device = gpu;
+    dl_.ndim = int32_t(dims.size());
     dl_.dtype = dlpack_dtype(buffer.element_type());
-    dl_.shape = shape_ + skipped;
+    dl_.shape = shape_;
+  }
+  View(const ffi::AnyBuffer& buffer, int64_t first, int64_t count, bool drop_batch = false)
+      : View(buffer, DLDevice{kDLCPU, 0}) {
+    const int64_t rows = shape_[0];
+    if (rows) dl_.data = static_cast<char*>(dl_.data) + int64_t(buffer.size_bytes()) / rows * first;
+    shape_[0] = count;
+    if (drop_batch) dl_.shape++, dl_.ndim--;
   }
   View(const View&) = delete;
   operator DLTensor*() { return &dl_; }
@@ -96,18 +104,24 @@ ffi::Error error(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
 }
 
-// The optional operands at the end: the state each sequence starts from [B, H, N, N], and which of
-// how many states it was taken from [B], to be checked.
+// The first of the optional operands at the end: the state each sequence starts from
+// [B, H, N, N].
+std::optional<ffi::AnyBuffer> state_of(const ffi::RemainingArgs& operands) {
+  if (operands.size() == 0) return std::nullopt;
+  return operands.get<ffi::AnyBuffer>(0).value();
+}
+
+// On the CPU the second one too: which of how many states that one was taken from [B], to be
+// checked. (On a GPU that would wait for it; there the state taken for a wrong entry is NaN.)
 struct Optional {
-  std::optional<ffi::AnyBuffer> state, state_map;
+  std::optional<ffi::AnyBuffer> state;
   std::string problem;
 
-  Optional(const ffi::RemainingArgs& operands, int64_t states) {
-    if (operands.size() > 0) state = operands.get<ffi::AnyBuffer>(0).value();
+  Optional(const ffi::RemainingArgs& operands, int64_t states) : state(state_of(operands)) {
     if (operands.size() < 2) return;
-    state_map = operands.get<ffi::AnyBuffer>(1).value();
-    const int32_t* rows = static_cast<const int32_t*>(state_map->untyped_data());
-    for (size_t b = 0; b < state_map->element_count() && problem.empty(); b++)
+    const ffi::AnyBuffer state_map = operands.get<ffi::AnyBuffer>(1).value();
+    const int32_t* rows = static_cast<const int32_t*>(state_map.untyped_data());
+    for (size_t b = 0; b < state_map.element_count() && problem.empty(); b++)
       if (rows[b] < 0 || rows[b] >= states)
         problem = "state_map: entry " + std::to_string(b) + " is " + std::to_string(rows[b]) +
                   ", expected 0 to " + std::to_string(states - 1) + " (" + std::to_string(states) +
@@ -224,45 +238,145 @@ ffi::Error backward(ffi::ThreadPool threads,
   return rows.problem.empty() ? ffi::Error::Success() : error(rows.problem);
 }
 
+// What XLA lends to a call on a GPU. It makes the device's context current before it calls.
+class Gpu {
+  ffi::ScratchAllocator& scratch_;
+
+  static void* allocate(void* pool, size_t bytes) {
+    constexpr size_t kPromised = 16, kWanted = 256;  // alignments: XLA's, the kernels'
+    auto& scratch = *static_cast<ffi::ScratchAllocator*>(pool);
+    const std::optional<void*> memory = scratch.Allocate(bytes + kWanted - kPromised, kPromised);
+    if (!memory || !*memory) return nullptr;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(*memory);
+    return reinterpret_cast<void*>((address + kWanted - 1) / kWanted * kWanted);
+  }
+
+ public:
+  rwkv6_context context = {};
+  DLDevice device = {kDLCUDA, rwkv6_cuda_current_device()};
+
+  Gpu(void* stream, ffi::ScratchAllocator& scratch) : scratch_(scratch) {
+    context.pool = &scratch_;
+    context.stream = stream;
+    context.allocate = allocate;
+  }
+};
+
+ffi::Error forward_cuda(void* stream, ffi::ScratchAllocator scratch,
+                        ffi::AnyBuffer r,             // as in `forward`
+                        ffi::AnyBuffer k,             //
+                        ffi::AnyBuffer v,             //
+                        ffi::AnyBuffer w,             //
+                        ffi::AnyBuffer u,             // [B, H, N]
+                        ffi::RemainingArgs optional,  // state, state_map
+                        Result y,                     //
+                        Result final_state,           // may be the memory of state
+                        int64_t) {
+  const Gpu gpu(stream, scratch);
+  const std::optional<ffi::AnyBuffer> given = state_of(optional);
+  View r_(r, gpu.device), k_(k, gpu.device), v_(v, gpu.device), w_(w, gpu.device);
+  View u_(u, gpu.device), y_(*y, gpu.device), final_(*final_state, gpu.device);
+  std::optional<View> state;
+  if (given) state.emplace(*given, gpu.device);
+  const bool inplace = given && given->untyped_data() == final_state->untyped_data();
+  const char* problem =
+      inplace ? rwkv6_wkv_inplace(&gpu.context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
+              : rwkv6_wkv_forward(&gpu.context, r_, k_, v_, w_, u_,
+                                  state ? static_cast<DLTensor*>(*state) : nullptr, nullptr,
+                                  nullptr, y_, final_);
+  return problem ? error(problem) : ffi::Error::Success();
+}
+
+ffi::Error backward_cuda(void* stream, ffi::ScratchAllocator scratch,
+                         ffi::AnyBuffer grad_y,            // as in `backward`
+                         ffi::AnyBuffer grad_final_state,  //
+                         ffi::AnyBuffer r,                 //
+                         ffi::AnyBuffer k,                 //
+                         ffi::AnyBuffer v,                 //
+                         ffi::AnyBuffer w,                 //
+                         ffi::AnyBuffer u,                 // [B, H, N]
+                         ffi::RemainingArgs optional,      // state, state_map
+                         Result grad_r,                    //
+                         Result grad_k,                    //
+                         Result grad_v,                    //
+                         Result grad_w,                    //
+                         Result grad_u,                    // [B, H, N], of each row by itself
+                         ffi::RemainingRets grad_state,    // beside state
+                         int64_t) {
+  const Gpu gpu(stream, scratch);
+  const std::optional<ffi::AnyBuffer> given = state_of(optional);
+  View grad_y_(grad_y, gpu.device), grad_final_(grad_final_state, gpu.device);
+  View r_(r, gpu.device), k_(k, gpu.device), v_(v, gpu.device), w_(w, gpu.device);
+  View u_(u, gpu.device), grad_r_(*grad_r, gpu.device), grad_k_(*grad_k, gpu.device);
+  View grad_v_(*grad_v, gpu.device), grad_w_(*grad_w, gpu.device), grad_u_(*grad_u, gpu.device);
+  std::optional<View> state, grad_state_;
+  if (given) {
+    state.emplace(*given, gpu.device);
+    grad_state_.emplace(*grad_state.get<ffi::AnyBuffer>(0).value(), gpu.device);
+  }
+  const char* problem = rwkv6_wkv_backward(
+      &gpu.context, grad_y_, grad_final_, r_, k_, v_, w_, u_,
+      state ? static_cast<DLTensor*>(*state) : nullptr, nullptr, nullptr, grad_r_, grad_k_, grad_v_,
+      grad_w_, grad_u_, grad_state_ ? static_cast<DLTensor*>(*grad_state_) : nullptr);
+  return problem ? error(problem) : ffi::Error::Success();
+}
+
+// The operands, results and attributes of forward and of backward, after the platform's context.
+auto bind_forward(auto context) {
+  return std::move(context)
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("states");
+}
+
+auto bind_backward(auto context) {
+  return std::move(context)
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .RemainingRets()
+      .template Attr<int64_t>("states");
+}
+
+auto cpu() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+// Not marked as fit for XLA's command buffers (CUDA graphs): the scratch memory of a call is given
+// back when the call returns, and a graph would use it again.
+auto cuda() {
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::ScratchAllocator>();
+}
+
 }  // namespace
 
 // Declared first, for the visibility: the macros below define them.
 extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_forward(XLA_FFI_CallFrame* frame);
 extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_backward(XLA_FFI_CallFrame* frame);
+extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_forward_cuda(XLA_FFI_CallFrame* frame);
+extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_backward_cuda(XLA_FFI_CallFrame* frame);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward, forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("states"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward, backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("states"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward, forward, bind_forward(cpu()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward, backward, bind_backward(cpu()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward_cuda, forward_cuda, bind_forward(cuda()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward_cuda, backward_cuda, bind_backward(cuda()));
 
-// Registers both with a runtime that has no Python interface for it (TensorFlow), whose API is
-// `api`. Zero, or non-zero where the runtime is too old or refuses.
+// Registers those of the CPU with a runtime that has no Python interface for it (TensorFlow), whose
+// API is `api`. Zero, or non-zero where the runtime is too old or refuses.
 extern "C" RWKV6_API int rwkv6_xla_register(const XLA_FFI_Api* api) {
   if (!api || api->api_version.major_version != XLA_FFI_API_MAJOR ||
       api->api_version.minor_version < XLA_FFI_API_MINOR)

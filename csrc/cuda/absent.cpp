@@ -16,6 +16,8 @@ namespace {
 
 const char* architectures() { return nullptr; }
 
+int current_device() { return -1; }
+
 void forward(const rwkv6_context*, int, ForwardJob) { refuse(); }
 
 void backward(const rwkv6_context*, int, BackwardJob, const States&) { refuse(); }

@@ -212,8 +212,8 @@ __device__ inline float sum_four(const float (&x)[kQuad]) {
 }
 
 template <class E, int K>
-__device__ inline void load_u(float (&u)[K], const Heads& from, int64_t h, int key) {
-  const char* row = from.row(h);
+__device__ inline void load_u(float (&u)[K], const Heads& from, int64_t h, int64_t b, int key) {
+  const char* row = from.row(h, b);
 #pragma unroll
   for (int i = 0; i < K; i++)
     u[i] = from.dtype == DType::f32 ? reinterpret_cast<const float*>(row)[key + i]

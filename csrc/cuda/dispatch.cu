@@ -165,6 +165,11 @@ const char* architectures() {
   return text.c_str();
 }
 
+int current_device() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
 void check_launched(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
@@ -217,8 +222,8 @@ void backward(const rwkv6_context* context, int device, BackwardJob job,
                         job.H * state_size, state_size, job.N};
   }
   if (count == 0) {  // nothing depends on u
-    acc == DType::f64 ? sum_heads<double>(launch, nullptr, 0, job.H, job.N, job.grad_u)
-                      : sum_heads<float>(launch, nullptr, 0, job.H, job.N, job.grad_u);
+    acc == DType::f64 ? sum_heads<double>(launch, nullptr, 0, 0, job.H, job.N, job.grad_u)
+                      : sum_heads<float>(launch, nullptr, 0, 0, job.H, job.N, job.grad_u);
   } else {
     check_cu_seqlens(launch, job.sequences);
     const Family family = choose(

@@ -10,6 +10,9 @@ namespace rwkv6::cuda {
 // The compute capabilities that the kernels were compiled for, such as "8.0, 9.0"; NULL without.
 const char* architectures();
 
+// The calling thread's current device; -1 without one.
+int current_device();
+
 // Launch the kernels of a call whose arguments are checked, on the caller's stream; `device` is the
 // tensors'. Nothing waits for the GPU. They throw std::runtime_error with a message, or
 // std::bad_alloc.

@@ -47,9 +47,10 @@ void backward_recurrent(const Launch& launch, const BackwardJob& job);
 void forward_chunked(const Launch& launch, const ForwardJob& job);
 void backward_chunked(const Launch& launch, const BackwardJob& job);
 
-// out[h] = the sum over p of parts[p][h], in that order. parts: [count, H, N] of T, f32 or f64.
+// Adds up parts [sequences, count, H, N] of T, f32 or f64, in their order: all of them, or those of
+// each sequence by themselves where every batch row has its own [H, N] in `out`.
 template <class T>
-void sum_heads(const Launch& launch, const T* parts, int64_t count, int64_t H, int64_t N,
-               Heads out);
+void sum_heads(const Launch& launch, const T* parts, int64_t sequences, int64_t count, int64_t H,
+               int64_t N, Heads out);
 
 }  // namespace rwkv6::cuda

@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   {
     const Quad<E, N, kThreads> my;
     float u[K];
-    load_u<E, K>(u, job.u, at.h, my.key);
+    load_u<E, K>(u, job.u, at.h, at.span.b, my.key);
     shared.du[my.quad][my.key] = 0.f;
     if (my.quad == 0) shared.u[my.key] = u[0];
   }
@@ -565,7 +565,7 @@ void run(const Launch& launch, const BackwardJob& job) {
   const int w_bytes = 2 * 4 * Shared<N>::w_words(job.w.dtype == DType::f32);
   launch_chunked("backward_chunked", backward_chunked_kernel<E, N>, launch, blocks, 4 * N,
                  int(sizeof(Shared<N>)) + w_bytes, job, segments, given);
-  sum_heads<float>(launch, given.grad_u, all.count * segments.count, job.H, N, job.grad_u);
+  sum_heads<float>(launch, given.grad_u, all.count, segments.count, job.H, N, job.grad_u);
 }
 
 }  // namespace

@@ -604,7 +604,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   const bool owns = lane.owns && lane.own_key < place.keys.count;
   if (lane.owns) {
     elements(back.u)[lane.own_key] =
-        owns ? load_element<T>(job.u.row(place.h), job.u.dtype, place.keys.first + lane.own_key)
+        owns ? load_element<T>(job.u.row(place.h, place.span.b), job.u.dtype,
+                               place.keys.first + lane.own_key)
              : T(0);
     elements(back.grad_u)[lane.own_key] = 0;
   }
@@ -727,7 +728,7 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
         grad_v, parts, tokens, sequences.tokens, job.H, job.N, job.grad_v);
     check_launched("sum_parts");
   }
-  sum_heads(launch, grad_u, sequences.count, job.H, job.N, job.grad_u);
+  sum_heads(launch, grad_u, sequences.count, 1, job.H, job.N, job.grad_u);
 }
 
 template <class T>
@@ -745,9 +746,9 @@ void backward(const Launch& launch, const BackwardJob& job) {
 void backward_recurrent(const Launch& launch, const BackwardJob& job) {
   if (job.sequences.count * job.H == 0) {
     if (job.r.dtype == DType::f64)
-      sum_heads<double>(launch, nullptr, 0, job.H, job.N, job.grad_u);
+      sum_heads<double>(launch, nullptr, 0, 0, job.H, job.N, job.grad_u);
     else
-      sum_heads<float>(launch, nullptr, 0, job.H, job.N, job.grad_u);
+      sum_heads<float>(launch, nullptr, 0, 0, job.H, job.N, job.grad_u);
   } else if (job.r.dtype == DType::f64) {
     backward<double>(launch, job);
   } else {

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(2 * N)
   };
   Quad<E, N, kThreads> my;
   float u[K];
-  load_u<E, K>(u, job.u, at.h, my.key);
+  load_u<E, K>(u, job.u, at.h, at.span.b, my.key);
   for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
   if (at.first < at.last) stage_chunk(at.first, 0);
 

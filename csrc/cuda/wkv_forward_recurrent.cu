@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
     for (int e = 0; e < kPack; e++) {
       const int i = (row_pack + n * Shape::kRowLanes) * kPack + e;
-      u[n][e] = i < N ? load_element<T>(job.u.row(h), job.u.dtype, i) : T(0);
+      u[n][e] = i < N ? load_element<T>(job.u.row(h, span.b), job.u.dtype, i) : T(0);
     }
 
   char* y_row = job.y.row(span.b, span.begin, h);

@@ -13,7 +13,8 @@
 // All tensors of a call are on the CPU, or all on one CUDA device, for WKV6. On a GPU a call only
 // launches kernels: it returns before they are done, and it looks at no value. A sequence whose
 // entry of state_map is out of range, and every sequence when cu_seqlens does not rise from 0 to T,
-// then gets NaN, and no memory outside the tensors is touched.
+// then gets NaN, and no memory outside the tensors is touched. There u and grad_u may also be
+// [B, H, N]: every batch row with a u of its own, or with the gradient of u that is its own share.
 #pragma once
 
 #include <ATen/dlpack.h>  // the DLPack header, as torch's wheel ships it
@@ -183,6 +184,9 @@ RWKV6_API const char* rwkv6_cpu_isa(void);
 // the library was built without CUDA. The environment variable RWKV6_CUDA_KERNEL, "recurrent" or
 // "chunked", forces one of the two families of kernels.
 RWKV6_API const char* rwkv6_cuda_architectures(void);
+
+// The calling thread's current CUDA device; -1 without one.
+RWKV6_API int rwkv6_cuda_current_device(void);
 
 #ifdef __cplusplus
 }

@@ -28,16 +28,30 @@ Arrays = tuple[Array, ...]
 TOKENS, HEADS, STATES, ROWS = "b t h n", "b h n", "b h n m", "b"  # the operands' dimensions
 
 
-def _register() -> bool:
+def _register() -> frozenset[str]:
+    """Registers the custom calls. Returns the names of the backends that can run them."""
     binding = _library.load()
     if binding is None:
+        return frozenset()
+    suffixes = {"cpu": ""}
+    if _library.has_cuda_kernels(binding):
+        suffixes["CUDA"] = "_cuda"
+    for platform, suffix in suffixes.items():
+        for name in (_library.FORWARD, _library.BACKWARD):
+            handler = jax.ffi.pycapsule(getattr(binding, name + suffix))
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
+    return frozenset({"cpu", "gpu"} if "CUDA" in suffixes else {"cpu"})
+
+
+_native_backends = _register()
+has_kernels: bool = bool(_native_backends)
+
+
+def _is_native() -> bool:
+    backend = jax.default_backend()
+    if backend == "gpu" and "rocm" in jax.devices()[0].client.platform_version:
         return False
-    for name in (_library.FORWARD, _library.BACKWARD):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(binding, name)), platform="cpu")
-    return True
-
-
-has_kernels: bool = _register()
+    return backend in _native_backends
 
 
 def wkv(
@@ -49,7 +63,7 @@ def wkv(
     initial_state: Array | None,  # [S, H, N, N]
     state_map: Array | None,  # [B]
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
-    if has_kernels and jax.default_backend() == "cpu":
+    if _is_native():
         return _native(r, k, v, w, u, initial_state, state_map)
     return chunked.wkv(r, k, v, w, u, initial_state, state_map)
 
@@ -75,9 +89,12 @@ def _native(
             initial_state = jnp.broadcast_to(initial_state, (batch, heads, size, size))
             operands.append(initial_state)
         else:
-            # out of range: an error of the custom call, so what is taken there does not matter
+            # out of range: an error of the custom call on the CPU; on a GPU, where nobody looks at
+            # the entry, NaN
             states, state_map = initial_state.shape[0], state_map.astype(jnp.int32)
-            operands += [jnp.take(initial_state, state_map, axis=0, mode="clip"), state_map]
+            valid = ((state_map >= 0) & (state_map < states))[:, None, None, None]
+            chosen = jnp.take(initial_state, state_map, axis=0, mode="clip")
+            operands += [jnp.where(valid, chosen, jnp.nan), state_map]
     return _operator(len(operands), states)(*_varying_alike(tuple(operands)))
 
 

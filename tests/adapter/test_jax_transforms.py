@@ -9,6 +9,8 @@ import pytest
 from samples import random_inputs
 
 import keras_adapter
+from keras_adapter import _library
+from keras_adapter.backends import jax as backend
 from keras_adapter.ops import wkv
 
 pytestmark = pytest.mark.skipif(
@@ -192,6 +194,31 @@ def test_export_with_gradients():
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in X]
     loaded = exported(wkv, *shapes, vjp_order=1)
     assert_close(jax.grad(loss(loaded.call), GRAD)(*X), jax.grad(loss(scanned), GRAD)(*X))
+
+
+def test_lowered_for_nvidia_gpus():
+    """What XLA is asked to do there; no GPU is needed to ask, and nothing of it runs."""
+    allow = jax.export.DisabledSafetyCheck.custom_call
+    names = ("rwkv6_xla_forward", "rwkv6_xla_backward")
+    f = jax.jit(jax.value_and_grad(loss(partial(wkv, state_map=jnp.asarray([1, 0]))), GRAD))
+    written = jax.export.export(
+        f, platforms=["cuda"], disabled_checks=[allow(name) for name in names]
+    )(*X)
+    for name in names:
+        assert written.mlir_module().count(f"stablehlo.custom_call @{name}(") == 1
+
+
+def test_handlers_for_nvidia_gpus_come_with_cuda_kernels():
+    with_cuda = _library.has_cuda_kernels(_library.load())
+    assert backend._native_backends == ({"cpu", "gpu"} if with_cuda else {"cpu"})
+
+
+def test_where_nothing_can_be_raised_a_wrong_entry_of_state_map_starts_from_nan(monkeypatch):
+    monkeypatch.setattr(backend, "_operator", lambda count, states: lambda *operands: operands)
+    *_, state, state_map = backend._native.__wrapped__(*X, jnp.asarray([1, 2]))
+    np.testing.assert_array_equal(state[0], X[5][1])
+    assert jnp.isnan(state[1]).all()
+    np.testing.assert_array_equal(state_map, [1, 2])
 
 
 def test_a_traced_state_map_out_of_range_is_a_runtime_error():
