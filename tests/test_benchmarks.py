@@ -135,7 +135,7 @@ def test_our_own_contenders_race(stable: race.Stable, call: work.Work) -> None:
     checked = [r for r in results if "limit" not in r.entrant.contender.label]
     assert all(r.error < 2e-6 and r.extreme_error < 2e-6 for r in checked)
     rows = [result.row(results[0]) for result in results]
-    assert rows[0]["ratio"] == 1.0
+    assert rows[0]["ratio"] == pytest.approx(1)
     per_call = min(results[1].seconds)
     assert rows[1]["min_ns"] == pytest.approx(per_call * 1e9 / (call.B * call.T * call.H))
     assert json.loads(json.dumps(rows)) == rows
