@@ -42,7 +42,7 @@ def binding() -> ctypes.CDLL:
         "g++", "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc/include'}",
         *(arg for path in (*include_paths(), headers) for arg in ("-isystem", path)),
         ROOT / "csrc/bindings/xla.cpp", ROOT / "tests/cuda/xla_call.cpp",
-        f"-L{kernels.parent}", "-l:librwkv6.so", f"-Wl,-rpath,{kernels.parent}", "-o", library,
+        f"-L{kernels.parent}", f"-l:{kernels.name}", f"-Wl,-rpath,{kernels.parent}", "-o", library,
     ]  # fmt: skip
     subprocess.run(list(map(str, command)), check=True)
     gpu_of()  # loads the stand-in runtime, which the library looks for
@@ -81,7 +81,7 @@ def unwritten(*like: Tensor) -> list[Tensor]:
 def inputs(dtype, N, B=3, T=33, states=True):
     """r, k, v, w, u [B, H, N], perhaps state [B, H, N, N]: every batch row has its own u."""
     call = random_call(B=B, T=T, H=2, N=N, dtype=dtype, states=B if states else None)
-    u = torch.stack([call.u * (b + 1) for b in range(B)])
+    u = call.u * torch.arange(1, B + 1, dtype=dtype)[:, None, None]
     state = [] if call.initial_state is None else [call.initial_state.float()]
     return [call.r, call.k, call.v, call.w, u, *state]
 

@@ -33,7 +33,7 @@ CODES = {"f": 2, "i": 0, "b": 4}  # bfloat16
 
 
 def build_library(csrc: Path = ROOT / "csrc") -> Path:
-    """librwkv6.so with PTX for the ARCHITECTURES, and no kernels for the CPU."""
+    """The kernel library with PTX for the ARCHITECTURES, and no kernels for the CPU."""
     sources = [*csrc.glob("*.cpp"), *(csrc / "cuda").glob("*.cu")]
     sources.append(Path(__file__).with_name("no_cpu_kernels.cpp"))
     options = [
@@ -43,7 +43,7 @@ def build_library(csrc: Path = ROOT / "csrc") -> Path:
     ]  # fmt: skip
     folder = csrc.parent / "build/cuda-tests"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "librwkv6.so"
+    library = folder / "librwkv6-ptx.so"  # not the name of the other one, which may be loaded too
     with open(folder / "lock", "w") as lock:  # of several test processes the first one builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         toolkit = nvcc.toolkit()
@@ -52,6 +52,7 @@ def build_library(csrc: Path = ROOT / "csrc") -> Path:
         newest = max(Path(name).stat().st_mtime for name in objects)
         if not library.exists() or library.stat().st_mtime < newest:
             command = [toolkit.nvcc, "-shared", "--cudart=shared", f"-L{build.library()}", *objects]
+            command.append(f"-Xlinker=-soname={library.name}")
             subprocess.run([*command, "-o", library], check=True)
     return library
 
