@@ -51,8 +51,8 @@ def build_library(csrc: Path = ROOT / "csrc") -> Path:
         objects = toolkit.compile(sorted(map(str, sources)), options, folder)
         newest = max(Path(name).stat().st_mtime for name in objects)
         if not library.exists() or library.stat().st_mtime < newest:
-            command = [toolkit.nvcc, "-shared", "--cudart=shared", f"-L{build.library()}", *objects]
-            command.append(f"-Xlinker=-soname={library.name}")
+            command = [toolkit.nvcc, "-shared", "--cudart=shared", "--cudadevrt=none"]
+            command += [f"-L{build.library()}", f"-Xlinker=-soname={library.name}", *objects]
             subprocess.run([*command, "-o", library], check=True)
     return library
 

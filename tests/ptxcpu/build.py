@@ -158,7 +158,7 @@ def cuda_library(
     """
     command: list[str | Path] = [tool("nvcc"), "-std=c++17", "-O3", "--no-compress", *flags]
     command += [f"-gencode=arch=compute_{one},code=compute_{one}" for one in arch]
-    command += ["-Xcompiler=-fPIC", "-shared", "--cudart=shared"]
+    command += ["-Xcompiler=-fPIC", "-shared", "--cudart=shared", "--cudadevrt=none"]
     command += [f"-L{library()}", *sources]
     file = f"lib{name}.so"
     folder = cached(
