@@ -1,6 +1,7 @@
 // How every entry point runs: which kernels, on how many threads, and what becomes of an exception.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 #include <string>
@@ -22,14 +23,21 @@ class Threads {
 
   bool many() const { return context_; }
 
-  // Parts to cut N columns into so that `units` heads keep the threads busy, each part no narrower
-  // than `narrowest`. The results do not depend on it.
-  int64_t parts(int64_t units, int64_t N, int64_t narrowest) const {
-    const int64_t wanted = context_ ? 4 * int64_t(context_->num_threads) : 1;
-    const int64_t most = (N + narrowest - 1) / narrowest;
-    if (!units || units >= wanted) return 1;
-    const int64_t parts = (wanted + units - 1) / units;
-    return parts < most ? parts : most;
+  // Parts to cut N columns of each of `units` heads into, none narrower than `narrowest`: as many
+  // as finish first on the threads there are, when each repeats the share `repeated` of a head's
+  // work. The results do not depend on it.
+  int64_t parts(int64_t units, int64_t N, int64_t narrowest, double repeated) const {
+    const int64_t threads = context_ ? context_->num_threads : 1;
+    if (threads == 1) return 1;
+    const int64_t most = std::min((N + narrowest - 1) / narrowest, threads);
+    const auto time = [&](int64_t parts) {
+      const int64_t on_one_thread = (units * parts + threads - 1) / threads;
+      return double(on_one_thread) * (repeated + (1 - repeated) / double(parts));
+    };
+    int64_t best = 1;
+    for (int64_t parts = 2; parts <= most; parts++)
+      if (time(parts) < time(best)) best = parts;
+    return best;
   }
 
   // f(begin, end) over [0, n), which may throw std::bad_alloc.

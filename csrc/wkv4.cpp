@@ -29,7 +29,7 @@ struct Wkv4Inputs {
   void cut_and_run(const rwkv6_context* context, void (*kernel)(const Wkv4Job&, int64_t, int64_t)) {
     if (!shape.B || !shape.N) return;
     const Threads threads(context, shape.B * (shape.T + 1) * shape.N * kWorkOfStep);
-    job.parts = threads.parts(shape.B, shape.N, kernels(dtype).columns);
+    job.parts = threads.parts(shape.B, shape.N, kernels(dtype).columns, 0);
     run(threads, job, kernel);
   }
 };

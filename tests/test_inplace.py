@@ -139,3 +139,18 @@ def test_a_state_that_shares_memory_with_an_input_is_refused(name):
     with pytest.raises(RuntimeError, match=f"state: .*shares memory with {name}"):
         wkv_(call.r, call.k, call.v, call.w, call.u, buffer.view(2, 2, 4, 4))
     assert torch.equal(buffer, before)
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("two_threads")
+def test_states_do_not_depend_on_the_thread_count():
+    """Long enough for heads to walk on a copy of their state, where threads meet."""
+    call = random_call(B=4, T=200, H=3, N=40, states=5, state_map=[4, -1, 0, 2])
+    *inputs, pool = call.floats()
+    two, one = pool.clone(), pool.clone()
+    y = wkv_(*inputs, two, state_map=call.state_map)
+    torch.set_num_threads(1)
+    assert torch.equal(wkv_(*inputs, one, state_map=call.state_map), y)
+    assert torch.equal(one, two)
+    assert torch.equal(one[[1, 3]], pool[[1, 3]])
+    assert not torch.equal(one[[0, 2, 4]], pool[[0, 2, 4]])

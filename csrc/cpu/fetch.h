@@ -13,7 +13,10 @@ class Fetch {
   const char *at_ = nullptr, *end_ = nullptr;
 
  public:
-  void clear() { *this = Fetch(); }
+  void clear() {
+    next_ = size_ = 0;
+    at_ = end_ = nullptr;
+  }
 
   // `count` rows of n values of a tensor, from a row on. A null row is none.
   void want(const Tokens& x, const char* row, int64_t count, int64_t n) {

@@ -157,41 +157,72 @@ RWKV6_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {
 #endif
 }
 
-// x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be. The C
-// chains of dependent instructions are interleaved, since one alone would wait at every step.
+// p[t] = c[0] + c[1] x[t] + ... + c[5] x[t]^5. The C chains of dependent instructions are
+// interleaved, since one alone would wait at every step.
+template <int C>
+RWKV6_INLINE void polynomial(const float (&c)[6], const Vec<float> (&x)[C], Vec<float> (&p)[C]) {
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = Vec<float>(c[5]);
+  RWKV6_UNROLLED (int n = 4; n >= 0; n--)
+    RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], Vec<float>(c[n]));
+}
+
+// 2^x, minimax over |x| <= 1/2 with value 1 at 0: relative error 9.1e-8
+constexpr float kExp2[6] = {1.f,           0.693147004f,   0.240222424f,
+                            0.0555073358f, 0.00967151299f, 0.00132647273f};
+#ifdef RWKV6_SCALE_F32
+// -log2(e) 2^x, minimax over 0 <= x < 1: relative error 7.5e-8
+constexpr float kScaledExp2[6] = {-1.4426949f,    -1.00000846f,   -0.346468419f,
+                                  -0.0805403516f, -0.0129688764f, -0.00270877057f};
+#endif
+
+// x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be.
 template <int C>
 RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
   typedef Vec<float> V;
-  const V magic(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   V n[C], p[C];
+#ifdef RWKV6_SCALE_F32
+  RWKV6_UNROLLED (int t = 0; t < C; t++) {
+    const V rest = FloatLanes(RWKV6_MINUS_NEAREST_F32(x[t].x));
+    n[t] = x[t] - rest;
+    x[t] = rest;
+  }
+#else
+  const V magic(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   RWKV6_UNROLLED (int t = 0; t < C; t++) n[t] = x[t] + magic;
   RWKV6_UNROLLED (int t = 0; t < C; t++) n[t] = n[t] - magic;
   RWKV6_UNROLLED (int t = 0; t < C; t++) x[t] = x[t] - n[t];
-  // minimax over |x| <= 1/2 with value 1 at 0: relative error 9.1e-8
-  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(V(0.00132647273f), x[t], V(0.00967151299f));
-  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(0.0555073358f));
-  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(0.240222424f));
-  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(0.693147004f));
-  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], V(1.f));
+#endif
+  polynomial(kExp2, x, p);
   RWKV6_UNROLLED (int t = 0; t < C; t++) x[t] = scale(p[t], n[t]);
 }
 
 // rate = exp(w) and decay = exp(-exp(w)) of one vector of each of C tokens. Every w is good: decay
 // is 1 up to -17 and 0 from 80 on at the latest, where also rate * decay, the derivative, is an
-// exact 0. rate stays within [exp(-87), exp(80)].
+// exact 0. rate is finite, for it does not grow beyond exp(80).
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
                               Vec<float> (&decay)[C]) {
   typedef Vec<float> V;
+#ifdef RWKV6_SCALE_F32
+  V p[C], y[C], rest[C];  // y = -log2(e) exp(w), whose scale() takes x as it is: 2^floor(x)
+  RWKV6_UNROLLED (int t = 0; t < C; t++) y[t] = at_most(V(80.f), w[t]) * V(1.44269504f);
+  RWKV6_UNROLLED (int t = 0; t < C; t++) rest[t] = FloatLanes(RWKV6_MINUS_FLOOR_F32(y[t].x));
+  polynomial(kScaledExp2, rest, p);
+  RWKV6_UNROLLED (int t = 0; t < C; t++) {
+    y[t] = scale(p[t], y[t]);
+    rate[t] = y[t] * V(-0.693147181f);
+    decay[t] = y[t];
+  }
+  exp2_lanes(decay);
+#else
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     rate[t] = at_most(V(80.f), at_least(V(-87.f), w[t])) * V(1.44269504f);
   exp2_lanes(rate);
-  RWKV6_UNROLLED (int t = 0; t < C; t++) decay[t] = rate[t] * V(-1.44269504f);
-#ifdef RWKV6_SCALE_F32
-  exp2_lanes(decay);
-#else
   V bounded[C];
-  RWKV6_UNROLLED (int t = 0; t < C; t++) bounded[t] = at_least(V(-126.f), decay[t]);
+  RWKV6_UNROLLED (int t = 0; t < C; t++) {
+    decay[t] = rate[t] * V(-1.44269504f);
+    bounded[t] = at_least(V(-126.f), decay[t]);
+  }
   exp2_lanes(bounded);
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     decay[t] = FloatLanes(decay[t].x < V(-126.f).x ? V(0.f).x : bounded[t].x);

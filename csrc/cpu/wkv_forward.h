@@ -13,9 +13,11 @@
 // is the recurrence: decode, and what is left over at the end of a sequence.
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int64_t kChunk = 4;       // tokens, measured best on every instruction set
-constexpr int64_t kBlock = 8;       // tokens of a head before the next head's turn
-constexpr int64_t kHeadGroup = 32;  // heads that take turns: the rows of a token are neighbours
+constexpr int64_t kChunk = 4;         // tokens, measured best on every instruction set
+constexpr int64_t kBlock = 8;         // tokens of a head before the next head's turn
+constexpr int64_t kHeadGroup = 32;    // heads that take turns: the rows of a token are neighbours
+constexpr int64_t kAside = 64 * 64;   // values of a state that may be kept aside, and from how many
+constexpr int64_t kAsideTokens = 64;  // tokens on that is worth its copies
 
 // One chunk of one head, for the columns of one part.
 template <class T>
@@ -32,9 +34,9 @@ struct ForwardChunk {
   void* y[kChunk];
   const T* w[kChunk];  // [C, N], converted
   Rows r_copy, k_copy, v_copy, w_copy, y_copy;
-  Rows R, K;                               // [C, N]
-  alignas(64) T u[kPitch], decay[kPitch];  // [N], the decay of the whole chunk
-  alignas(64) T A[32];                     // A[t][s] at pair(t, s)
+  Rows R, K;                    // [C, N]
+  alignas(64) T decay[kPitch];  // [N], of the whole chunk
+  alignas(64) T A[32];          // A[t][s] at pair(t, s)
 
   static constexpr int pair(int t, int s) { return t * (t + 1) / 2 + s; }
 };
@@ -49,13 +51,19 @@ struct StateMove {
   int64_t to_stride;
 };
 
-// R, K, A and the decay of the whole chunk.
+// Spelled out, for of a loop the compiler makes a slow memset.
+template <class V, int... i>
+RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
+  ((v[i] = V(0)), ...);
+}
+
+// R, K, A and the decay of the whole chunk. u [N].
 template <class T, class X, int C>
-RWKV6_INLINE void weigh(int64_t N, ForwardChunk<T>& chunk) {
+RWKV6_INLINE void weigh(int64_t N, const T* u, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;
   typedef ForwardChunk<T> Chunk;
   V A[Chunk::pair(C, 0)];
-  for (V& a : A) a = V(T(0));
+  zero(A, std::make_integer_sequence<int, Chunk::pair(C, 0)>());
   if (C == 1) decay_row(chunk.w[0], N, chunk.decay);
   for (int64_t i = 0; i < N; i += V::W) {
     V r[C], w[C], rate[C], d[C];
@@ -67,7 +75,7 @@ RWKV6_INLINE void weigh(int64_t N, ForwardChunk<T>& chunk) {
     RWKV6_UNROLLED (int t = 0; t < C; t++) r[t] = load_as<T>(static_cast<const X*>(chunk.r[t]) + i);
     RWKV6_UNROLLED (int s = 0; s < C; s++) {
       V k = load_as<T>(static_cast<const X*>(chunk.k[s]) + i);
-      A[Chunk::pair(s, s)] = fma(r[s], V::load(chunk.u + i) * k, A[Chunk::pair(s, s)]);
+      A[Chunk::pair(s, s)] = fma(r[s], V::load(u + i) * k, A[Chunk::pair(s, s)]);
       RWKV6_UNROLLED (int t = s + 1; t < C; t++) {
         A[Chunk::pair(t, s)] = fma(r[t], k, A[Chunk::pair(t, s)]);
         k = k * d[t];
@@ -104,6 +112,8 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
   }
   const T* from = state.from + j;
   T* to = state.to + j;
+  // in registers: for all the compiler knows, stores to the state might change them
+  const int64_t from_stride = state.from_stride, to_stride = state.to_stride;
   for (int64_t i = 0; i < N; i++) {
     const V decay(chunk.decay[i]);
     V S[Q], next[Q];
@@ -121,11 +131,10 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
     RWKV6_UNROLLED (int q = 0; q < Q; q++)
       Partial ? next[q].store_first(to, columns) : next[q].store(to + q * V::W);
     if constexpr (C == 1)  // the state itself is what there is to read
-      RWKV6_UNROLLED (int q = 0; q < Q; q++)
-        __builtin_prefetch(from + 16 * state.from_stride + q * V::W);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) __builtin_prefetch(from + 16 * from_stride + q * V::W);
     else
       fetch.line();
-    from += state.from_stride, to += state.to_stride;
+    from += from_stride, to += to_stride;
   }
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     RWKV6_UNROLLED (int q = 0; q < Q; q++)
@@ -141,53 +150,13 @@ void forward_tiles(ForwardChunk<T>& chunk, int64_t N, int64_t columns, const Sta
   int64_t j = 0;
   for (; j + Q * V::W <= columns; j += Q * V::W)
     forward_tile<T, X, C, Q, false>(chunk, N, j, state, 0, fetch);
+  if (j + 2 * V::W <= columns) {
+    forward_tile<T, X, C, 2, false>(chunk, N, j, state, 0, fetch);
+    j += 2 * V::W;
+  }
   for (; j + V::W <= columns; j += V::W)
     forward_tile<T, X, C, 1, false>(chunk, N, j, state, 0, fetch);
   if (j < columns) forward_tile<T, X, C, 1, true>(chunk, N, j, state, columns - j, fetch);
-}
-
-// Finds the rows of the chunk's C tokens; those to be wanted next are `next_t`
-// tokens and `next_h` heads from here.
-template <class T, int C>
-RWKV6_INLINE void unpack(const ForwardJob& job, const Sequence& sequence, Columns part,
-                         int64_t next_t, int64_t next_h, ForwardChunk<T>& chunk, Fetch& fetch) {
-  const int64_t token = sequence.begin + chunk.step, h = chunk.h;
-  const int64_t N = job.N, columns = part.last - part.first, size = size_of(job.r.dtype);
-  const auto row_of = [&](const Tokens& x, int64_t first) {
-    char* row = x.row(sequence.b, token, h);
-    return row ? row + first * size_of(x.dtype) : nullptr;
-  };
-  const auto want = [&](const Tokens& x, const char* row, int64_t n) {
-    if (C > 1) fetch.want(x, row ? row + x.distance(next_t, next_h) : nullptr, C, n);
-  };
-  const auto find = [&](const Tokens& x, int64_t first, int64_t n, auto& copy, auto& found) {
-    const char* row = row_of(x, first);
-    want(x, row, n);
-    for (int t = 0; t < C; t++) {
-      found[t] = row;
-      if (!row || n % Vec<T>::W) {
-        memset(copy.row[t], 0, size_t(padded<T>(n) * size));
-        if (row) memcpy(copy.row[t], row, size_t(n * size));
-        found[t] = copy.row[t];
-      }
-      if (row) row += x.distance(1, 0);
-    }
-  };
-  find(job.r, 0, N, chunk.r_copy, chunk.r);
-  find(job.k, 0, N, chunk.k_copy, chunk.k);
-  find(job.v, part.first, columns, chunk.v_copy, chunk.v);
-  const char* w = row_of(job.w, 0);
-  want(job.w, w, N);
-  for (int t = 0; t < C; t++, w += job.w.distance(1, 0)) {
-    chunk.w[t] = reinterpret_cast<const T*>(w);
-    if (size_of(job.w.dtype) == sizeof(T) && N % Vec<T>::W == 0) continue;
-    load_row(w, job.w.dtype, N, chunk.w_copy.row[t]);
-    chunk.w[t] = chunk.w_copy.row[t];
-  }
-  char* y = row_of(job.y, part.first);
-  if (C > 1) fetch.want(job.y, y, C, columns);
-  for (int t = 0; t < C; t++, y += job.y.distance(1, 0))
-    chunk.y[t] = columns % Vec<T>::W == 0 ? y : static_cast<void*>(chunk.y_copy.row[t]);
 }
 
 // Moves to y what could not be written there at once.
@@ -223,6 +192,14 @@ void start(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns p
   }
 }
 
+// What one thread works with.
+template <class T>
+struct ForwardScratch {
+  ForwardChunk<T> chunks[2];
+  alignas(64) T u[ForwardChunk<T>::kPitch];
+  alignas(64) T aside[2][kAside];
+};
+
 // The way through one sequence, heads [first, last) and the columns of one part: block after block,
 // the heads in turn, chunk after chunk. X is the dtype of the inputs.
 template <class T, class X>
@@ -231,7 +208,16 @@ struct ForwardWalk {
   const Sequence& sequence;
   const int64_t first, last;
   const Columns part;
+  T* const u;  // [N], of head h
+  // [2][kAside], or nullptr: where the states of the first and the last head are meanwhile. Their
+  // neighbours in memory are other threads', and the prefetchers of two that rewrite lines side by
+  // side keep taking these from each other.
+  T* const aside;
+  const int64_t columns = part.last - part.first;
   int64_t block = 0, h = first, step = 0;  // the next chunk to unpack
+  // its first token's rows: [N], of v and y the part's columns
+  const char *r = nullptr, *k = nullptr, *v = nullptr, *w = nullptr;
+  char* y = nullptr;
   Fetch fetch = {};
 
   int64_t block_end() const {
@@ -240,21 +226,66 @@ struct ForwardWalk {
 
   bool done() const { return block >= sequence.length; }
 
-  void unpack_next(ForwardChunk<T>& chunk) {
-    const bool turn = h + 1 < last;  // the next head's, or the first one's with the next block
-    chunk.h = h, chunk.step = step;
+  // A head's turn: finds the rows of its tokens in the block, and wants those of the turn after it.
+  void begin_turn() {
+    const auto row = [&](const Tokens& x) { return x.row(sequence.b, sequence.begin + block, h); };
+    const int64_t offset = part.first * int64_t(sizeof(X));
+    r = row(job.r), k = row(job.k), v = row(job.v) + offset, w = row(job.w);
+    y = row(job.y) + offset;
+    load_row(job.u.row(h), job.u.dtype, job.N, u);
     fetch.clear();
-    chunk.tokens = step + kChunk <= block_end() ? kChunk : 1;
-    load_row(job.u.row(h), job.u.dtype, job.N, chunk.u);
-    const int64_t next_t = turn ? 0 : kBlock;
-    const int64_t next_h = turn ? 1 : first - h;
-    if (chunk.tokens == kChunk) {
-      unpack<T, kChunk>(job, sequence, part, next_t, next_h, chunk, fetch);
-      weigh<T, X, kChunk>(job.N, chunk);
-    } else {
-      unpack<T, 1>(job, sequence, part, next_t, next_h, chunk, fetch);
-      weigh<T, X, 1>(job.N, chunk);
+    const bool same_block = h + 1 < last;  // or else the first head's, with the next block
+    const int64_t next_t = same_block ? 0 : kBlock, next_h = same_block ? 1 : first - h;
+    const int64_t left = sequence.length - block - next_t;
+    const int64_t tokens = left < kBlock ? left : kBlock;
+    if (tokens < kChunk) return;
+    const auto want = [&](const Tokens& x, const char* at, int64_t n) {
+      fetch.want(x, at + x.distance(next_t, next_h), tokens, n);
+    };
+    want(job.w, w, job.N);
+    want(job.r, r, job.N);
+    want(job.k, k, job.N);
+    want(job.v, v, columns);
+    want(job.y, y, columns);
+  }
+
+  // The rows of C tokens: in place where these are whole vectors, w also of its own dtype.
+  template <int C>
+  RWKV6_INLINE void unpack(ForwardChunk<T>& chunk) {
+    const int64_t N = job.N;
+    const auto find = [&](const Tokens& x, const char*& row, int64_t n, auto& copy, auto& found) {
+      RWKV6_UNROLLED (int t = 0; t < C; t++) {
+        found[t] = row;
+        if (n % Vec<T>::W) {
+          memset(copy.row[t], 0, size_t(padded<T>(n)) * sizeof(X));
+          memcpy(copy.row[t], row, size_t(n) * sizeof(X));
+          found[t] = copy.row[t];
+        }
+        row += x.stride_t * int64_t(sizeof(X));
+      }
+    };
+    find(job.r, r, N, chunk.r_copy, chunk.r);
+    find(job.k, k, N, chunk.k_copy, chunk.k);
+    find(job.v, v, columns, chunk.v_copy, chunk.v);
+    const bool in_place = size_of(job.w.dtype) == sizeof(T) && N % Vec<T>::W == 0;
+    RWKV6_UNROLLED (int t = 0; t < C; t++) {
+      chunk.w[t] = in_place ? reinterpret_cast<const T*>(w) : chunk.w_copy.row[t];
+      if (!in_place) load_row(w, job.w.dtype, N, chunk.w_copy.row[t]);
+      w += job.w.distance(1, 0);
+      chunk.y[t] = columns % Vec<T>::W ? static_cast<void*>(chunk.y_copy.row[t]) : y;
+      y += job.y.stride_t * int64_t(sizeof(X));
     }
+    weigh<T, X, C>(N, u, chunk);
+  }
+
+  void unpack_next(ForwardChunk<T>& chunk) {
+    if (step == block) begin_turn();
+    chunk.h = h, chunk.step = step;
+    chunk.tokens = step + kChunk <= block_end() ? kChunk : 1;
+    if (chunk.tokens == kChunk)
+      unpack<kChunk>(chunk);
+    else
+      unpack<1>(chunk);
     step += chunk.tokens;
     if (step < block_end()) return;
     if (++h == last) h = first, block += kBlock;
@@ -265,24 +296,37 @@ struct ForwardWalk {
     StateMove<T> state = state_of(chunk.h);
     if (chunk.step == 0) start(job, sequence, chunk.h, part, state);
     if (chunk.tokens == kChunk)
-      forward_tiles<T, X, kChunk>(chunk, job.N, part.last - part.first, state, fetch);
+      forward_tiles<T, X, kChunk>(chunk, job.N, columns, state, fetch);
     else
-      forward_tiles<T, X, 1>(chunk, job.N, part.last - part.first, state, fetch);
+      forward_tiles<T, X, 1>(chunk, job.N, columns, state, fetch);
     pack(job, sequence, part, chunk);
   }
 
-  StateMove<T> state_of(int64_t head) const {
+  StateMove<T> in_final(int64_t head) const {
     StateMove<T> state;
     state.to = reinterpret_cast<T*>(job.final.matrix(sequence.final, head)) + part.first;
     state.to_stride = job.final.stride_row;
     state.from = state.to, state.from_stride = state.to_stride;
     return state;
   }
+
+  StateMove<T> state_of(int64_t head) const {
+    if (!aside || (head != first && head != last - 1)) return in_final(head);
+    T* state = aside + (head == first ? 0 : kAside);
+    return {state, columns, state, columns};
+  }
+
+  void put_back(int64_t head) const {
+    const T* from = state_of(head).to;
+    const StateMove<T> final = in_final(head);
+    for (int64_t i = 0; from != final.to && i < job.N; i++)
+      memcpy(final.to + i * final.to_stride, from + i * columns, size_t(columns) * sizeof(T));
+  }
 };
 
 template <class T, class X>
 void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t first, int64_t last,
-                   Columns part, ForwardChunk<T> (&chunks)[2]) {
+                   Columns part, bool alone, ForwardScratch<T>& scratch) {
   const int64_t columns = part.last - part.first, L = sequence.length;
   if (sequence.final < 0) {  // a padding row
     for (int64_t t = 0; t < L; t++)
@@ -292,7 +336,9 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
       }
     return;
   }
-  ForwardWalk<T, X> walk{job, sequence, first, last, part};
+  const bool aside = !alone && L >= kAsideTokens && job.N * columns <= kAside;
+  ForwardWalk<T, X> walk{
+      job, sequence, first, last, part, scratch.u, aside ? scratch.aside[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
       StateMove<T> state = walk.state_of(h);
@@ -302,22 +348,25 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
   }
   // Unpacking is one chunk ahead: its chains of dependent instructions run in the shadow of the
   // tiles of the chunk before.
-  walk.unpack_next(chunks[0]);
+  walk.unpack_next(scratch.chunks[0]);
   int n = 0;
   for (; !walk.done(); n ^= 1) {
-    walk.unpack_next(chunks[n ^ 1]);
-    walk.compute(chunks[n]);
+    walk.unpack_next(scratch.chunks[n ^ 1]);
+    walk.compute(scratch.chunks[n]);
   }
-  walk.compute(chunks[n]);
+  walk.compute(scratch.chunks[n]);
+  walk.put_back(first);
+  walk.put_back(last - 1);
 }
 
 template <class T, class X>
 void forward_units(const ForwardJob& job, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t N = job.N, units_per_sequence = job.H * job.parts;
-  // On the stack (62 KiB of f32, 124 of f64), so that a call that updates a state in place cannot
-  // fail half-way for want of memory.
-  ForwardChunk<T> chunks[2];
+  const bool alone = begin == 0 && end == job.units();
+  // On the stack (with the states kept aside 95 KiB of f32, 190 of f64), so that a call that
+  // updates a state in place cannot fail half-way for want of memory.
+  ForwardScratch<T> scratch;
   while (begin < end) {
     const Sequence& sequence = job.sequences[begin / units_per_sequence];
     const int64_t h = begin % units_per_sequence / job.parts, part = begin % job.parts;
@@ -327,7 +376,7 @@ void forward_units(const ForwardJob& job, int64_t begin, int64_t end) {
       heads = end - begin < heads ? end - begin : heads;
     }
     const Columns columns = columns_of(part, job.parts, N, Vec<T>::W);
-    forward_heads<T, X>(job, sequence, h, h + heads, columns, chunks);
+    forward_heads<T, X>(job, sequence, h, h + heads, columns, alone, scratch);
     begin += heads;
   }
 }

@@ -25,10 +25,11 @@ PRISTINE = gpu.ROOT / "build/mutations/pristine"  # the copy once it is built
 TESTS = gpu.ROOT / "tests/test_cuda_kernels.py"
 LIMIT = 600  # seconds that tests may take
 
-MORE_THAN_32 = """  if (job.N <= 64) return launch_{0}<T, 64>(launch, job);
-  if (job.N <= 128) return launch_{0}<T, 128>(launch, job);
-  launch_{0}<T, 256>(launch, job);
-"""
+MORE_THAN_32 = (
+    "    if (64 < job.N && job.N <= 128) return launch_{0}<T, 128>(launch, job);\n",
+    "  if (job.N <= 64) return launch_{0}<T, 64>(launch, job);\n"
+    "  launch_{0}<T, 256>(launch, job);\n",
+)
 DOUBLE = "{0}<double>(launch, job);"
 # What the mutants do without, so that they compile in seconds: file, text, instead.
 LEFT_OUT = [
@@ -43,7 +44,7 @@ LEFT_OUT = [
     *(
         (f"wkv_{name}_recurrent.cu", text.format(name), instead)
         for name in ("forward", "backward")
-        for text, instead in ((MORE_THAN_32, ""), (DOUBLE, ";"))
+        for text, instead in (*((text, "") for text in MORE_THAN_32), (DOUBLE, ";"))
     ),
 ]  # fmt: skip
 
