@@ -147,6 +147,23 @@ RWKV6_INLINE void store_row(const double* in, int64_t n, DType dtype, void* row)
   for (int64_t i = 0; i < n; i++) static_cast<float*>(row)[i] = float(in[i]);
 }
 
+// Copies whole lines of 64 bytes past the caches, where that can be asked for: memory that is
+// written for somebody else, long after, need not be read first. finish_streams() comes after.
+RWKV6_INLINE void stream_lines(const void* from, int64_t bytes, void* to) {
+#if defined(__x86_64__)
+  const __m128i* in = static_cast<const __m128i*>(from);
+  __m128i* out = static_cast<__m128i*>(to);
+  for (int64_t i = 0; i < bytes / 16; i++) _mm_stream_si128(out + i, _mm_loadu_si128(in + i));
+#else
+  memcpy(to, from, size_t(bytes));
+#endif
+}
+RWKV6_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // p * 2^n for whole n, p in [0.7, 1.5]; 0 where that is no normal number. n may be from -126 on,
 // where the instruction set has a scaling of its own also below.
 RWKV6_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {

@@ -23,6 +23,8 @@
 constexpr int64_t kBackwardChunk = 16;
 constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
 constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
+// Gradients of more bytes than this are out of the caches before anybody reads them.
+constexpr int64_t kStreamed = int64_t(1) << 24;
 
 // One chunk of one head: rows [C, kPitch], of which the first `keys` or `values` are in use. Short
 // chunks are filled with tokens that leave everything as it is.
@@ -222,9 +224,10 @@ template <class T>
 struct BackwardScratch {
   BackwardChunk<T> chunk;
   Fetch fetch;
-  T* G_rows;       // [keys, values]
-  T* G;            // [heads, values, keys]
-  T* walking;      // [heads, values, keys]: the state between checkpoints
+  alignas(64) T row[kMaxHeadSize];  // on its way past the caches
+  T* G_rows;                        // [keys, values]
+  T* G;                             // [heads, values, keys]
+  T* walking;                       // [heads, values, keys]: the state between checkpoints
   T* states;       // [kBackwardHeads, kSegment / C, values, keys]: before the chunks of a segment
   T* checkpoints;  // [heads, segments, values, keys]: before each segment
 };
@@ -238,6 +241,7 @@ struct BackwardWalk {
   const int64_t index, first, last, part_index;
   const Columns part;
   const Length keys, values;
+  const bool streamed;  // gradients go past the caches
   BackwardScratch<T>& scratch;
   const Sequence& sequence = job.sequences[index];
   const int64_t chunks = (sequence.length + C - 1) / C;
@@ -280,8 +284,14 @@ struct BackwardWalk {
   void store(const typename BackwardChunk<T>::Rows& rows, const Tokens& x, int64_t h, int64_t chunk,
              Columns columns, int64_t offset) const {
     char* to = row(x, h, chunk) + (columns.first + offset) * size_of(x.dtype);
-    for (int64_t t = 0; t < tokens(chunk); t++, to += x.distance(1, 0))
-      store_row(rows.row[t], width(columns), x.dtype, to);
+    for (int64_t t = 0; t < tokens(chunk); t++, to += x.distance(1, 0)) {
+      if (!streamed) {
+        store_row(rows.row[t], width(columns), x.dtype, to);
+        continue;
+      }
+      store_row(rows.row[t], width(columns), x.dtype, scratch.row);
+      stream_lines(scratch.row, width(columns) * size_of(x.dtype), to);
+    }
   }
 
   // The rows of the head that has its turn next will be wanted: of [from, to), else of the first
@@ -377,9 +387,12 @@ struct BackwardWalk {
           }
         for (int64_t n = end - 1; n >= begin; n--)
           for (int64_t h = from; h < to; h++) {
-            want({&job.r, &job.k, &job.v, &job.w, &job.grad_y, &job.grad_r, &job.grad_k,
-                  &job.grad_v, &job.grad_w},
-                 h, n, from, to, n - 1);
+            if (streamed)
+              want({&job.r, &job.k, &job.v, &job.w, &job.grad_y}, h, n, from, to, n - 1);
+            else
+              want({&job.r, &job.k, &job.v, &job.w, &job.grad_y, &job.grad_r, &job.grad_k,
+                    &job.grad_v, &job.grad_w},
+                   h, n, from, to, n - 1);
             walk_back(h, n);
           }
       }
@@ -388,6 +401,20 @@ struct BackwardWalk {
       store_state(G(h), job.grad_initial, job.grad_initial.matrix(index, h));
   }
 };
+
+// Whether the gradients are large enough to go past the caches, and in whole lines.
+inline bool is_streamed(const BackwardJob& job) {
+  int64_t tokens = 0, bytes = 0;
+  for (int64_t s = 0; s < job.num_sequences; s++) tokens += job.sequences[s].length;
+  bool lines = job.parts == 1;
+  for (const Tokens* x : {&job.grad_r, &job.grad_k, &job.grad_v, &job.grad_w}) {
+    const int64_t size = size_of(x->dtype);
+    bytes += tokens * job.H * job.N * size;
+    const int64_t distances = x->stride_b | x->stride_t | x->stride_h | job.N;
+    lines = lines && reinterpret_cast<uintptr_t>(x->data) % 64 == 0 && distances * size % 64 == 0;
+  }
+  return lines && bytes > kStreamed;
+}
 
 template <class T, class Length>
 void backward_units(const BackwardJob& job, int64_t begin, int64_t end, Length keys) {
@@ -399,6 +426,7 @@ void backward_units(const BackwardJob& job, int64_t begin, int64_t end, Length k
   const int64_t segments = (longest + kSegment - 1) / kSegment, matrix = keys * keys;
   const int64_t heads = end - begin < kHeadGroup ? end - begin : kHeadGroup;
   const int64_t states = kBackwardHeads * kSegment / kBackwardChunk;
+  const bool streamed = is_streamed(job);
   const std::unique_ptr<BackwardScratch<T>> scratch(new BackwardScratch<T>);
   Scratch<T> memory((1 + 2 * heads + states + heads * segments) * Scratch<T>::aligned(matrix));
   scratch->G_rows = memory.take(matrix);
@@ -416,9 +444,12 @@ void backward_units(const BackwardJob& job, int64_t begin, int64_t end, Length k
     }
     const Columns columns = columns_of(part, job.parts, job.N, Vec<T>::W);
     const Length values(padded<T>(columns.last - columns.first));
-    BackwardWalk<T, Length>{job, index, h, h + count, part, columns, keys, values, *scratch}.run();
+    BackwardWalk<T, Length>{job,     index, h,      h + count, part,
+                            columns, keys,  values, streamed,  *scratch}
+        .run();
     begin += count;
   }
+  if (streamed) finish_streams();
 }
 
 // A length that the compiler knows; constructed like one that it does not.
