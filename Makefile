@@ -12,8 +12,10 @@ CXX_FILES := $(filter %.h %.cpp %.inc %.cu %.cuh,$(CSRC)) $(wildcard tests/kerne
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 # Two architectures are enough to develop with: the first runs on every GPU of its generation, the
-# PTX of the last on every later one. A wheel gets them all.
-export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
+# PTX of the last on every later one. A wheel gets them all. The tests run the PTX of both in an
+# interpreter, which reads it as text.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
+export NVCC_APPEND_FLAGS ?= --no-compress
 
 .PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
 	test-neon test-clang wheel clean
@@ -105,6 +107,7 @@ build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kerne
 	$(CXX) $(LDFLAGS) $@.objects/*.o -o $@
 
 wheel: export TORCH_CUDA_ARCH_LIST :=
+wheel: export NVCC_APPEND_FLAGS :=
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 

@@ -226,7 +226,7 @@ def test_gradients_do_not_depend_on_the_thread_count(call):
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_gradients_are_what_small_ones_are(dtype):
-    """Past 16 MiB they are stored past the caches: batch row by row they are not."""
+    """From 16 MiB on they are stored past the caches: batch row by row they are not."""
     B, T, H, N = 2, 601 if dtype == torch.float32 else 1201, 16, 64
     inputs = [torch.randn(B, T, H, N).to(dtype).requires_grad_() for _ in range(4)]
     u, grad_y = torch.randn(H, N, dtype=dtype), torch.randn(B, T, H, N).to(dtype)

@@ -23,7 +23,7 @@
 constexpr int64_t kBackwardChunk = 16;
 constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
 constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
-// Gradients of more bytes than this are out of the caches before anybody reads them.
+// Gradients of as many bytes are out of the caches before anybody reads them.
 constexpr int64_t kStreamed = int64_t(1) << 24;
 
 // One chunk of one head: rows [C, kPitch], of which the first `keys` or `values` are in use. Short
@@ -413,7 +413,7 @@ inline bool is_streamed(const BackwardJob& job) {
     const int64_t distances = x->stride_b | x->stride_t | x->stride_h | job.N;
     lines = lines && reinterpret_cast<uintptr_t>(x->data) % 64 == 0 && distances * size % 64 == 0;
   }
-  return lines && bytes > kStreamed;
+  return lines && bytes >= kStreamed;
 }
 
 template <class T, class Length>

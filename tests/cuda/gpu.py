@@ -32,9 +32,26 @@ HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 CODES = {"f": 2, "i": 0, "b": 4}  # bfloat16
 
 
+def compiled_kernels(csrc: Path) -> list[str]:
+    """setup.py's objects of the CUDA kernels, if they are those of the sources and have PTX for the
+    ARCHITECTURES in plain text (the Makefile asks for that: it spares the tests a minute).
+    """
+    objects = [csrc.parent / f"build/cuda/{file.name}.o" for file in (csrc / "cuda").glob("*.cu")]
+    sources = [file for name in ("*.h", "include/*", "cuda/*") for file in csrc.glob(name)]
+    newest = max(file.stat().st_mtime for file in sources)
+    for file in objects:
+        if not file.exists() or file.stat().st_mtime < newest:
+            return []
+        contents = file.read_bytes()
+        if not all(b".target sm_%d\n" % arch in contents for arch in ARCHITECTURES):
+            return []
+    return list(map(str, objects))
+
+
 def build_library(csrc: Path = ROOT / "csrc") -> Path:
     """The kernel library with PTX for the ARCHITECTURES, and no kernels for the CPU."""
-    sources = [*csrc.glob("*.cpp"), *(csrc / "cuda").glob("*.cu")]
+    kernels = compiled_kernels(csrc)
+    sources = [*csrc.glob("*.cpp"), *([] if kernels else (csrc / "cuda").glob("*.cu"))]
     sources.append(Path(__file__).with_name("no_cpu_kernels.cpp"))
     options = [
         "-std=c++20", "-O3", "--no-compress", "-Xcompiler=-fPIC", f"-I{csrc}",
@@ -48,7 +65,7 @@ def build_library(csrc: Path = ROOT / "csrc") -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         toolkit = nvcc.toolkit()
         assert toolkit, "the tests of the CUDA kernels need nvcc"
-        objects = toolkit.compile(sorted(map(str, sources)), options, folder)
+        objects = toolkit.compile(sorted(map(str, sources)), options, folder) + kernels
         newest = max(Path(name).stat().st_mtime for name in objects)
         if not library.exists() or library.stat().st_mtime < newest:
             command = [toolkit.nvcc, "-shared", "--cudart=shared", "--cudadevrt=none"]
