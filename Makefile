@@ -114,10 +114,11 @@ wheel: .venv/installed
 # The oldest jaxlib that we support: a binding built with its headers runs with it and all later ones.
 OLDEST_JAXLIB := 0.5.3
 
+# --no-compile: most of some thousand Python files are never imported.
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
-	$(BIN)/python -m pip install -q --no-deps --target .venv/oldest-jaxlib jaxlib==$(OLDEST_JAXLIB)
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile --no-deps --target .venv/oldest-jaxlib jaxlib==$(OLDEST_JAXLIB)
 	touch $@
 
 .venv/built: .venv/installed setup.py pyproject.toml $(CSRC)

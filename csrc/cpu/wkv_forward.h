@@ -16,8 +16,8 @@
 constexpr int64_t kChunk = 4;         // tokens, measured best on every instruction set
 constexpr int64_t kBlock = 8;         // tokens of a head before the next head's turn
 constexpr int64_t kHeadGroup = 32;    // heads that take turns: the rows of a token are neighbours
-constexpr int64_t kAside = 64 * 64;   // values of a state that may be kept aside, and from how many
-constexpr int64_t kAsideTokens = 64;  // tokens on that is worth its copies
+constexpr int64_t kAside = 64 * 64;   // values of the largest state that is kept aside, and the
+constexpr int64_t kAsideTokens = 64;  // tokens from which on that is worth its copies
 
 // One chunk of one head, for the columns of one part.
 template <class T>
