@@ -25,7 +25,7 @@ from benchmarks.workers import Dropout, Worker
 TURN = 0.02  # seconds: a turn is as many calls as fill it
 MOST_TURNS = 30
 MOST_CALLS = 100_000
-PAUSE = 0.02  # between turns, in which waiting threads of the one before go to sleep
+PAUSE = 0.01  # between turns, in which waiting threads of the one before go to sleep
 WRONG = 1e-2  # a contender with a larger error is not timed
 EXTREME_TOKENS = 128  # of the check on extreme decays
 
