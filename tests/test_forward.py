@@ -176,10 +176,11 @@ def test_two_head_sizes_in_one_process():
 
 @pytest.mark.cpu
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("name", ["one head", "many heads", "packed"])
+@pytest.mark.parametrize("name", ["one head", "one small head", "many heads", "packed"])
 def test_results_do_not_depend_on_the_thread_count(name):
     call = {
-        "one head": random_call(B=1, T=600, H=1, N=70, states=1),
+        "one head": random_call(B=1, T=600, H=1, N=100, states=1),
+        "one small head": random_call(B=1, T=600, H=1, N=70, states=1),
         "many heads": random_call(B=2, T=64, H=9, N=64, states=1),
         "packed": random_call(B=1, T=400, H=3, N=40, states=1, cu_seqlens=[0, 100, 399, 400]),
     }[name]
