@@ -55,24 +55,34 @@ def growth(rows: list[dict[str, Any]], path: Path) -> None:
     """Seconds and megabytes over the number of tokens, both logarithmic."""
     if (pyplot := _pyplot()) is None:
         return
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("min_ns"):
+            row = row | {"seconds": row["min_ns"] * row["B"] * row["T"] * row["H"] / 1e9}
             lines.setdefault(f"{row['contender']}, {row['kind']}", []).append(row)
-    for label, line in lines.items():
-        tokens = [row["T"] for row in line]
-        seconds = [row["min_ns"] * row["B"] * row["T"] * row["H"] / 1e9 for row in line]
-        style = "-" if label.endswith("backward") else "--"
-        panels[0].plot(tokens, seconds, style, marker="o", color=_colour(label), label=label)
-        memory = [row.get("peak_mb") or float("nan") for row in line]
-        panels[1].plot(tokens, memory, style, marker="o", color=_colour(label))
-    for axes, title in zip(panels, ("seconds", "peak memory, MB"), strict=True):
+    panels = {"seconds": "seconds", "peak_mb": "peak memory, MB"}
+    if not any(row.get("peak_mb") for row in rows):  # not measured on this system
+        del panels["peak_mb"]
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, (key, title) in zip(grid[0], panels.items(), strict=True):
+        for label, line in lines.items():
+            shown = [row for row in line if row.get(key)]
+            style = "-" if label.endswith("backward") else "--"
+            axes.plot(
+                [row["T"] for row in shown],
+                [row[key] for row in shown],
+                style,
+                marker="o",
+                color=_colour(label),
+                label=label,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(f"{title} over tokens", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=8, frameon=False)
+    grid[0][0].legend(fontsize=8, frameon=False)
     figure.savefig(_made(path.parent) / path.name, dpi=110)
     pyplot.close(figure)
 

@@ -17,7 +17,7 @@ from samples import relative_rms
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is not installed
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import exact, race, readme, report, work  # noqa: E402
+from benchmarks import exact, figure, race, readme, report, work  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
     C_INTERFACE,
     CHUNKED,
@@ -321,6 +321,25 @@ def test_commands_write_table_json_and_picture(
         assert table["rows"]
         assert table["markdown"] in (tmp_path / f"{name}.md").read_text()
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("peaks", [(None, None), (None, 3.0), (2.0, 3.0)])
+def test_growth_is_drawn_with_the_memory_that_was_measured(peaks, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    rows = [
+        {
+            "contender": "ours",
+            "kind": "forward",
+            "B": 1,
+            "H": 1,
+            "T": T,
+            "min_ns": 5.0,
+            "peak_mb": p,
+        }
+        for T, p in zip((16, 64), peaks, strict=True)
+    ]
+    figure.growth(rows, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_readme_takes_its_tables_from_the_figures(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
-"""The operators as Python functions: argument checks with names, then the registered op."""
+"""The operators as Python functions: the registered op, and errors that name the argument."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +65,8 @@ def wkv(
         RuntimeError: state_map or cu_seqlens hold values out of range. (On a GPU, where reading
             them would stall the stream, such a sequence gets NaN instead.)
     """
-    if not _autocast_casts(r):
-        check_wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
-    return torch.ops.rwkv6.wkv.default(r, k, v, w, u, initial_state, state_map, cu_seqlens)
+    arguments = (r, k, v, w, u, initial_state, state_map, cu_seqlens)
+    return _call(torch.ops.rwkv6.wkv.default, check_wkv, arguments)
 
 
 def wkv_(
@@ -97,9 +100,8 @@ def wkv_(
         RuntimeError: values out of range, repeated rows, or a call that autograd would have to
             record; state is then unchanged.
     """
-    if not _autocast_casts(r):
-        check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
-    return torch.ops.rwkv6.wkv_.default(r, k, v, w, u, state, state_map, cu_seqlens)
+    arguments = (r, k, v, w, u, state, state_map, cu_seqlens)
+    return _call(torch.ops.rwkv6.wkv_.default, check_wkv_, arguments)
 
 
 def wkv4(
@@ -137,8 +139,7 @@ def wkv4(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    check_wkv4(k, v, w, u, initial_state)
-    return torch.ops.rwkv6.wkv4.default(k, v, w, u, initial_state)
+    return _call(torch.ops.rwkv6.wkv4.default, check_wkv4, (k, v, w, u, initial_state))
 
 
 def wkv4_(
@@ -161,11 +162,34 @@ def wkv4_(
         TypeError, ValueError: as for `wkv4`; state is then unchanged.
         RuntimeError: a call that autograd would have to record; state is then unchanged.
     """
-    check_wkv4(k, v, w, u, state, "state")
-    return torch.ops.rwkv6.wkv4_.default(k, v, w, u, state)
+    return _call(torch.ops.rwkv6.wkv4_.default, _check_wkv4_, (k, v, w, u, state))
 
 
-def _autocast_casts(r: Tensor) -> bool:
+_check_wkv4_ = partial(check_wkv4, name="state")
+
+
+def _call(op: Any, check: Callable[..., object], arguments: tuple[Tensor | None, ...]) -> Any:
+    """The op's results, or what `check` raises where the op refuses its arguments.
+
+    The op refuses all that `check` does, but in a RuntimeError, and what is no tensor without the
+    argument's name. Asking `check` only then saves a call more time than the op itself needs.
+    """
+    if torch.compiler.is_compiling():  # only shapes are known yet; checks leave no code behind
+        if not _autocast_casts(arguments[0]):
+            check(*arguments)
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except Exception:
+        if not _autocast_casts(arguments[0]):
+            try:
+                check(*arguments)
+            except (TypeError, ValueError) as error:
+                raise error from None
+        raise
+
+
+def _autocast_casts(r: Tensor | None) -> bool:
     """Whether autocast is going to give the arguments their dtypes; it checks them afterwards."""
     if not isinstance(r, Tensor) or r.device.type not in DEVICE_KEYS:
         return False
