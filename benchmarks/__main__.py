@@ -43,7 +43,7 @@ def common_options() -> argparse.ArgumentParser:
         "--short", action="store_true", help="fewer and smaller shapes, fewer turns"
     )
     parser.add_argument(
-        "--seconds", type=float, help="time for each contender and shape (3, with --short 0.5)"
+        "--seconds", type=float, help="time for each contender and shape (3, with --short 0.3)"
     )
     parser.add_argument(
         "--threads", type=thread_counts, default=[1, 2], help="numbers of threads (1,2)"
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
         module.add_arguments(command)
     args = parser.parse_args(arguments)
     if args.seconds is None:
-        args.seconds = 0.5 if args.short else 3.0
+        args.seconds = 0.3 if args.short else 3.0
     COMMANDS[args.command].run(args)
 
 
