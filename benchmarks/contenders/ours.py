@@ -18,7 +18,8 @@ def prepare(work: Work, inputs: Arrays, threads: int) -> Job:
 
 def _decode(work: Work, inputs: Arrays, threads: int) -> Job:
     torch.set_num_threads(threads)
-    x = torch_inputs(work, inputs)
+    with torch.inference_mode():  # all of a server's tensors are made in it
+        x = torch_inputs(work, inputs)
     args, state = [x[name] for name in ("r", "k", "v", "w", "u")], x["state"]
 
     @torch.inference_mode()

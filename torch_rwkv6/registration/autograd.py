@@ -109,6 +109,21 @@ _WKV, _WKVBackward = _functions(_wkv, _wkv_backward, reference.wkv_backward)
 _WKV4, _WKV4Backward = _functions(_wkv4, _wkv4_backward, reference4.wkv4_backward)
 
 
+def _bump_version(op: Any, state_index: int) -> Any:
+    def kernel(keyset: Any, *args: Any) -> Tensor:
+        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        y = op.redispatch(below, *args)
+        # lets autograd notice that a tensor saved for a backward pass was overwritten since
+        torch.autograd.graph.increment_version(args[state_index])
+        return y
+
+    return kernel
+
+
+_update_wkv = _bump_version(_wkv_, 5)
+_update_wkv4 = _bump_version(_wkv4_, 4)
+
+
 def _refuse_derivatives(inputs: tuple[Tensor | None, ...], name: str) -> None:
     if _needs_reference(inputs):
         raise RuntimeError(
@@ -163,6 +178,7 @@ def wkv_backward(
 
 
 def wkv_(
+    keyset: Any,
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
     v: Tensor,  # [B, T, H, N]
@@ -174,8 +190,8 @@ def wkv_(
 ) -> Tensor:  # [B, T, H, N]
     inputs = (r, k, v, w, u, state)
     _refuse_derivatives(inputs, "wkv")
-    with torch._C._AutoDispatchBelowAutograd():
-        return _wkv_(*inputs, state_map, cu_seqlens)
+    # not through the dispatcher, which would take as long again as all the rest
+    return _update_wkv(keyset, *inputs, state_map, cu_seqlens)
 
 
 def wkv4(
@@ -213,6 +229,7 @@ def wkv4_backward(
 
 
 def wkv4_(
+    keyset: Any,
     k: Tensor,  # [B, T, D]
     v: Tensor,  # [B, T, D]
     w: Tensor,  # [D]
@@ -221,8 +238,7 @@ def wkv4_(
 ) -> Tensor:  # [B, T, D]
     inputs = (k, v, w, u, state)
     _refuse_derivatives(inputs, "wkv4")
-    with torch._C._AutoDispatchBelowAutograd():
-        return _wkv4_(*inputs)
+    return _update_wkv4(keyset, *inputs)
 
 
 def matvec(
@@ -236,19 +252,9 @@ def matvec(
         return _matvec(*inputs)
 
 
-def _bump_version(op: Any, state_index: int) -> Any:
-    def kernel(keyset: Any, *args: Any) -> Tensor:
-        below = keyset & torch._C._after_ADInplaceOrView_keyset
-        y = op.redispatch(below, *args)
-        # lets autograd notice that a tensor saved for a backward pass was overwritten since
-        torch.autograd.graph.increment_version(args[state_index])
-        return y
-
-    return kernel
-
-
-for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
+for _function in (wkv, wkv_backward, wkv4, wkv4_backward, matvec):
     library.impl(_function.__name__, _function, "Autograd")
-for _op, _state_index in ((_wkv_, 5), (_wkv4_, 4)):
-    _name = _op._opname
-    library.impl(_name, _bump_version(_op, _state_index), "ADInplaceOrView", with_keyset=True)
+for _function, _update in ((wkv_, _update_wkv), (wkv4_, _update_wkv4)):
+    library.impl(_function.__name__, _function, "Autograd", with_keyset=True)
+    # where the Autograd key is switched off, as in inference mode
+    library.impl(_function.__name__, _update, "ADInplaceOrView", with_keyset=True)
