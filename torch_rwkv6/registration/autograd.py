@@ -254,7 +254,7 @@ def matvec(
 
 for _function in (wkv, wkv_backward, wkv4, wkv4_backward, matvec):
     library.impl(_function.__name__, _function, "Autograd")
-for _function, _update in ((wkv_, _update_wkv), (wkv4_, _update_wkv4)):
-    library.impl(_function.__name__, _function, "Autograd", with_keyset=True)
+for _in_place, _update in ((wkv_, _update_wkv), (wkv4_, _update_wkv4)):
+    library.impl(_in_place.__name__, _in_place, "Autograd", with_keyset=True)
     # where the Autograd key is switched off, as in inference mode
-    library.impl(_function.__name__, _update, "ADInplaceOrView", with_keyset=True)
+    library.impl(_in_place.__name__, _update, "ADInplaceOrView", with_keyset=True)
