@@ -37,7 +37,7 @@ COMPILE_ARGS = [
 ]
 LINK_ARGS: list[str] = []
 if SANITIZE:
-    COMPILE_ARGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-O1"]
+    COMPILE_ARGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g1", "-O1"]
     LINK_ARGS += [f"-fsanitize={SANITIZE}"]
 else:
     COMPILE_ARGS += ["-g0"]
