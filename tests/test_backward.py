@@ -1,8 +1,10 @@
 """Backward: complete gradients, from y and from final_state, equal those of the recurrence."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +277,41 @@ def test_backward_needs_no_more_extra_memory_than_its_inputs():
     )
     extra, inputs = map(int, out.stdout.split())
     assert extra <= inputs
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """What Linux says of the mapping that an address lies in; [] where it does not."""
+    smaps = Path("/proc/self/smaps")
+    inside = False
+    for line in smaps.read_text().splitlines() if smaps.exists() else []:
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.cpu
+def test_large_gradients_are_to_lie_on_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    call = random_call(B=1, T=512, H=32, N=64)  # 4 MiB
+    gradients = torch.ops.rwkv6.wkv_backward(call.r, None, *call.args())
+    # its middle, which is neither before the first nor behind the last whole page of 2 MiB
+    flags = [flags_of_memory(x.data_ptr() + (2 << 20)) for x in gradients[:4]]
+    if [] in flags:
+        pytest.skip("this system does not say what its memory is like")
+    assert all("hg" in f for f in flags)
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("two_threads")
+def test_heads_whose_checkpoints_would_be_large_take_turns_in_groups():
+    torch.set_num_threads(1)  # which then has all of them
+    call = random_call(B=1, T=1030, H=8, N=256)  # 17 checkpoints of 256 KiB for each head
+    gradients = torch.ops.rwkv6.wkv_backward(call.r, None, *call.args())
+    for heads in (slice(0, 4), slice(3, 8)):
+        r, k, v, w = (x[..., heads, :] for x in (call.r, call.k, call.v, call.w))
+        some = torch.ops.rwkv6.wkv_backward(r, None, r, k, v, w, call.u[heads], None, None, None)
+        for found, expected in zip(some[:5], gradients[:5], strict=True):
+            assert torch.equal(found, expected[..., heads, :])

@@ -5,6 +5,8 @@
 
 #include <dlfcn.h>
 
+#include "huge_pages.h"
+
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -104,7 +106,9 @@ Tensor empty(const Tensor& beside, std::initializer_list<int64_t> sizes, int32_t
       text += (i ? ", " : "") + std::to_string(sizes.begin()[i]);
     throw std::runtime_error(text + "]");
   }
-  return Tensor(handle);
+  const Tensor x(handle);
+  if (!cuda) rwkv6::want_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * x.element_size());
+  return x;
 }
 
 // An output of the shape and dtype of x; empty for a shape that the library is going to refuse.

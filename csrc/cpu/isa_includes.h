@@ -15,6 +15,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "../huge_pages.h"
 #include "job.h"
 
 #define RWKV6_NAME_OF(x) #x

@@ -11,6 +11,7 @@ class Scratch {
   static int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
   explicit Scratch(int64_t n) : memory_(new T[size_t(n + kAlign)]) {
+    want_huge_pages(memory_.get(), size_t(n + kAlign) * sizeof(T));
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
     next_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
   }

@@ -23,6 +23,7 @@
 constexpr int64_t kBackwardChunk = 16;
 constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
 constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
+constexpr int64_t kCheckpoints = int64_t(1) << 24;  // bytes, of the heads that take turns
 // Gradients of as many bytes are out of the caches before anybody reads them.
 constexpr int64_t kStreamed = int64_t(1) << 24;
 
@@ -424,7 +425,10 @@ void backward_units(const BackwardJob& job, int64_t begin, int64_t end, Length k
   for (int64_t s = begin / units_per_sequence; s <= (end - 1) / units_per_sequence; s++)
     longest = job.sequences[s].length > longest ? job.sequences[s].length : longest;
   const int64_t segments = (longest + kSegment - 1) / kSegment, matrix = keys * keys;
-  const int64_t heads = end - begin < kHeadGroup ? end - begin : kHeadGroup;
+  const int64_t affordable = kCheckpoints / (segments * matrix * int64_t(sizeof(T)));
+  int64_t heads = affordable < kBackwardHeads ? kBackwardHeads : affordable;
+  heads = heads < kHeadGroup ? heads : kHeadGroup;
+  heads = heads < end - begin ? heads : end - begin;
   const int64_t states = kBackwardHeads * kSegment / kBackwardChunk;
   const bool streamed = is_streamed(job);
   const std::unique_ptr<BackwardScratch<T>> scratch(new BackwardScratch<T>);
