@@ -11,8 +11,8 @@ namespace rwkv6 {
 
 // Wants huge pages under large memory that is about to be written from one end to the other, as
 // NumPy does for its arrays. Memory fresh from the system is handed out at the first write, with
-// huge pages 2 MiB at a time and six times as fast. Elsewhere, and where it has been written
-// before, this does nothing. (static: nothing is to be shared between instruction sets.)
+// huge pages 2 MiB at a time and six times as fast; what has been written before stays where it
+// is. (static: nothing is to be shared between instruction sets.)
 static inline void want_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(1) << 21;

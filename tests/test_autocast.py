@@ -65,6 +65,8 @@ def test_bad_input_is_still_named():
             wkv_(*call.floats()[:5], call.initial_state.bfloat16())
         with pytest.raises(TypeError, match=r"r: expected a torch\.Tensor"):
             wkv(None, call.k, call.v, call.w, call.u)
+        with pytest.raises(TypeError, match=r"v: expected a torch\.Tensor, got NoneType"):
+            wkv(call.r, call.k, None, call.w, call.u)
 
 
 def test_double_precision_is_left_alone():

@@ -31,6 +31,7 @@ BAD = [
     ("w", torch.zeros(2, 5, 3, 4).half(), TypeError, "w: .*got torch.float16"),
     ("w", torch.zeros(5, 3, 4), ValueError, "w: .*got shape"),
     ("u", torch.zeros(12), ValueError, r"u: expected \[H, N\] = \(3, 4\), got shape \(12,\)"),
+    ("u", torch.zeros(2, 3, 4), ValueError, r"u: expected \[H, N\] = \(3, 4\), got .*\(2, 3, 4\)"),
     ("u", torch.zeros(3, 4).double(), TypeError, "u: .*got torch.float64"),
     ("initial_state", torch.zeros(3, 4, 4), ValueError, r"initial_state: expected \[S, H, N, N\]"),
     ("initial_state", torch.zeros(3, 3, 4, 4), ValueError, "initial_state: 3 states for 2"),

@@ -289,6 +289,14 @@ def test_vmap_over_nothing(mapped):
     assert state.shape == (0, 2, 2, 4, 4)
 
 
+def test_vmap_of_the_inplace_operator_over_nothing():
+    *inputs, state = random_call(states=2).floats()
+    call = torch.vmap(lambda s: wkv_(*inputs, s))
+    assert call(state.new_empty((0, *state.shape))).shape == (0, 2, 5, 2, 4)
+    with pytest.raises(ValueError, match="state: expected"):
+        call(state.new_empty((0, *state.shape[:-1], 7)))
+
+
 @pytest.mark.cpu
 def test_vmap_of_the_inplace_operator_changes_nothing_when_it_is_refused():
     call = random_call(states=2)

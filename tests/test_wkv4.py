@@ -171,13 +171,24 @@ def test_pieces_and_in_place() -> None:
     ],
     ids=str,
 )
-def test_errors(changes: dict[int, object], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(
+    "autocast", [False, True], ids=["", "autocast"]
+)  # which has no rule for it
+def test_errors(
+    changes: dict[int, object], error: type[Exception], message: str, autocast: bool
+) -> None:
     inputs = call(2, 3, 4)
     for i, value in changes.items():
         inputs[i] = value
     for op in (wkv4, wkv4_):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message), torch.autocast("cpu", enabled=autocast):
             op(*inputs)
+
+
+def test_the_state_to_update_is_not_optional() -> None:
+    *inputs, _ = call(2, 3, 4)
+    with pytest.raises(TypeError, match=r"state: expected a torch\.Tensor, got NoneType"):
+        wkv4_(*inputs, None)
 
 
 def test_states_that_cannot_be_updated_in_place() -> None:

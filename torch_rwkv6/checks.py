@@ -1,7 +1,7 @@
 """Argument checks shared by everything in Python that computes without the kernel library.
 
 All but `check_values` look at shapes, dtypes and devices only: so they run on fake tensors and
-disappear from compiled code. The kernel library repeats them for callers that come another way.
+disappear from compiled code. The kernel library has the same ones for whoever calls it.
 """
 
 from __future__ import annotations
@@ -88,22 +88,25 @@ def check_wkv4(
     v: Tensor,  # [B, T, D]
     w: Tensor,  # [D]
     u: Tensor,  # [D]
-    state: Tensor | None = None,  # [B, 3, D]
-    name: str = "initial_state",
+    initial_state: Tensor | None = None,  # [B, 3, D]
 ) -> None:
-    """Raises TypeError or ValueError; `name` is what the caller knows the state as."""
-    _check_float("k", k)
-    if k.dim() != 3:
-        raise ValueError(f"k: expected 3 dimensions [B, T, D], got shape {tuple(k.shape)}")
-    own_or_f32 = (k.dtype, torch.float32)
-    _check_tensor("v", v, k.shape, "the shape of k", (k.dtype,), k, "k")
-    _check_tensor("w", w, (k.shape[2],), "[D]", own_or_f32, k, "k")
-    _check_tensor("u", u, (k.shape[2],), "[D]", own_or_f32, k, "k")
-    if state is not None:
-        shape = (k.shape[0], 3, k.shape[2])
-        _check_tensor(name, state, shape, "[B, 3, D]", (state_dtype(k),), k, "k")
-        if name == "state":
-            _check_in_place(state)
+    """Raises TypeError or ValueError."""
+    _check_channels(k, v, w, u)
+    if initial_state is not None:
+        _check_channel_state("initial_state", initial_state, k)
+
+
+def check_wkv4_(
+    k: Tensor,  # [B, T, D]
+    v: Tensor,  # [B, T, D]
+    w: Tensor,  # [D]
+    u: Tensor,  # [D]
+    state: Tensor,  # [B, 3, D]
+) -> None:
+    """Raises TypeError or ValueError."""
+    _check_channels(k, v, w, u)
+    _check_channel_state("state", state, k)
+    _check_in_place(state)
 
 
 def check_wkv4_backward(
@@ -120,9 +123,7 @@ def check_wkv4_backward(
     if grad_y is not None:
         _check_tensor("grad_y", grad_y, k.shape, "the shape of k", (k.dtype,), k, "k")
     if grad_final_state is not None:
-        shape = (k.shape[0], 3, k.shape[2])
-        dtypes = (state_dtype(k),)
-        _check_tensor("grad_final_state", grad_final_state, shape, "[B, 3, D]", dtypes, k, "k")
+        _check_channel_state("grad_final_state", grad_final_state, k)
 
 
 def check_matvec(
@@ -264,6 +265,21 @@ def _check_state(
                 f"state_map: expected one entry per sequence ({sequences}), "
                 f"got {state_map.shape[0]}"
             )
+
+
+def _check_channels(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
+    _check_float("k", k)
+    if k.dim() != 3:
+        raise ValueError(f"k: expected 3 dimensions [B, T, D], got shape {tuple(k.shape)}")
+    own_or_f32 = (k.dtype, torch.float32)
+    _check_tensor("v", v, k.shape, "the shape of k", (k.dtype,), k, "k")
+    _check_tensor("w", w, (k.shape[2],), "[D]", own_or_f32, k, "k")
+    _check_tensor("u", u, (k.shape[2],), "[D]", own_or_f32, k, "k")
+
+
+def _check_channel_state(name: str, state: Tensor, k: Tensor) -> None:
+    shape = (k.shape[0], 3, k.shape[2])
+    _check_tensor(name, state, shape, "[B, 3, D]", (state_dtype(k),), k, "k")
 
 
 def _check_tensor(

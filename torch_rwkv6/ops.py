@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv_
+from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv4_, check_wkv_
 from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
 __all__ = ["wkv", "wkv4", "wkv4_", "wkv_"]
@@ -66,7 +65,7 @@ def wkv(
             them would stall the stream, such a sequence gets NaN instead.)
     """
     arguments = (r, k, v, w, u, initial_state, state_map, cu_seqlens)
-    return _call(torch.ops.rwkv6.wkv.default, check_wkv, arguments)
+    return _call(torch.ops.rwkv6.wkv.default, check_wkv, arguments, autocast_rule=True)
 
 
 def wkv_(
@@ -101,7 +100,7 @@ def wkv_(
             record; state is then unchanged.
     """
     arguments = (r, k, v, w, u, state, state_map, cu_seqlens)
-    return _call(torch.ops.rwkv6.wkv_.default, check_wkv_, arguments)
+    return _call(torch.ops.rwkv6.wkv_.default, check_wkv_, arguments, autocast_rule=True)
 
 
 def wkv4(
@@ -162,26 +161,29 @@ def wkv4_(
         TypeError, ValueError: as for `wkv4`; state is then unchanged.
         RuntimeError: a call that autograd would have to record; state is then unchanged.
     """
-    return _call(torch.ops.rwkv6.wkv4_.default, _check_wkv4_, (k, v, w, u, state))
+    return _call(torch.ops.rwkv6.wkv4_.default, check_wkv4_, (k, v, w, u, state))
 
 
-_check_wkv4_ = partial(check_wkv4, name="state")
-
-
-def _call(op: Any, check: Callable[..., object], arguments: tuple[Tensor | None, ...]) -> Any:
+def _call(
+    op: Any,
+    check: Callable[..., object],
+    arguments: tuple[Tensor | None, ...],
+    autocast_rule: bool = False,
+) -> Any:
     """The op's results, or what `check` raises where the op refuses its arguments.
 
-    The op refuses all that `check` does, but in a RuntimeError, and what is no tensor without the
-    argument's name. Asking `check` only then saves a call more time than the op itself needs.
+    The op refuses what `check` does, but most of it in a RuntimeError, and what is no tensor
+    without the argument's name. Asking `check` only then saves a call more time than the op itself
+    needs. Where autocast has a rule for the op, that one checks what it has cast.
     """
     if torch.compiler.is_compiling():  # only shapes are known yet; checks leave no code behind
-        if not _autocast_casts(arguments[0]):
+        if not (autocast_rule and _autocast_casts(arguments[0])):
             check(*arguments)
         return op(*arguments)
     try:
         return op(*arguments)
     except Exception:
-        if not _autocast_casts(arguments[0]):
+        if not (autocast_rule and _autocast_casts(arguments[0])):
             try:
                 check(*arguments)
             except (TypeError, ValueError) as error:
@@ -190,7 +192,6 @@ def _call(op: Any, check: Callable[..., object], arguments: tuple[Tensor | None,
 
 
 def _autocast_casts(r: Tensor | None) -> bool:
-    """Whether autocast is going to give the arguments their dtypes; it checks them afterwards."""
     if not isinstance(r, Tensor) or r.device.type not in DEVICE_KEYS:
         return False
     return torch.is_autocast_enabled(r.device.type)

@@ -18,7 +18,9 @@ def prepare(work: Work, inputs: Arrays, threads: int) -> Job:
 
 def _decode(work: Work, inputs: Arrays, threads: int) -> Job:
     torch.set_num_threads(threads)
-    with torch.inference_mode():  # all of a server's tensors are made in it
+    # As a server does it, which makes all of its tensors in this mode. (What is compiled gets slower
+    # by it, so the other PyTorch programs have no_grad.)
+    with torch.inference_mode():
         x = torch_inputs(work, inputs)
     args, state = [x[name] for name in ("r", "k", "v", "w", "u")], x["state"]
 

@@ -83,6 +83,12 @@ class View {
   operator DLTensor*() { return present_ ? &dl_ : nullptr; }
 };
 
+// u [H, N]. On a GPU the library takes [B, H, N] as well, which is for XLA.
+View heads(const Tensor& u) {
+  if (u.dim() == 3) throw std::runtime_error("u: expected 2 dimensions [H, N], got 3");
+  return View(u);
+}
+
 int32_t dtype_of(const Tensor& x) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
@@ -212,7 +218,7 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H
                                const OptionalTensor& state_map,      // [B] or [M]
                                const OptionalTensor& cu_seqlens) {   // [M + 1]
   const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens);
-  check(rwkv6_wkv_forward(Context(r), View(r), View(k), View(v), View(w), View(u),
+  check(rwkv6_wkv_forward(Context(r), View(r), View(k), View(v), View(w), heads(u),
                           View(initial_state), View(state_map), View(cu_seqlens), View::output(y),
                           View::output(final_state)));
   return {y, final_state};
@@ -236,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
   View grad_initial_view;
   if (initial_state) grad_initial_view = View::output(grad_initial);
   check(rwkv6_wkv_backward(Context(r), View(grad_y), View(grad_final_state), View(r), View(k),
-                           View(v), View(w), View(u), View(initial_state), View(state_map),
+                           View(v), View(w), heads(u), View(initial_state), View(state_map),
                            View(cu_seqlens), View::output(grad_r), View::output(grad_k),
                            View::output(grad_v), View::output(grad_w), View::output(grad_u),
                            grad_initial_view));
@@ -252,7 +258,7 @@ Tensor wkv_(const Tensor& r,                     // [B, T, H, N]
             const OptionalTensor& state_map,     // [B] or [M]
             const OptionalTensor& cu_seqlens) {  // [M + 1]
   const Tensor y = empty_for(r);
-  check(rwkv6_wkv_inplace(Context(r), View(r), View(k), View(v), View(w), View(u),
+  check(rwkv6_wkv_inplace(Context(r), View(r), View(k), View(v), View(w), heads(u),
                           View::output(state), View(state_map), View(cu_seqlens), View::output(y)));
   return y;
 }

@@ -23,7 +23,8 @@
 constexpr int64_t kBackwardChunk = 16;
 constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
 constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
-constexpr int64_t kCheckpoints = int64_t(1) << 24;  // bytes, of the heads that take turns
+// Bytes of the checkpoints of the heads that take turns; more if even kBackwardHeads need it.
+constexpr int64_t kCheckpoints = int64_t(1) << 24;
 // Gradients of as many bytes are out of the caches before anybody reads them.
 constexpr int64_t kStreamed = int64_t(1) << 24;
 

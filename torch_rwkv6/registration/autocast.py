@@ -42,8 +42,10 @@ def _rule(op: Any, check: Callable[..., Any], device_type: str) -> Callable[...,
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # as PyTorch's own rules: float64 is left alone
-    return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
+    # as PyTorch's own rules: float64 is left alone. What is no tensor is left to the check.
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(dtype)
 
 
 for _device_type, _key in DEVICE_KEYS.items():

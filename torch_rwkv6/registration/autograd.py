@@ -190,7 +190,7 @@ def wkv_(
 ) -> Tensor:  # [B, T, H, N]
     inputs = (r, k, v, w, u, state)
     _refuse_derivatives(inputs, "wkv")
-    # not through the dispatcher, which would take as long again as all the rest
+    # not from the dispatcher's start again, which would take as long as all the rest
     return _update_wkv(keyset, *inputs, state_map, cu_seqlens)
 
 

@@ -9,6 +9,7 @@ from torch_rwkv6.checks import (
     check_matvec,
     check_wkv,
     check_wkv4,
+    check_wkv4_,
     check_wkv4_backward,
     check_wkv_,
     check_wkv_backward,
@@ -108,7 +109,7 @@ def wkv4_(
     u: Tensor,  # [D]
     state: Tensor,  # [B, 3, D]
 ) -> Tensor:  # [B, T, D]
-    check_wkv4(k, v, w, u, state, "state")
+    check_wkv4_(k, v, w, u, state)
     return k.new_empty(k.shape)
 
 

@@ -19,6 +19,7 @@ from torch_rwkv6.checks import (
     check_values,
     check_wkv,
     check_wkv4,
+    check_wkv4_,
     check_wkv4_backward,
     check_wkv_,
     check_wkv_backward,
@@ -119,7 +120,7 @@ def wkv4_(
     u: Tensor,  # [D]
     state: Tensor,  # [B, 3, D]
 ) -> Tensor:  # [B, T, D]
-    check_wkv4(k, v, w, u, state, "state")
+    check_wkv4_(k, v, w, u, state)
     y, final_state = reference4.wkv4(k, v, w, u, state)
     state.copy_(final_state)
     return y

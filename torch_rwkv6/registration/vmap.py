@@ -127,18 +127,19 @@ def _wkv_rule(
             "vmap over rwkv6::wkv_ with an expanded state: all slices would update the same "
             "memory. Clone the state first"
         )
+    if info.batch_size == 0:
+        args = (r, k, v, w, u, state, *index)
+        (y,) = _empty(lambda *slices: (torch.ops.rwkv6.wkv_(*slices),), args, in_dims)
+        return y, 0
     # On a copy, so that the state is untouched when a slice is refused.
     new = state.clone()
     args = (r, k, v, w, u, new, *index)
-    y = [
+    slices = [
         torch.ops.rwkv6.wkv_(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     state.copy_(new)
-    if not y:
-        shape = [n for d, n in enumerate(r.shape) if d != in_dims[0]]
-        return r.new_empty((0, *shape)), 0
-    return torch.stack(y), 0
+    return torch.stack(slices), 0
 
 
 _WKV_BACKWARD = tuple(_HEADS.values())
