@@ -5,12 +5,12 @@
 
 #include <dlfcn.h>
 
-#include "huge_pages.h"
-
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "huge_pages.h"
 
 // After rwkv6.h, because torch's copy of dlpack.h refuses to be included in stable-ABI code.
 #define TORCH_TARGET_VERSION 0x020a000000000000
