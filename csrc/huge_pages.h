@@ -11,7 +11,7 @@ namespace rwkv6 {
 
 // Wants huge pages under large memory that is about to be written from one end to the other, as
 // NumPy does for its arrays. Memory fresh from the system is handed out at the first write, with
-// huge pages 2 MiB at a time and six times as fast; what has been written before stays where it
+// huge pages 2 MiB at a time and five times as fast; what has been written before stays where it
 // is. (static: nothing is to be shared between instruction sets.)
 static inline void want_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

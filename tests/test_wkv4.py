@@ -171,9 +171,7 @@ def test_pieces_and_in_place() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "autocast", [False, True], ids=["", "autocast"]
-)  # which has no rule for it
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_errors(
     changes: dict[int, object], error: type[Exception], message: str, autocast: bool
 ) -> None:
