@@ -1,9 +1,9 @@
 #include "arguments.h"
 
-#include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
 #include <sstream>
+
+#include "overlap.h"
 
 namespace rwkv6 {
 namespace {
@@ -47,6 +47,30 @@ int64_t elements(const DLTensor* x) {
   int64_t n = 1;
   for (int i = 0; i < x->ndim; i++) n *= x->shape[i];
   return n;
+}
+
+// The memory from the first byte of a tensor's elements to behind the last.
+std::pair<intptr_t, intptr_t> bounds(const DLTensor* x) {
+  const intptr_t size = x->dtype.bits / 8, at = reinterpret_cast<intptr_t>(data(x));
+  if (!elements(x)) return {at, at};
+  intptr_t before = 0, behind = size;
+  for (int i = 0; i < x->ndim; i++) {
+    const intptr_t distance = (x->shape[i] - 1) * stride(x, i) * size;
+    (distance < 0 ? before : behind) += distance;
+  }
+  return {at + before, at + behind};
+}
+
+std::vector<Dimension> dimensions(const DLTensor* x) {
+  std::vector<Dimension> dims;
+  for (int i = 0; i < x->ndim; i++) dims.push_back({stride(x, i), x->shape[i]});
+  return dims;
+}
+
+Extent extent(const DLTensor* x) {
+  Extent memory = {int64_t(reinterpret_cast<intptr_t>(data(x))), x->dtype.bits / 8, dimensions(x)};
+  for (Dimension& d : memory.dims) d.stride *= memory.element;
+  return memory;
 }
 
 Device device_of(const char* name, const DLTensor* x) {
@@ -202,35 +226,16 @@ int64_t size_of(const char* name, const DLTensor* x, int dim) {
 }
 
 void check_writable(const char* name, const DLTensor* x) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride either way, size)
-  for (int i = 0; i < x->ndim; i++) {
-    if (x->shape[i] == 0) return;
-    if (x->shape[i] > 1) dims.emplace_back(std::abs(stride(x, i)), x->shape[i]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t extent = 1;  // elements spanned by the dimensions so far
-  for (const auto& [step, size] : dims) {
-    if (step < extent)
-      fail(name, ": it is written to, but its elements overlap in memory (an expanded view?)");
-    extent += step * (size - 1);
-  }
+  if (overlaps_itself(dimensions(x)))
+    fail(name, ": it is written to, but its elements overlap in memory (an expanded view?)");
 }
 
 void check_apart(const char* name, const DLTensor* x, const char* input_name,
                  const DLTensor* input) {
-  struct Range {
-    const char *begin, *end;
-    bool dense;
-  };
-  const auto range = [](const DLTensor* tensor) {
-    int64_t extent = 1;
-    for (int i = 0; i < tensor->ndim; i++) extent += (tensor->shape[i] - 1) * stride(tensor, i);
-    const char* begin = data(tensor);
-    return Range{begin, begin + extent * (tensor->dtype.bits / 8), extent == elements(tensor)};
-  };
-  if (!elements(x) || !elements(input)) return;
-  const Range a = range(x), b = range(input);
-  if (a.dense && b.dense && a.begin < b.end && b.begin < a.end)
+  const auto [begin, end] = bounds(x);
+  const auto [input_begin, input_end] = bounds(input);
+  if (begin >= input_end || input_begin >= end) return;  // nearly always; it costs nothing
+  if (overlap(extent(x), extent(input)))
     fail(name, ": it is updated in place, but shares memory with ", input_name);
 }
 
@@ -247,7 +252,6 @@ Walk::Walk(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens, S
     check_indices("cu_seqlens", cu_seqlens, -1, shape.device);
     count = cu_seqlens->shape[0] - 1;
     if (count < 0) fail("cu_seqlens: expected at least one offset (M + 1 of them), got none");
-    if (count == 0 && shape.T) fail("cu_seqlens: no sequence for T = ", shape.T, " tokens");
   }
   if (use == StateUse::none) {
     if (state_map) fail("state_map: given without initial_state, which it would index");
@@ -256,6 +260,8 @@ Walk::Walk(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens, S
   } else if (states != count && (states != 1 || use == StateUse::update)) {
     fail(name_of(use), ": ", states, " rows for ", count, " sequences need a state_map");
   }
+  if (cu_seqlens && count == 0 && shape.T)
+    fail("cu_seqlens: no sequence for T = ", shape.T, " tokens");
 }
 
 Indices indices(const DLTensor* x) {

@@ -67,8 +67,8 @@ States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DT
 // Refuses a tensor two elements of which share memory: the kernels would race to write it.
 void check_writable(const char* name, const DLTensor* x);
 
-// Refuses a written tensor that shares memory with an input, as far as that is easy to tell: where
-// both are dense. (Interleaved views of one buffer are not, and are fine.)
+// Refuses a written tensor that shares memory with an input. Interleaved views of one buffer share
+// none and are fine.
 void check_apart(const char* name, const DLTensor* x, const char* input_name,
                  const DLTensor* input);
 

@@ -146,6 +146,28 @@ def test_layouts_that_are_not_dense():
         wkv_(*call.floats()[:5], call.initial_state.to_sparse())
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_pointed_to_cu_seqlens(layout):
+    x = torch.nested.nested_tensor([torch.zeros(2, 3, 4), torch.zeros(1, 3, 4)], layout=layout)
+    with pytest.raises(TypeError, match=r"r: expected a dense.*a nested one.*cu_seqlens"):
+        wkv(x, x, x, x, torch.zeros(3, 4))
+
+
+def test_autograd_names_the_operator():
+    call = random_call()
+    r = call.r.requires_grad_()
+    y, _ = wkv(*call.floats())
+    assert y.grad_fn.name() == "rwkv6_wkvBackward"
+    call.k[0, 0] = torch.nan
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        y, _ = wkv(*call.floats())
+        with (
+            pytest.warns(UserWarning, match="rwkv6_wkvBackward"),
+            pytest.raises(RuntimeError, match="'rwkv6_wkvBackward' returned nan"),
+        ):
+            torch.autograd.grad(y.sum(), r)
+
+
 def test_outputs_too_large_for_memory():
     x = torch.zeros(1, 1, 1, 64).expand(2**16, 2**12, 64, 64)  # y: 4 TiB
     with pytest.raises(RuntimeError, match=r"out of memory for an output of shape \[65536, 4096"):

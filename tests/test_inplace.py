@@ -1,7 +1,10 @@
 """wkv_: decode, prefill in pieces and state pools, in place; nothing else is touched."""
 
+import collections
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 from samples import FLOAT_DTYPES, random_call
@@ -139,6 +142,66 @@ def test_a_state_that_shares_memory_with_an_input_is_refused(name):
     with pytest.raises(RuntimeError, match=f"state: .*shares memory with {name}"):
         wkv_(call.r, call.k, call.v, call.w, call.u, buffer.view(2, 2, 4, 4))
     assert torch.equal(buffer, before)
+
+
+def places(x):
+    """Where in its storage each element of x lies."""
+    places = np.full((), x.storage_offset())
+    for step, size in zip(x.stride(), x.shape):
+        places = places[..., None] + step * np.arange(size)
+    return places.ravel()
+
+
+@pytest.mark.cpu
+def test_memory_is_shared_or_not_exactly():
+    """States and inputs as views of one buffer with strides of every kind: refused if and only if
+    an element belongs to two places, and otherwise as if each had memory of its own."""
+    draw = random.Random(0)
+    outcomes = collections.Counter()
+
+    def view(buffer, shape, first, steps):
+        strides = [*(draw.choice(steps) for _ in range(3)), 1]  # the last dimension is contiguous
+        last = first + sum(step * (size - 1) for step, size in zip(strides, shape))
+        return buffer.as_strided(shape, strides, first) if last < buffer.numel() else None
+
+    for _ in range(3000):
+        buffer = torch.randn(80)
+        S, H, N = draw.randint(1, 3), draw.randint(1, 2), draw.randint(1, 3)
+        state = view(buffer, (S, H, N, N), draw.randrange(8), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12))
+        r = view(buffer, (S, 1, H, N), draw.randrange(40), (1, 2, 3, 4, 6, 8, 10))
+        if state is None or r is None:
+            continue
+        others = [torch.randn(S, 1, H, N) for _ in range(3)] + [torch.randn(H, N)]
+        expected = "works"
+        if len(set(places(state))) < state.numel():
+            expected = "state: .*its elements overlap"
+        elif set(places(state)) & set(places(r)):
+            expected = "state: .*shares memory with r"
+        outcomes[expected] += 1
+        own_r, own_state = r.clone(), state.clone()
+        if expected == "works":
+            y = torch.ops.rwkv6.wkv_(r, *others, state)
+            assert torch.equal(y, torch.ops.rwkv6.wkv_(own_r, *others, own_state))
+            assert torch.equal(state, own_state)
+        else:
+            with pytest.raises(RuntimeError, match=expected):
+                torch.ops.rwkv6.wkv_(r, *others, state)
+    assert len(outcomes) == 3
+    assert min(outcomes.values()) > 100
+
+
+def test_a_state_that_negates_other_memory_is_refused():
+    call = random_call(states=2)
+    *inputs, state = call.floats()
+    before = state.clone()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(RuntimeError, match=r"state: .*negates.*resolve_neg\(\)"):
+            wkv_(*inputs, torch._neg_view(state))
+    assert torch.equal(state, before)
+    inputs[0] = torch._neg_view(inputs[0])  # an input may
+    y, final_state = wkv(*inputs, before)
+    assert torch.equal(wkv_(*inputs, state), y)
+    assert torch.equal(state, final_state)
 
 
 @pytest.mark.cpu

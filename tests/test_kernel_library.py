@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,35 @@ def test_every_instruction_set_of_this_cpu(isa):
 def test_links_no_framework_and_no_openmp():
     needed = subprocess.run(["ldd", str(LIBRARY)], capture_output=True, text=True).stdout
     assert not any(name in needed for name in ("torch", "c10", "python", "omp", "iomp"))
+
+
+PRINT_ISA = """
+import ctypes, sys
+lib = ctypes.CDLL(sys.argv[1])
+lib.rwkv6_cpu_isa.restype = ctypes.c_char_p
+print(lib.rwkv6_cpu_isa().decode())
+"""
+
+# What Linux says of the processor, for the kernels of each instruction set.
+FLAGS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "baseline": set(),
+}
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="x86-64 Linux"
+)
+def test_the_best_instruction_set_of_the_processor_is_chosen():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    best = next(isa for isa, needed in FLAGS.items() if needed <= flags)
+    environment = {name: x for name, x in os.environ.items() if name != "RWKV6_CPU_ISA"}
+    result = subprocess.run(
+        [sys.executable, "-c", PRINT_ISA, str(LIBRARY)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.stdout == f"{best}\n", result.stderr

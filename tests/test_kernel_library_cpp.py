@@ -1,9 +1,11 @@
 """The C interface from C++: tests/kernel_library, built against the installed library and run on
-every instruction set of this CPU. `make test-neon` runs the same program for AArch64."""
+every instruction set of this CPU, and built together with the kernels under sanitizers. `make
+test-neon` runs the same program for AArch64."""
 
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,16 @@ import torch_rwkv6
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(torch_rwkv6.__file__).with_name("librwkv6.so")
 LACKING = 2  # the program's exit status where the CPU lacks the instruction set
+PROGRAM = sorted((ROOT / "tests/kernel_library").glob("*.cpp"))
+INCLUDES = [f"-I{ROOT / 'csrc/include'}", *(f"-isystem{path}" for path in include_paths())]
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-def test_cpp_program_on_every_instruction_set(tmp_path):
+def test_program_on_every_instruction_set(tmp_path):
     program = tmp_path / "kernel_library_test"
-    sources = sorted((ROOT / "tests/kernel_library").glob("*.cpp"))
-    includes = [f"-I{ROOT / 'csrc/include'}", *(f"-isystem{path}" for path in include_paths())]
     flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-Wl,-rpath,{LIBRARY.parent}"]
-    subprocess.run(["g++", *flags, *includes, *sources, LIBRARY, "-o", program], check=True)
+    subprocess.run(["g++", *flags, *INCLUDES, *PROGRAM, LIBRARY, "-o", program], check=True)
     ran = []
     for isa in ("baseline", "avx2", "avx512", "neon"):
         result = subprocess.run(
@@ -32,3 +35,28 @@ def test_cpp_program_on_every_instruction_set(tmp_path):
             assert result.returncode == 0, result.stdout
             ran.append(isa)
     assert ran
+
+
+def test_odd_sizes_under_sanitizers(tmp_path):
+    """The kernels stay within what they borrow, whichever size is the larger one."""
+    kernels = [*(ROOT / "csrc").glob("*.cpp"), ROOT / "csrc/cuda/absent.cpp"]
+    kernels += [ROOT / f"csrc/cpu/{name}.cpp" for name in ("isa_baseline", "isa_neon", "select")]
+    # no optimisation: what takes time is compiling
+    flags = ["-std=c++20", "-O0", "-g1", "-DRWKV6_BASELINE_ONLY", f"-I{ROOT / 'csrc'}", *INCLUDES]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+    def compiled(source: Path) -> Path:
+        out = tmp_path / f"{source.parent.name}_{source.stem}.o"
+        subprocess.run(["g++", *flags, "-c", source, "-o", out], check=True)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*kernels, *PROGRAM]))
+    program = tmp_path / "sanitized"
+    subprocess.run(["g++", *flags, *objects, "-o", program], check=True)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    environment.pop("RWKV6_CPU_ISA", None)
+    result = subprocess.run(
+        [program, "sizes"], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

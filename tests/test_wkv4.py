@@ -233,3 +233,24 @@ def test_matvec_errors() -> None:
         matvec(torch.zeros(1, 4), torch.zeros(3, 4).bfloat16())
     with pytest.raises(RuntimeError, match=r"x: expected shape"):
         matvec(torch.zeros(4), torch.zeros(3, 4))
+
+
+def test_strided_and_expanded_vectors() -> None:
+    """A column of a matrix, or one number for all channels: the same numbers and gradients."""
+    D = 5
+    k, v = torch.randn(2, 7, D), torch.randn(2, 7, D)
+    column = torch.randn(D, 2, requires_grad=True)
+    number = torch.randn(1, requires_grad=True)
+    for w, u in ((column[:, 0], number.expand(D)), (number.expand(D), column[:, 0])):
+        dense = [w.detach().clone().requires_grad_(), u.detach().clone().requires_grad_()]
+        y, state = wkv4(k, v, w, u)
+        expected = wkv4(k, v, *dense)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(state, expected[1])
+        found = torch.autograd.grad(y.square().sum(), (column, number))
+        of_w, of_u = torch.autograd.grad(expected[0].square().sum(), dense)
+        of_column, of_number = (of_w, of_u) if w.stride(0) == 2 else (of_u, of_w)
+        torch.testing.assert_close(found[0][:, 0], of_column)
+        torch.testing.assert_close(found[1], of_number.sum(0, keepdim=True))
+        with torch.no_grad():
+            assert torch.equal(wkv4_(k, v, w, u, state.clone()), wkv4(k, v, *dense, state)[0])

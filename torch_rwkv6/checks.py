@@ -6,6 +6,8 @@ disappear from compiled code. The kernel library has the same ones for whoever c
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -153,22 +155,48 @@ def check_values(
         negative_skips: as in `wkv_`: negative entries of state_map are padding rows, the others
             must be distinct.
     """
-    offsets = _values(cu_seqlens)
-    if offsets is not None and (
-        offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets)
-    ):
-        raise RuntimeError(
-            f"cu_seqlens: expected offsets that rise from 0 to T = {tokens}, got {offsets}"
-        )
-    entries = _values(state_map)
-    if entries is None:
+    offsets = _values(cu_seqlens) or []
+    if len(offsets) == 1 and tokens:
+        raise RuntimeError(f"cu_seqlens: no sequence for T = {tokens} tokens")
+    if offsets and offsets[0] != 0:
+        raise RuntimeError(f"cu_seqlens: the first must be 0, got {offsets[0]}")
+    if offsets and offsets[-1] != tokens:
+        raise RuntimeError(f"cu_seqlens: the last must be T = {tokens}, got {offsets[-1]}")
+    for m, (begin, end) in enumerate(itertools.pairwise(offsets), 1):
+        if end < begin:
+            raise RuntimeError(f"cu_seqlens: must not fall, but entry {m} is {end} after {begin}")
+    taken = set()
+    for m, row in enumerate(_values(state_map) or []):
+        if negative_skips and row < 0:
+            continue
+        if not 0 <= row < rows:
+            raise RuntimeError(f"state_map: entry {m} is {row}, expected 0 to {rows - 1}")
+        if negative_skips and row in taken:
+            raise RuntimeError(
+                f"state_map: two sequences cannot update row {row} of state in place"
+            )
+        taken.add(row)
+
+
+def check_memory(state: Tensor) -> None:
+    """Raises ValueError for a state two elements of which share memory, whatever its strides."""
+    if state.numel() <= 1:
         return
-    used = [e for e in entries if e >= 0] if negative_skips else entries
-    if any(e < 0 or e >= rows for e in used):
-        raise RuntimeError(f"state_map: expected entries from 0 to {rows - 1}, got {entries}")
-    if negative_skips and len(set(used)) != len(used):
-        raise RuntimeError(
-            f"state_map: two sequences cannot update one row of state in place, got {entries}"
+    dims = sorted((step, size) for step, size in zip(state.stride(), state.shape) if size > 1)
+    span = 1  # of the dimensions so far; where each steps over the smaller ones nothing overlaps
+    nested = True
+    for step, size in dims:
+        nested = nested and step >= span
+        span += step * (size - 1)
+    if nested:
+        return
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for step, size in dims:
+        places = places[..., None] + step * torch.arange(size, device="cpu")
+    if places.unique().numel() < state.numel():
+        raise ValueError(
+            "state: it is updated in place, but its elements overlap in memory "
+            f"(shape {tuple(state.shape)}, strides {tuple(state.stride())})"
         )
 
 
@@ -187,11 +215,21 @@ def state_dtype(r: Tensor) -> torch.dtype:
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
 
-def _check_float(name: str, x: Tensor) -> None:
+def _check_dense(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one. Put sequences of different "
+            "lengths one behind the other ([1, T, ...], x.values()) and say by cu_seqlens where "
+            "each begins (x.offsets())"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+
+
+def _check_float(name: str, x: Tensor) -> None:
+    _check_dense(name, x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected {_names(FLOAT_DTYPES)}, got {x.dtype}")
 
@@ -249,8 +287,7 @@ def _check_state(
     state_map: Tensor | None,
     sequences: int,
 ) -> None:
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(state).__name__}")
+    _check_dense(name, state)
     heads, size = r.shape[2], r.shape[3]
     if state.dim() != 4 or tuple(state.shape[1:]) != (heads, size, size):
         raise ValueError(
@@ -291,10 +328,7 @@ def _check_tensor(
     r: Tensor,
     r_name: str = "r",
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+    _check_dense(name, x)
     if x.dtype not in dtypes:
         raise TypeError(
             f"{name}: expected {_names(dtypes)} beside {r_name} of {r.dtype}, got {x.dtype}"
@@ -308,8 +342,7 @@ def _check_tensor(
 
 
 def _check_index(name: str, x: Tensor, r: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    _check_dense(name, x)
     if x.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name}: expected {_names(INDEX_DTYPES)}, got {x.dtype}")
     if x.dim() != 1:

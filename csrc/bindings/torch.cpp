@@ -64,7 +64,7 @@ class View {
   // An input: only one whose last dimension is not contiguous is copied.
   explicit View(const Tensor& x) : tensor_(x) {
     const int64_t last = x.dim() - 1;
-    if (last >= 1 && x.size(last) > 1 && x.stride(last) != 1)
+    if (last >= 0 && x.size(last) > 1 && x.stride(last) != 1)
       tensor_ = torch::stable::contiguous(x);
     describe(const_cast<void*>(tensor_.const_data_ptr()));
   }

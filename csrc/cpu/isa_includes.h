@@ -15,6 +15,17 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#define RWKV6_ADDRESS_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define RWKV6_ADDRESS_SANITIZER
+#endif
+#endif
+#ifdef RWKV6_ADDRESS_SANITIZER
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "../huge_pages.h"
 #include "job.h"
 

@@ -47,8 +47,8 @@ void normalise(const T* x, int64_t n, double eps, const T* weight, const T* bias
   for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// y = x W, with x of K values and W of K rows of n values, `pitch` values apart. `row` and y have
-// room for n values in whole vectors.
+// y = x W, with x of K values and W of K rows of n values, `pitch` values apart. `row` and y each
+// have room for n values in whole vectors.
 template <class T>
 void low_product(const T* x, int64_t K, const char* W, DType dtype, int64_t n, int64_t pitch,
                  T* row, T* y) {
@@ -71,6 +71,7 @@ class Layer {
   const int64_t M, D, F;
   const int64_t pitch, wide;  // rows of D and of F values, in whole steps of matvec
   const int64_t ranks;        // the larger rank, in whole vectors
+  const int64_t weight_row;   // a row of any low-rank weight: of D values or of a rank
   Scratch<T> scratch;
 
   struct Rows {  // one for each sequence
@@ -90,7 +91,14 @@ class Layer {
   const Rows hidden = rows(wide);
   const Rows laid_out[4] = {rows(wide), rows(pitch), rows(pitch), rows(pitch)};
   T* const parameters[2] = {scratch.take(pitch), scratch.take(pitch)};
-  T* const low = scratch.take(kMixes * (ranks + pitch));  // of each mix: ranks, and a row
+  // Working memory of the low-rank products, for each mix its own.
+  struct LowRank {
+    T* hidden;  // [ranks]
+    T* row;     // [weight_row], the row of a weight that is being multiplied
+  };
+  LowRank low_rank_memory() { return {scratch.take(ranks), scratch.take(weight_row)}; }
+  const LowRank low[kMixes] = {low_rank_memory(), low_rank_memory(), low_rank_memory(),
+                               low_rank_memory(), low_rank_memory()};
 
   // f(begin, end) over [0, n).
   template <class G>
@@ -139,18 +147,17 @@ class Layer {
     });
   }
 
-  // out = base + tanh(x w1) w2, with w1 [D, w1_pitch] and w2 [rank, D]; `own` is of the mix.
+  // out = base + tanh(x w1) w2, with w1 [D, w1_pitch] and w2 [rank, D].
   void low_rank(const Rows& x, const char* w1, int64_t w1_pitch, const char* w2, int64_t rank,
-                const char* base, T* own, const Rows& out) const {
-    T *const narrow = own, *const row = own + ranks;
+                const char* base, const LowRank& own, const Rows& out) const {
     for (int64_t m = 0; m < M; m++) {
-      low_product(x.row(m), D, w1, job.dtype, rank, w1_pitch, row, narrow);
+      low_product(x.row(m), D, w1, job.dtype, rank, w1_pitch, own.row, own.hidden);
       for (int64_t i = 0; i < rank; i += V::W)
-        hyperbolic_tangent(V::load(narrow + i)).store(narrow + i);
-      low_product(narrow, rank, w2, job.dtype, D, D, row, out.row(m));
+        hyperbolic_tangent(V::load(own.hidden + i)).store(own.hidden + i);
+      low_product(own.hidden, rank, w2, job.dtype, D, D, own.row, out.row(m));
     }
-    load_row(base, job.dtype, D, row);
-    each(out, D, [&](int64_t i, int64_t m) { return at(out, i, m) + V::load(row + i); });
+    load_row(base, job.dtype, D, own.row);
+    each(out, D, [&](int64_t i, int64_t m) { return at(out, i, m) + V::load(own.row + i); });
   }
 
   // One of the data-dependent token shifts, and w from its own.
@@ -158,15 +165,14 @@ class Layer {
     const char* const maa[kMixes] = {job.maa_k, job.maa_v, job.maa_r, job.maa_g, job.maa_w};
     const int64_t stored[kMixes] = {1, 2, 3, 4, 0};  // as the weights have them: w, k, v, r, g
     const int64_t rank = job.mix_rank, bytes = stored[i] * rank * size_of(job.dtype);
-    T* const own = low + i * (ranks + pitch);
-    low_rank(mixed_x, job.maa_w1 + bytes, kMixes * rank, job.maa_w2 + bytes * D, rank, maa[i], own,
-             mixed[i]);
+    low_rank(mixed_x, job.maa_w1 + bytes, kMixes * rank, job.maa_w2 + bytes * D, rank, maa[i],
+             low[i], mixed[i]);
     each(mixed[i], D, [&](int64_t j, int64_t m) {
       return fma(at(change, j, m), at(mixed[i], j, m), at(token, j, m));
     });
     if (i == kMixes - 1)
       low_rank(mixed[i], job.decay_w1, job.decay_rank, job.decay_w2, job.decay_rank, job.time_decay,
-               own, w);
+               low[i], w);
   }
 
   struct Product {  // y = x weight^T, with the weight [N, K]
@@ -233,7 +239,8 @@ class Layer {
         pitch(Scratch<T>::aligned(matvec_padded<T>(D))),
         wide(Scratch<T>::aligned(matvec_padded<T>(F > D ? F : D))),
         ranks(Scratch<T>::aligned(job.mix_rank > job.decay_rank ? job.mix_rank : job.decay_rank)),
-        scratch(M * (18 * pitch + 2 * wide) + 2 * pitch + kMixes * (ranks + pitch)) {}
+        weight_row(pitch > ranks ? pitch : ranks),
+        scratch(M * (18 * pitch + 2 * wide) + 2 * pitch + kMixes * (ranks + weight_row)) {}
 
   void run() const {
     for (int64_t m = 0; m < M; m++) load_row(job.x.row(m, 0, 0), job.dtype, D, x.row(m));

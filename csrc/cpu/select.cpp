@@ -3,6 +3,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "features.h"
+
+// RWKV6_BASELINE_ONLY leaves the wider instruction sets out of a build that is to be quick.
+#if defined(__x86_64__) && !defined(RWKV6_BASELINE_ONLY)
+#define RWKV6_WIDER_X86
+#endif
+
 namespace rwkv6 {
 
 #if defined(__aarch64__)
@@ -14,7 +21,7 @@ namespace baseline {
 extern const Kernels kernels;
 }
 #endif
-#if defined(__x86_64__)
+#ifdef RWKV6_WIDER_X86
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -30,22 +37,11 @@ struct Level {
   bool (*available)();  // on this CPU
 };
 
-#if defined(__x86_64__)
-bool has_avx2() {
-  // F16C came before AVX2; not every compiler can ask for it
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
 // The best first.
 const Level kLevels[] = {
-#if defined(__x86_64__)
-    {&avx512::kernels, has_avx512},
-    {&avx2::kernels, has_avx2},
+#ifdef RWKV6_WIDER_X86
+    {&avx512::kernels, [] { return CpuFeatures().avx512(); }},
+    {&avx2::kernels, [] { return CpuFeatures().avx2(); }},
 #endif
 #if defined(__aarch64__)
     {&neon::kernels, [] { return true; }},

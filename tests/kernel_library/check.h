@@ -51,3 +51,4 @@ class Report {
 
 void test_accuracy(Report& report);
 void test_promises(Report& report);
+void test_sizes(Report& report);

@@ -10,6 +10,7 @@ class Random {
  public:
   explicit Random(uint64_t seed) : bits_(seed) {}
 
+  uint64_t bits() { return bits_(); }
   int percent() { return int(bits_() % 100); }
 
   // Mean 0, variance 1, close to normal: the sum of four uniform numbers of 16 bits.

@@ -7,6 +7,7 @@ about twice as much a call.
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -39,70 +40,68 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _function(op: Any, backward: Any) -> Any:
+    """The autograd function of `op`, under its name: grad_fn and anomaly mode show it."""
+
+    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    name = op._schema.name.replace("::", "_")  # rwkv6_wkv
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return types.new_class(
+        name, (torch.autograd.Function,), exec_body=lambda ns: ns.update(methods)
+    )
+
+
 def _functions(op: Any, backward_op: Any, reference_backward: Any) -> tuple[Any, Any]:
     """The autograd functions of an operator and of its backward operator.
 
     The operator's first inputs are those that backward_op returns gradients of, in this order.
     """
 
-    class Forward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-            ctx.save_for_backward(*inputs)
-            ctx.set_materialize_grads(False)
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*inputs)
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if grad_y is None and grad_final_state is None:
+            return (None,) * len(needed)
+        grads = backward_op(grad_y, grad_final_state, *ctx.saved_tensors)
+        no_index = (None,) * (len(needed) - len(grads))  # state_map and cu_seqlens
+        return *(g if n else None for g, n in zip(grads, needed)), *no_index
 
-        @staticmethod
-        def backward(
-            ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
-        ) -> tuple[Tensor | None, ...]:
-            needed = ctx.needs_input_grad
-            if grad_y is None and grad_final_state is None:
-                return (None,) * len(needed)
-            grads = backward_op(grad_y, grad_final_state, *ctx.saved_tensors)
-            no_index = (None,) * (len(needed) - len(grads))  # state_map and cu_seqlens
-            return *(g if n else None for g, n in zip(grads, needed)), *no_index
+    def double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
+        grads: list[Tensor | None] = [None] * len(saved)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # An alias of each input of its own, so that a path from one input to another in
+            # the caller's graph is not walked here as well.
+            inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
+            outputs = reference_backward(*inputs)
+            # some depend on nothing: the last without initial_state, most without any token
+            paths = [
+                (out, g)
+                for out, g in zip(outputs, grad_outputs)
+                if g is not None and out.requires_grad
+            ]
+            if not paths:
+                return tuple(grads)
+            found = torch.autograd.grad(
+                [out for out, _ in paths],
+                [inputs[i] for i in needed],
+                [g for _, g in paths],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        for i, g in zip(needed, found, strict=True):
+            grads[i] = g
+        return tuple(grads)
 
-    class Backward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-            ctx.save_for_backward(*inputs)
-            ctx.set_materialize_grads(False)
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward_op(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = ctx.saved_tensors
-            needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
-            grads: list[Tensor | None] = [None] * len(saved)
-            create_graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                # An alias of each input of its own, so that a path from one input to another in
-                # the caller's graph is not walked here as well.
-                inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
-                outputs = reference_backward(*inputs)
-                # some depend on nothing: the last without initial_state, most without any token
-                paths = [
-                    (out, g)
-                    for out, g in zip(outputs, grad_outputs)
-                    if g is not None and out.requires_grad
-                ]
-                if not paths:
-                    return tuple(grads)
-                found = torch.autograd.grad(
-                    [out for out, _ in paths],
-                    [inputs[i] for i in needed],
-                    [g for _, g in paths],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            for i, g in zip(needed, found, strict=True):
-                grads[i] = g
-            return tuple(grads)
-
-    return Forward, Backward
+    return _function(op, backward), _function(backward_op, double_backward)
 
 
 _WKV, _WKVBackward = _functions(_wkv, _wkv_backward, reference.wkv_backward)
@@ -122,6 +121,20 @@ def _bump_version(op: Any, state_index: int) -> Any:
 
 _update_wkv = _bump_version(_wkv_, 5)
 _update_wkv4 = _bump_version(_wkv4_, 4)
+
+
+def _resolve_negated(op: Any, state_index: int) -> Any:
+    """`op` where an argument is a view that negates (``x.conj().imag``): inputs are computed."""
+
+    def kernel(*args: Any) -> Tensor:
+        if args[state_index].is_neg():
+            raise RuntimeError(
+                "state: it is updated in place, but it is a view that negates other memory "
+                "(x.conj().imag, for example): call .resolve_neg() on it first"
+            )
+        return op(*(x.resolve_neg() if isinstance(x, Tensor) else x for x in args))
+
+    return kernel
 
 
 def _refuse_derivatives(inputs: tuple[Tensor | None, ...], name: str) -> None:
@@ -254,7 +267,11 @@ def matvec(
 
 for _function in (wkv, wkv_backward, wkv4, wkv4_backward, matvec):
     library.impl(_function.__name__, _function, "Autograd")
-for _in_place, _update in ((wkv_, _update_wkv), (wkv4_, _update_wkv4)):
+for _in_place, _update, _negated in (
+    (wkv_, _update_wkv, _resolve_negated(_wkv_, 5)),
+    (wkv4_, _update_wkv4, _resolve_negated(_wkv4_, 4)),
+):
     library.impl(_in_place.__name__, _in_place, "Autograd", with_keyset=True)
     # where the Autograd key is switched off, as in inference mode
     library.impl(_in_place.__name__, _update, "ADInplaceOrView", with_keyset=True)
+    library.impl(_in_place.__name__, _negated, "Negative")

@@ -16,6 +16,7 @@ import torch_rwkv6
 from torch_rwkv6 import reference, reference4
 from torch_rwkv6.checks import (
     check_matvec,
+    check_memory,
     check_values,
     check_wkv,
     check_wkv4,
@@ -74,6 +75,7 @@ def wkv_(
 ) -> Tensor:  # [B, T, H, N]
     check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
     check_values(r.shape[1], state.shape[0], state_map, cu_seqlens, negative_skips=True)
+    check_memory(state)
     if state_map is None:
         y, final_state = reference.wkv(r, k, v, w, u, state, None, cu_seqlens)
         state.copy_(final_state)
@@ -121,6 +123,7 @@ def wkv4_(
     state: Tensor,  # [B, 3, D]
 ) -> Tensor:  # [B, T, D]
     check_wkv4_(k, v, w, u, state)
+    check_memory(state)
     y, final_state = reference4.wkv4(k, v, w, u, state)
     state.copy_(final_state)
     return y
