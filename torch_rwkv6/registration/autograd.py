@@ -40,7 +40,7 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _function(op: Any, backward: Any) -> Any:
+def _autograd_function(op: Any, backward: Any) -> Any:
     """The autograd function of `op`, under its name: grad_fn and anomaly mode show it."""
 
     def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ def _functions(op: Any, backward_op: Any, reference_backward: Any) -> tuple[Any,
             grads[i] = g
         return tuple(grads)
 
-    return _function(op, backward), _function(backward_op, double_backward)
+    return _autograd_function(op, backward), _autograd_function(backward_op, double_backward)
 
 
 _WKV, _WKVBackward = _functions(_wkv, _wkv_backward, reference.wkv_backward)
