@@ -213,12 +213,10 @@ def read(path: StrPath) -> dict[str, Any]:
         raise ValueError(f"{path} {_reason(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")
-    if path.suffix.lower() == ".st" and any(".att.ln_x." in name for name in content):
-        # web-rwkv calls the bonus time_first in every version, which elsewhere is its logarithm
-        if any(name.endswith(".att.time_first") for name in content):
-            raise ValueError(
-                f"{path} is in web-rwkv's own layout: load the .pth that it was made from"
-            )
+    if path.suffix.lower() == ".st" and {"ln_x", "time_first"} <= {
+        part for name in content for part in name.split(".")
+    }:  # web-rwkv calls the bonus of RWKV-5 and 6 so, which elsewhere is its logarithm
+        raise ValueError(f"{path} is in web-rwkv's own layout: load the .pth it was made from")
     return dict(content)
 
 
@@ -230,7 +228,9 @@ def _existing(path: StrPath) -> Path:
     if found.exists():
         return found
     if re.match(r"[A-Za-z][\w+.-]+:/", text):
-        raise ValueError(f"source: expected a file or folder, got the URL {text}: download it first")
+        raise ValueError(
+            f"source: expected a file or folder, got the URL {text}: download it first"
+        )
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and found.suffix.lower() not in (*_SUFFIXES, ".st"):
         hint = (
@@ -292,7 +292,9 @@ def _device(device: torch.device | str | None) -> torch.device:
         torch.empty(0, device=found)
     except (AssertionError, ImportError, RuntimeError) as error:  # torch has no one exception
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: expected one of this machine, got {device} ({reason})") from error
+        raise ValueError(
+            f"device: expected one of this machine, got {device} ({reason})"
+        ) from error
     return found
 
 

@@ -44,8 +44,8 @@ def model_of(state_dict: Mapping[str, Tensor], **options: Any) -> RWKV:
         some = ", ".join(sorted(state_dict)[:3]) or "nothing"
         if any("lora_" in name for name in state_dict):
             raise ValueError(
-                f"state_dict: expected a model, got a LoRA adapter alone (it has {some}, ...): merge it "
-                "into its model first (merge_and_unload of peft)"
+                f"state_dict: expected a model, got a LoRA adapter alone (it has {some}, ...): "
+                "merge it into its model first (merge_and_unload of peft)"
             )
         if names == {"att.time_state"}:
             raise ValueError(
