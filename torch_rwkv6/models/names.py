@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -91,8 +92,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             some = " and ".join(repr(prefix) for prefix in prefixes[:2])
             raise ValueError(f"state_dict: expected one model, got several (under {some})")
         if prefixes:
-            (prefix,) = prefixes
-            return convert(_renamed(tensors, lambda name, p=prefix: name.removeprefix(p)))
+            return convert(_renamed(tensors, partial(_without_prefix, prefix=prefixes[0])))
     return tensors
 
 
@@ -103,6 +103,10 @@ def unofficial(names: Iterable[str]) -> list[str]:
 
 def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix)
 
 
 def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:

@@ -109,8 +109,9 @@ def draw(
     if p.shape[1] == 1:
         return token[:, 0]
     # not of the default dtype and device, which are the user's
-    options = {"dtype": torch.float32, "device": "cpu"}
-    u = torch.stack([torch.rand(1, generator=g, **options) for g in generators]).to(p.device)
+    u = torch.stack(
+        [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    ).to(p.device)  # [B, 1]
     total = p.cumsum(1)
     index = (total <= u * total[:, -1:]).sum(1, keepdim=True)
     return token.gather(1, index.clamp(max=p.shape[1] - 1))[:, 0]
