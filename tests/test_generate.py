@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -511,12 +513,16 @@ def test_tokenizers_that_there_are_not(tmp_path: Path) -> None:
     for name, error, message in (
         ("other", ValueError, "expected bytes, world or a .json file, got other"),
         ("bytes:latin-99", ValueError, "no encoding latin-99"),
+        ("bytes:rot13", ValueError, "no encoding rot13"),
+        ("bytes:base64", ValueError, "no encoding base64"),
+        ("bytes:undefined", ValueError, "no encoding undefined"),
+        (None, TypeError, "tokenizer: expected a name, got NoneType"),
         ("none.json", FileNotFoundError, "no such file: none.json"),
     ):
-        if name.endswith("json"):
+        if name == "none.json":
             pytest.importorskip("tokenizers")
         with pytest.raises(error, match=message):
-            load_tokenizer(name)
+            load_tokenizer(name)  # type: ignore[arg-type]
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path / "bad.json"))
@@ -638,7 +644,29 @@ def test_info_and_convert_commands(
         (["info", "none.pth"], "no such file: none.pth"),
         (["generate", "CHECKPOINT", "--top-p", "0"], "top_p: expected"),
         (["generate", "CHECKPOINT", "--tokenizer", "other"], "tokenizer: expected"),
-        (["generate", "CHECKPOINT", "--device", "nothing"], "device"),
+        (["generate", "CHECKPOINT", "--top-p", "nan"], "top_p: expected"),
+        (["generate", "CHECKPOINT", "--temperature", "-1"], "temperature: expected"),
+        (["generate", "CHECKPOINT", "--temperature", "inf"], "temperature: expected"),
+        (["generate", "CHECKPOINT", "--top-k", "-1"], "top_k: expected"),
+        (["generate", "CHECKPOINT", "--length", "-1"], "max_tokens: expected"),
+        (["generate", "CHECKPOINT", "--seed", "-1"], "seed: expected"),
+        (["generate", "CHECKPOINT", "--seed", "9" * 30], "seed: expected"),
+        (["generate", "CHECKPOINT", "--presence", "nan"], "alpha_presence: expected"),
+        (["generate", "CHECKPOINT", "--ln-x-eps", "-1"], "ln_x_eps: expected"),
+        (["generate", "CHECKPOINT", "--prompt", ""], "prompt: expected"),
+        (["generate", "CHECKPOINT", "--stop", ""], "stop: expected"),
+        (
+            ["generate", "CHECKPOINT", "--tokenizer", "bytes:ascii", "--prompt", "é"],
+            "prompt: expected",
+        ),
+        (["generate", "CHECKPOINT", "--tokenizer", "bytes:rot13"], "tokenizer: expected"),
+        (["generate", "CHECKPOINT", "--device", "nothing"], "device: expected"),
+        (["generate", "CHECKPOINT", "--device", "cuda:99"], "device: expected"),
+        (["info", ""], "source: expected"),
+        (["info", "RWKV/v6-Finch-1B6-HF"], "Hugging Face hub"),
+        (["info", "https://example.com/model.pth"], "the URL"),
+        (["convert", "none.pth", "no/such/folder/x.pth"], "no/such/folder"),  # before it reads
+        (["convert", "CHECKPOINT", "."], "a folder, where a file is to be written"),
         (["convert", "CHECKPOINT", "no/such/folder/x.pth"], "no/such/folder"),
         (["info", __file__], "is no checkpoint"),
     ],
@@ -655,12 +683,69 @@ def test_errors_are_one_line(
     assert captured.out == ""
 
 
-def test_the_module_runs(checkpoint: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch_rwkv6", "info", checkpoint],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+def test_a_model_whose_logits_are_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = umlaut_model()
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)
+    save(model, tmp_path / "nan.pth")
+    assert main(["generate", str(tmp_path / "nan.pth")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("torch_rwkv6: error: logits: expected finite numbers, got NaN")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_text_that_the_encoding_does_not_have(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tokenizer", "bytes:ascii", "--temperature", "0", "--length", "4"]
+    assert main(["generate", checkpoint, "--prompt", "x", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "x\ufffd\ufffd\ufffd\ufffd\n"
+    assert captured.err.startswith("4 tokens in ")
+
+
+def command(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch_rwkv6", *arguments],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path},
+        **{"stdout": subprocess.PIPE} | options,
     )
-    assert done.returncode == 0, done.stderr
-    assert "RWKV-6" in done.stdout
+
+
+def test_the_module_runs(checkpoint: str) -> None:
+    process = command("info", checkpoint)
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert b"RWKV-6" in out
+
+
+@pytest.mark.parametrize(("end", "code"), [("interrupt", 130), ("close the pipe", 141)])
+def test_text_that_somebody_ends(end: str, code: int, checkpoint: str) -> None:
+    """As Ctrl-C and ``| head`` do."""
+    process = command("generate", checkpoint, "--length", "100000000")
+    assert process.stdout is not None
+    process.stdout.read(20)
+    if end == "interrupt":
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    else:
+        process.stdout.close()
+        assert process.stderr is not None
+        error = process.stderr.read()
+        process.wait()
+    assert process.returncode == code
+    assert error == b""
+
+
+def test_output_that_cannot_be_written(checkpoint: str) -> None:
+    with open("/dev/full", "wb") as full:
+        process = command("info", checkpoint, stdout=full)
+        _, error = process.communicate()
+    assert process.returncode == 2
+    assert error.startswith(b"torch_rwkv6: error: ")
+    assert error.count(b"\n") == 1

@@ -251,7 +251,8 @@ def _reason(error: Exception) -> str:
         )
     if "TorchScript" in text:
         return "is no checkpoint, but a TorchScript program"
-    reason = "its pickle cannot be read" if "eights" in text else text.partition("\n")[0]
+    unclear = isinstance(error, LookupError) or "eights" in text  # the unpickler's own
+    reason = "its pickle cannot be read" if unclear else text.partition("\n")[0]
     return f"is no checkpoint, or a truncated one: {reason}"
 
 
@@ -299,6 +300,9 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _torch_load(path: Path) -> Any:
+    if path.suffix == ".safetensors":  # a suffix that torch.load goes by
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:

@@ -280,7 +280,10 @@ def generate_text(
         raise TypeError(
             f"prompt: expected text, got {type(prompt).__name__} (generate takes tokens)"
         )
-    tokens = tokenizer.encode(prompt)
+    try:
+        tokens = tokenizer.encode(prompt)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt: expected text that the tokenizer has, got {error}") from error
     if not tokens:
         raise ValueError("prompt: expected some text, got none")
     stops = [stop] if isinstance(stop, str) else stop
