@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -431,6 +431,18 @@ def test_a_state_goes_on_with_new_text() -> None:
     assert torch.equal(rest, tokens_of(model, [1, 2, 3, *first, 7, 8], 6, temperature=0))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_states_made_in_every_mode(mode: Callable[[], Any], version: str) -> None:
+    model = random_model(version)
+    expected = tokens_of(model, [1, 2, 3], 4, seed=0)
+    with mode():
+        _, state = model(torch.tensor([[1, 2]]))
+    tokens = list(generate(model, [3], 4, seed=0, state=state))
+    assert torch.equal(torch.stack(tokens, 1), expected)
+    assert_seen(model, state, [[1, 2, 3, *expected[0].tolist()]])
+
+
 def test_a_caller_who_asks_for_no_more_and_goes_on_later() -> None:
     model, state = random_model("6"), random_model("6").initial_state(1)
     whole = tokens_of(model, [1, 2], 10, seed=4)[0].tolist()
@@ -683,9 +695,7 @@ def test_errors_are_one_line(
     assert captured.out == ""
 
 
-def test_a_model_whose_logits_are_nan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_whose_logits_are_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = umlaut_model()
     with torch.no_grad():
         model.head.weight.fill_(torch.nan)

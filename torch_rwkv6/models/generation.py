@@ -102,10 +102,14 @@ def generate(
     step: Callable[[Tensor, RWKVState], Tensor] = model.forward_
     if compiled:
         step = torch.compile(step, backend="inductor" if compiled is True else compiled)
-    return _tokens(model, rows, max_tokens, sampling, penalties, stops, generators, state, step)
+    # a state of inference mode can be updated in that mode alone
+    inference = state is not None and any(x.is_inference() for x in state)
+    guard = torch.inference_mode() if inference else torch.no_grad()
+    return guard(_tokens)(
+        model, rows, max_tokens, sampling, penalties, stops, generators, state, step
+    )
 
 
-@torch.no_grad()
 def _tokens(
     model: RWKV,
     rows: list[Tensor],  # [T] each
