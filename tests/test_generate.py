@@ -276,7 +276,7 @@ def test_prompts_of_every_kind() -> None:
         np.array([[3, 1, 4]], dtype=np.uint16),
         [np.array([3, 1, 4])],
         torch.tensor([3, 1, 4]),
-        torch.tensor([[3, 1, 4]], dtype=torch.uint8),
+        torch.tensor([[3, 1, 4]], dtype=torch.uint16),
         [torch.tensor([3, 1, 4])],
         [torch.tensor(3), torch.tensor(1), torch.tensor(4)],
     ):

@@ -209,9 +209,10 @@ def _rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
                 f"prompt: expected integer token ids [B, T] or [T], got {prompt.dtype} of shape "
                 f"{tuple(prompt.shape)}"
             )
-        rows = list(prompt.long() if prompt.dim() == 2 else prompt.long()[None])
-        if prompt.numel():
-            for extreme in prompt.aminmax():
+        ids = prompt.long()
+        rows = list(ids if ids.dim() == 2 else ids[None])
+        if ids.numel():
+            for extreme in ids.aminmax():
                 arguments.token("prompt", extreme, vocab_size)
     else:
         values: Any = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
