@@ -73,8 +73,8 @@ def generate(
             earlier call; it is updated in place. None is the start of every sequence.
         compiled: runs the decoding step through torch.compile, of its default backend (True), or
             of the one named. The default one needs a C++ compiler and, at first, time: 40 seconds
-            for a single layer, and once more when the first row of a batch has ended. RWKV-6 on a
-            CPU is as fast without.
+            for a single layer. It compiles anew when a row of a batch has ended. RWKV-6 on a CPU is
+            as fast without.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; a state that is not
