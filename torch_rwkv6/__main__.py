@@ -8,21 +8,52 @@ python -m torch_rwkv6 convert MODEL.safetensors MODEL.pth
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from torch_rwkv6.models import generate_text, load, load_tokenizer, save
+from torch_rwkv6.models.checkpoint import file_to_write
+from torch_rwkv6.models.tokenizers import TextStream, Tokenizer
 from torch_rwkv6.nn import RWKV
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MISTAKES = (ImportError, IndexError, OSError, RuntimeError, TypeError, ValueError)
+# what a user can put right; FloatingPointError is a model whose logits are NaN
+MISTAKES = (
+    *(FloatingPointError, ImportError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+
+class Counted:
+    """A tokenizer that counts the tokens that it turns into text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.count = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def stream(self) -> TextStream:
+        self.inner = self.tokenizer.stream()
+        return self
+
+    def push(self, token: int) -> str:
+        self.count += 1
+        return self.inner.push(token)
+
+    def flush(self) -> str:
+        return self.inner.flush()
 
 
 def generate(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer: Any = Counted(load_tokenizer(args.tokenizer))
     model = _model(args).eval()
     pieces = generate_text(
         model,
@@ -38,15 +69,15 @@ def generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         compiled=args.compile,
     )
-    print(args.prompt, end="", flush=True)
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
+    first = next(pieces, "")  # before anything is shown: it may fail
+    print(args.prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
-        count += len(tokenizer.encode(piece))
     seconds = time.perf_counter() - start
     print(flush=True)
-    speed = count / max(seconds, 1e-9)
-    print(f"{count} tokens in {seconds:.2f} s, {speed:.1f} tokens/s", file=sys.stderr)
+    speed = tokenizer.count / max(seconds, 1e-9)
+    print(f"{tokenizer.count} tokens in {seconds:.2f} s, {speed:.1f} tokens/s", file=sys.stderr)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -73,6 +104,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
+    file_to_write(args.out)
     model = _model(args)
     save(model, args.out)
     count = len(model.state_dict())
@@ -122,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=0.85, help="only so much of the likeliest")
     sub.add_argument("--presence", type=float, default=0.0, help="penalty of a token seen before")
     sub.add_argument("--frequency", type=float, default=0.0, help="penalty each time it was seen")
-    sub.add_argument("--stop", action="append", default=[], help="a token's text to end before")
+    sub.add_argument("--stop", action="append", default=[], help="a text to end before")
     sub.add_argument("--seed", type=int, default=0, help="same seed, same text")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     sub.add_argument("--compile", action="store_true", help="compile the step: slow to start")
@@ -134,14 +166,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 2 after a mistake, which is told in one line."""
-    args = _parser().parse_args(argv)
+    code, message = 0, ""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # characters that the terminal does not have
+        args = _parser().parse_args(argv)
         args.run(args)
+        print(end="", flush=True)  # a full disk is noticed here, not when Python ends
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever reads has enough, as head has
+        code = PIPE_CLOSED
     except MISTAKES as error:
         text = " ".join(line.strip() for line in str(error).splitlines())
-        print(f"torch_rwkv6: error: {text}", file=sys.stderr)
-        return 2
-    return 0
+        code, message = 2, f"torch_rwkv6: error: {text or type(error).__name__}"
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # or Python tries and complains once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message:
+        print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

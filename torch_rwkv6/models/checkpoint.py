@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from torch_rwkv6.models.names import official_names
+from torch_rwkv6.models.names import official_names, unofficial
 from torch_rwkv6.models.versions import model_of
 from torch_rwkv6.nn import RWKV
 
-__all__ = ["load", "read", "save"]
+__all__ = ["file_to_write", "load", "read", "save"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
+# under which of these a training program's checkpoint keeps the model's tensors
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
+_SUFFIXES = (".safetensors", ".bin", ".pth")  # of the checkpoints in a folder
+# what the programs that train and publish models leave beside their weights
+_BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_")
+# what the first bytes of a file say that is not a checkpoint
+_FOREIGN = (
+    (b"GGUF", "a GGUF file of llama.cpp: load the .pth or .safetensors that it was made from"),
+    (b"fmgg", "a file of rwkv.cpp: load the .pth that it was made from"),
+    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with git lfs pull"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes them"),
+    (b"<", "a web page or other text: its download went wrong"),
+)
+
 
 def load(
-    source: StrPath | Mapping[str, Tensor],
+    source: StrPath | Mapping[str, Any],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     *,
@@ -38,11 +56,15 @@ def load(
     official files (BlinkDL), as on Hugging Face (RwkvForCausalLM, ``RWKV/v6-Finch-*-HF``,
     ``RWKV/rwkv-6-world-*``) or as in fla-hub's ``rwkv6-*-finch``, whose own configuration has a
     wrong epsilon (1e-5 for 64e-5) that plays no part here. A RwkvForCausalLM must not have run in
-    eval mode, which divides its weights in place: set its rescale_every to 0.
+    eval mode, which divides its weights in place: set its rescale_every to 0. The words that
+    torch.compile, DDP, FSDP, activation checkpointing and Lightning put into names are taken off,
+    and so is the prefix of a model that is part of a larger module.
 
     Args:
-        source: a ``.pth`` or ``.safetensors`` file, a folder with the files of a Hugging Face
-            repository, or a mapping of names to tensors. The tensors are copied.
+        source: a ``.pth`` or ``.safetensors`` file, whatever its suffix; a checkpoint of Lightning
+            or another training program that keeps the tensors under ``state_dict``,
+            ``model_state_dict``, ``model`` or ``module``; a folder with the files of one Hugging
+            Face repository (see `read`); or a mapping of names to tensors. The tensors are copied.
         device: of the model; None is the CPU.
         dtype: of the parameters; None is that of the embedding.
         ln_x_eps: epsilon of the GroupNorm of RWKV-5 and RWKV-6, which no checkpoint holds; None
@@ -52,96 +74,235 @@ def load(
 
     Raises:
         OSError: the file cannot be read.
-        TypeError: no mapping of names to floating-point tensors.
-        ValueError: no checkpoint (a truncated file, for instance); RWKV-7, x060a, x060b or x060c;
-            or missing, unexpected or misshapen tensors: the message lists all of them.
+        TypeError: no mapping of names to floating-point tensors, or another argument's type.
+        ValueError: no checkpoint (a truncated file, for instance, or a URL); several of them;
+            RWKV-7, x060a, x060b or x060c; missing, unexpected or misshapen tensors: the message
+            lists all of them; or a device that this machine does not have.
     """
-    tensors = source if isinstance(source, Mapping) else None
-    if tensors is None:
-        if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(
-                f"source: expected a path or a mapping of names to tensors, got "
-                f"{type(source).__name__}"
-            )
-        tensors = read(source)
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"state_dict: expected floating-point tensors, got {found} as {name}")
-    tensors = official_names(tensors)
+    device = _device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    if ln_x_eps is not None:
+        if isinstance(ln_x_eps, bool) or not isinstance(ln_x_eps, Real):
+            raise TypeError(f"ln_x_eps: expected a number, got {ln_x_eps!r}")
+        if not 0 < ln_x_eps < math.inf:
+            raise ValueError(f"ln_x_eps: expected a finite number above 0, got {ln_x_eps}")
+    if isinstance(source, Mapping):
+        content = source
+    elif isinstance(source, (str, os.PathLike)):
+        content = read(source)
+    else:
+        raise TypeError(
+            f"source: expected a path or a mapping of names to tensors, got {type(source).__name__}"
+        )
+    tensors = official_names(_checked("state_dict", _innermost(content)))
     with torch.device("meta"):  # no memory, and none of the time that initial values take
         model = model_of(tensors, ln_x_eps=ln_x_eps, train_state=train_state)
     expected = {name: p.shape for name, p in model.named_parameters()}
     tensors = _fitting(tensors, expected, model)
     emb = tensors["emb.weight"]
-    model = model.to(dtype=dtype or emb.dtype).to_empty(device=device or "cpu")
+    model = model.to(dtype=dtype or emb.dtype).to_empty(device=device)
     model.load_state_dict(tensors)
     return model
 
 
-def save(model: RWKV | Mapping[str, Tensor], path: StrPath) -> None:
+def save(model: torch.nn.Module | Mapping[str, Tensor], path: StrPath) -> None:
     """Writes the official names, as BlinkDL's files have them; the tensors byte for byte.
 
     Args:
-        model: a model, or the state_dict of one.
-        path: ``.safetensors``, or any other name for a ``.pth``. The file appears when it is
-            complete: one that it replaces is never lost half-way.
+        model: a model, or the state_dict of one; compiled, wrapped (DDP, FSDP) or part of a larger
+            module as it may be: names become official as in `load`. Of a model sharded by FSDP2
+            the tensors are gathered, which takes a call on every rank.
+        path: ``.safetensors``, or any other name for a ``.pth``, in a folder that exists. The file
+            appears when it is complete: one that it replaces is never lost half-way.
 
     Raises:
-        OSError: the file cannot be written.
-        TypeError: neither a model nor a mapping of names to tensors.
+        OSError: the file cannot be written: FileNotFoundError where its folder is missing.
+        TypeError: neither a model nor a mapping of names to floating-point tensors.
+        ValueError: names that no RWKV model has (of a LoRA that is not merged, for instance):
+            nothing would load the file.
     """
-    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    if not isinstance(tensors, Mapping):
+    target = file_to_write(path)
+    content = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    if not isinstance(content, Mapping):
         raise TypeError(f"model: expected a model or a state_dict, got {type(model).__name__}")
-    # cloned: views would be saved with all of their storage
-    tensors = {
-        name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, x in tensors.items()
-    }
-    target = Path(path)
+    tensors = official_names(_checked("model", content))
+    foreign = unofficial(tensors)
+    if foreign or not tensors:
+        some = ", ".join(foreign[:3]) + ", ..." * (len(foreign) > 3) or "none"
+        hint = " (a LoRA is merged first: merge_and_unload of peft)" if "lora_" in some else ""
+        raise ValueError(f"model: expected the names of an RWKV's tensors, got {some}{hint}")
+    tensors = {name: _whole(name, x) for name, x in tensors.items()}
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        if target.suffix == ".safetensors":
+        with part.open("wb") as file:
+            if target.suffix.lower() != ".safetensors":
+                torch.save(tensors, file)
+        if target.suffix.lower() == ".safetensors":
+            mode = part.stat().st_mode  # of any new file; safetensors makes its own for the owner
             _safetensors().torch.save_file(tensors, part)
-        else:
-            torch.save(tensors, part)
+            part.chmod(mode)
         part.replace(target)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # torch.save and safetensors have exceptions of their own for it
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"cannot be written: {reason}", os.fspath(target)) from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def read(path: StrPath) -> dict[str, Tensor]:
+def file_to_write(path: StrPath) -> Path:
+    """The path, if a file can be there: to be asked before the work whose result it is for.
+
+    Raises:
+        OSError: FileNotFoundError where its folder is missing, IsADirectoryError where a folder
+            is in its place.
+        TypeError, ValueError: no path, an empty one, or that of a device.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a path, got {type(path).__name__}")
+    target = Path(os.fsdecode(path))
+    if not os.fsdecode(path).strip():
+        raise ValueError("path: expected the name of a file, got an empty one")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"no folder {target.parent} to write a file in", str(path)
+        )
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path: expected the name of a file, got the device {path}")
+    return target
+
+
+def read(path: StrPath) -> dict[str, Any]:
     """The tensors of a file, or of all files of a Hugging Face folder, under their own names.
+
+    Of a folder these are: the files that its ``*.safetensors.index.json`` or ``*.bin.index.json``
+    names; otherwise its ``.safetensors``, ``.bin`` or ``.pth`` file, or several that share no
+    name. ``pytorch_model*.bin`` beside ``.safetensors`` is the same model once more and not read;
+    nor are adapters (``adapter_*``) and a trainer's own files (``training_args.bin``,
+    ``optimizer*``, ``rng_state*``, ...).
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no checkpoint.
+        ValueError: it is no checkpoint, or the folder has several.
     """
-    path = Path(path)
+    path = _existing(path)
     if path.is_dir():
-        tensors: dict[str, Tensor] = {}
-        for file in _files_of(path):
-            tensors |= read(file)
-        return tensors
+        return _merged(path, _files_of(path))
+    if path.name.endswith(".index.json"):
+        return _merged(path, _files_of_index(path))
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise ValueError(f"{path} is no checkpoint, but a device or pipe")
+    with path.open("rb") as file:
+        start = file.read(32)
+    for sign, kind in _FOREIGN:
+        if start.startswith(sign):
+            raise ValueError(f"{path} is no checkpoint, but {kind}")
     try:
-        if path.suffix == ".safetensors":
+        if start[8:9] == b"{":  # after the header's length: see safetensors' format
             content: Any = _safetensors().torch.load_file(path)
         else:
             content = _torch_load(path)
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # whatever the unpickler, unzipper or parser met, OSError included
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no checkpoint, or a truncated one: {reason}") from error
+        raise ValueError(f"{path} {_reason(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")
+    if path.suffix.lower() == ".st" and {"ln_x", "time_first"} <= {
+        part for name in content for part in name.split(".")
+    }:  # web-rwkv calls the bonus of RWKV-5 and 6 so, which elsewhere is its logarithm
+        raise ValueError(f"{path} is in web-rwkv's own layout: load the .pth it was made from")
     return dict(content)
 
 
+def _existing(path: StrPath) -> Path:
+    text = os.fsdecode(path)
+    if not text.strip():
+        raise ValueError("source: expected a file or folder, got an empty path")
+    found = Path(text)
+    if found.exists():
+        return found
+    if re.match(r"[A-Za-z][\w+.-]+:/", text):
+        raise ValueError(
+            f"source: expected a file or folder, got the URL {text}: download it first"
+        )
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and found.suffix.lower() not in (*_SUFFIXES, ".st"):
+        hint = (
+            f"; if that is a name on the Hugging Face hub, download it first (hf download {text} "
+            "--local-dir FOLDER) and load the folder"
+        )
+    raise FileNotFoundError(f"no such file: {text}{hint}")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without torch's advice to run the code in it."""
+    text = str(error)
+    found = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", text)
+    if found:
+        return (
+            f"holds Python objects ({found[1] or found[2]}), and loading those can run any code "
+            "that the file brings: where it was made, save the model's state_dict() instead"
+        )
+    if "TorchScript" in text:
+        return "is no checkpoint, but a TorchScript program"
+    unclear = isinstance(error, LookupError) or "eights" in text  # the unpickler's own
+    reason = "its pickle cannot be read" if unclear else text.partition("\n")[0]
+    return f"is no checkpoint, or a truncated one: {reason}"
+
+
+def _innermost(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors in a training program's checkpoint."""
+    for name in _NESTED:
+        if isinstance(content.get(name), Mapping):
+            return _innermost(content[name])
+    return content
+
+
+def _checked(argument: str, state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    for name, x in state_dict.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}: expected names of tensors, got {name!r} as one")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{argument}: expected floating-point tensors, got {found} as {name}")
+    return state_dict
+
+
+def _whole(name: str, x: Tensor) -> Tensor:
+    """The tensor gathered from all ranks, on the CPU, without the rest of a storage it views."""
+    gather = getattr(x, "full_tensor", None)  # a DTensor's
+    x = x.detach() if gather is None else gather().detach()
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        raise TypeError(f"model: expected plain tensors, got {type(x).__name__} as {name}")
+    if x.is_meta:
+        raise ValueError(f"model: expected values, got {name} on the meta device, which has none")
+    return x.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if not isinstance(device, (str, int, torch.device, type(None))):
+        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
+    try:
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (AssertionError, ImportError, RuntimeError) as error:  # torch has no one exception
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: expected one of this machine, got {device} ({reason})"
+        ) from error
+    return found
+
+
 def _torch_load(path: Path) -> Any:
+    if path.suffix == ".safetensors":  # a suffix that torch.load goes by
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -150,18 +311,51 @@ def _torch_load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)  # the format before 1.6
 
 
+def _merged(source: Path, files: Iterable[Path]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    whose: dict[str, str] = {}
+    for file in files:
+        for name, x in _innermost(read(file)).items():
+            if name in tensors:
+                raise _several(source, [whose[name], file.name])
+            tensors[name], whose[name] = x, file.name
+    return tensors
+
+
+def _several(source: Path, names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{source} holds several checkpoints ({', '.join(list(names)[:3])}): load one of its files"
+    )
+
+
 def _files_of(folder: Path) -> list[Path]:
-    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
-        try:
-            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of checkpoint files: {error}") from error
-        return sorted({folder / name for name in names})
-    for pattern in ("*.safetensors", "*.bin", "*.pth"):
-        files = sorted(folder.glob(pattern))
-        if files:
-            return files
-    raise FileNotFoundError(f"no *.safetensors, *.bin or *.pth in the folder {folder}")
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    for ending in (".safetensors.index.json", ".bin.index.json"):
+        indices = [f for f in files if f.name.endswith(ending)]
+        if len(indices) > 1:
+            raise _several(folder, (f.name for f in indices))
+        if indices:
+            return _files_of_index(indices[0])
+    files = [f for f in files if f.suffix.lower() in _SUFFIXES and not _BESIDE.match(f.name)]
+    if any(f.suffix.lower() == ".safetensors" for f in files):
+        files = [f for f in files if not re.match(r"pytorch_model.*\.bin$", f.name)]
+    if len({f.suffix.lower() for f in files}) > 1:
+        raise _several(folder, (f.name for f in files))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors, *.bin or *.pth in the folder {folder}")
+    return files
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = [index.with_name(name) for name in names]  # ValueError: with a folder
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of checkpoint files: {error}") from error
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no such file: {file}, which {index.name} names")
+    return files
 
 
 def _safetensors() -> Any:
@@ -186,7 +380,7 @@ def _fitting(
     if not any(name.endswith(".att.time_state") for name in tensors):
         for name, shape in expected.items():
             if name.endswith(".att.time_state"):
-                tensors[name] = torch.zeros(shape)
+                tensors[name] = torch.zeros(shape, device="cpu")
     problems = [f"missing {n} {tuple(s)}" for n, s in expected.items() if n not in tensors]
     for name, x in tensors.items():
         if name not in expected:

@@ -1,19 +1,37 @@
-"""Other conventions' names of RWKV weights, turned into the official ones.
+"""The names that others give to RWKV weights, turned into the official ones.
 
-Hugging Face: ``RWKV/rwkv-4-*`` (transformers' RwkvForCausalLM), ``RWKV/rwkv-5-world-*``,
-``RWKV/v6-Finch-*-HF`` and ``RWKV/rwkv-6-world-*``. fla: ``fla-hub/rwkv6-*-finch``, whose layers
-keep the low-rank matrices transposed and in another order.
+Wrappers (torch.compile, DDP, FSDP, activation checkpointing, Lightning) put a word of theirs into
+every name. Hugging Face and fla have conventions of their own: ``RWKV/rwkv-4-*`` (transformers'
+RwkvForCausalLM), ``RWKV/rwkv-5-world-*``, ``RWKV/v6-Finch-*-HF`` and ``RWKV/rwkv-6-world-*``;
+``fla-hub/rwkv6-*-finch``, whose layers keep the low-rank matrices transposed and in another order.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-import torch
 from torch import Tensor
 
-__all__ = ["official_names"]
+__all__ = ["official_names", "unofficial"]
+
+# what wrappers put into names: torch.compile, DDP and DataParallel, FSDP, activation checkpointing,
+# and what Lightning's strategies put around those
+_WRAPPERS = {
+    "_orig_mod",
+    "module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+}
+_PART = r"(?:weight|bias)$"
+_OFFICIAL = re.compile(
+    rf"(?:emb|head)\.weight$|ln_out\.{_PART}|blocks\.\d+\.(?:"
+    rf"ln[012]\.{_PART}|(?:att|ffn)\.time_\w+$|att\.ln_x\.{_PART}|"
+    r"att\.(?:receptance|key|value|gate|output)\.weight$|"
+    r"ffn\.(?:receptance|key|value)\.weight$)"
+)
 
 _HUGGING_FACE = (
     (r"rwkv\.embeddings\.", "emb."),
@@ -54,24 +72,67 @@ _OFFICIAL_ORDER = "wkvrg"
 
 
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the official names; names of no known convention stay as they are."""
-    if any(name.startswith("rwkv.blocks.") for name in state_dict):
-        return {_renamed(name, _HUGGING_FACE): x for name, x in state_dict.items()}
-    if any(name.startswith("model.layers.") and ".attn." in name for name in state_dict):
-        return _from_fla({_renamed(name, _FLA): x for name, x in state_dict.items()})
-    return dict(state_dict)
+    """The same tensors under the official names; names of no known convention stay as they are.
+
+    The one place where wrappers' words are taken off, and the prefix of a model that is part of a
+    larger module (``model.`` in a LightningModule).
+
+    Raises:
+        ValueError: more than one model, or two tensors that come to one name.
+    """
+    tensors = _renamed(state_dict, _without_wrappers)
+    for landmark, convert in (
+        (r"rwkv\.blocks\.\d+\.(?:attention|feed_forward)\.", _from_hugging_face),
+        (r"model\.layers\.\d+\.attn\.", _from_fla),
+        (r"blocks\.\d+\.(?:att|ffn)\.", dict),
+    ):
+        found = [re.match(rf"((?:[^.]+\.)*?){landmark}", name) for name in tensors]
+        prefixes = sorted({match[1] for match in found if match})
+        if len(prefixes) > 1:
+            some = " and ".join(repr(prefix) for prefix in prefixes[:2])
+            raise ValueError(f"state_dict: expected one model, got several (under {some})")
+        if prefixes:
+            return convert(_renamed(tensors, partial(_without_prefix, prefix=prefixes[0])))
+    return tensors
 
 
-def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def unofficial(names: Iterable[str]) -> list[str]:
+    """Those of the names that no official file has."""
+    return [name for name in names if not _OFFICIAL.match(name)]
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for old, x in state_dict.items():
+        new = rename(old)
+        if new in tensors:
+            raise ValueError(f"state_dict: expected one model, got two tensors for {new}")
+        tensors[new] = x
+    return tensors
+
+
+def _by_rules(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(f"^{pattern}", replacement, name)
     return name
 
 
+def _from_hugging_face(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _renamed(state_dict, lambda name: _by_rules(name, _HUGGING_FACE))
+
+
 def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     order = [_FLA_ORDER.index(c) for c in _OFFICIAL_ORDER]
-    for name, x in state_dict.items():
+    for name, x in _renamed(state_dict, lambda name: _by_rules(name, _FLA)).items():
         if name.endswith(".x_bias") and x.dim() == 2 and x.shape[0] == 5:  # [5, D]
             for c, row in zip(_FLA_ORDER, x, strict=True):
                 tensors[name.removesuffix("x_bias") + f"time_maa_{c}"] = row
@@ -85,6 +146,4 @@ def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = x.T
         else:
             tensors[name] = x
-    return {
-        name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()
-    }
+    return {name: x.contiguous() for name, x in tensors.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Penalties", "Sampling", "probabilities"]
+from torch_rwkv6.models.arguments import integer, number
+
+__all__ = ["Penalties", "Sampling", "draw", "probabilities"]
 
 NUCLEUS = 512  # a top-p nucleus is looked for among so many tokens before all are sorted
 
@@ -19,10 +21,12 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the likeliest token; below 1 sharpens, above 1 flattens.
-        top_k: only the k likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens that together reach this probability, in (0, 1].
+        top_k: only the k likeliest tokens; 0 is all. Of equally likely ones any may be the last.
+        top_p: only the likeliest tokens that together reach this probability, in (0, 1], and all
+            that are exactly as likely as the last of them; 1 is all.
 
     Raises:
+        TypeError: no number, or no integer as top_k.
         ValueError: a value out of range.
     """
 
@@ -31,11 +35,10 @@ class Sampling:
     top_p: float = 0.85
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if number("temperature", self.temperature) < 0:
             raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: expected 0 (all) or more, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
+        object.__setattr__(self, "top_k", integer("top_k", self.top_k, 0))  # NumPy's, too
+        if not 0 < number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
 
 
@@ -46,46 +49,69 @@ def probabilities(
     """The tokens that may come next, likeliest first, and the probabilities they are drawn with.
 
     The order of ChatRWKV: top_p and top_k cut the softmax of the logits as they are; what is left
-    is raised to the power 1 / temperature. A token exactly as likely as the last one kept stays.
+    is raised to the power 1 / temperature.
 
     Args:
-        logits: [B, V], of any floating-point dtype.
+        logits: [B, V], of any floating-point dtype. A token whose logit is -inf is never drawn.
         sampling: the settings; temperature 0 leaves one token.
 
     Returns:
-        probabilities, [B, K] float32, zero where a row keeps fewer, and token ids, [B, K] int64.
+        probabilities, [B, K] float32, zero where a row keeps fewer, and token ids, [B, K] int64,
+        of which equally likely ones stand in ascending order.
 
     Raises:
-        FloatingPointError: logits hold NaN.
+        FloatingPointError: logits hold NaN or inf, or nothing but -inf.
     """
-    highest, best = logits.float().max(1, keepdim=True)
-    if bool(highest.isnan().any()):
-        raise FloatingPointError("logits: NaN, from which no token can be drawn")
+    logits = logits.float()
+    highest, best = logits.max(1, keepdim=True)  # NaN where a row holds one
+    if not bool(highest.isfinite().all()):
+        found = highest[~highest.isfinite()][0].item()
+        raise FloatingPointError(
+            f"logits: expected finite numbers, got {'NaN' if found != found else found}, from "
+            "which no token can be drawn (where float16 overflows, bfloat16 does not)"
+        )
     if sampling.temperature == 0:
         return torch.ones_like(highest), best
-    p = torch.softmax(logits.float(), 1)
+    p = torch.softmax(logits, 1)
     vocab = p.shape[1]
     k = min(sampling.top_k or vocab, vocab)
-    found, token = p.topk(min(k, NUCLEUS), 1)
-    if found.shape[1] < k and bool((found.sum(1) < sampling.top_p).any()):
-        found, token = p.topk(k, 1)
-    before = found.cumsum(1) - found  # what the likelier tokens reach
-    reached = (before >= sampling.top_p).cumsum(1) > 0
-    last = found.masked_fill(reached, torch.inf).amin(1, keepdim=True)
-    kept = found.masked_fill(found < last, 0.0)
-    kept = (kept / kept[:, :1]) ** (1 / sampling.temperature)
+    likeliest, token = p.topk(min(k, NUCLEUS), 1)
+    last = _last_kept(likeliest, sampling.top_p)
+    if likeliest.shape[1] < k and bool((likeliest[:, -1:] >= last).any()):  # there may be more
+        likeliest, token = p.topk(k, 1)
+        last = _last_kept(likeliest, sampling.top_p)
+    # topk leaves the order of equally likely tokens open, and the draw depends on the order
+    token, order = token.sort(1)
+    likeliest, order = likeliest.gather(1, order).sort(dim=1, descending=True, stable=True)
+    token = token.gather(1, order)
+    kept = (likeliest / likeliest[:, :1]) ** (1 / sampling.temperature)
+    kept = kept.masked_fill((likeliest < last) | (likeliest == 0), 0.0)
     return kept / kept.sum(1, keepdim=True), token
+
+
+def _last_kept(
+    likeliest: Tensor,  # [B, K], descending
+    top_p: float,
+) -> Tensor:  # [B, 1]
+    """The probability of the last token that top_p keeps."""
+    if top_p == 1:
+        return likeliest[:, -1:]
+    before = likeliest.double().cumsum(1) - likeliest  # what the likelier tokens reach
+    return likeliest.masked_fill(before >= top_p, torch.inf).amin(1, keepdim=True)
 
 
 def draw(
     p: Tensor,  # [B, K]
     token: Tensor,  # [B, K]
-    generators: list[torch.Generator],  # one a row
+    generators: Sequence[torch.Generator],  # one a row, on the CPU
 ) -> Tensor:  # [B]
     """One token a row, by the row's own stream of random numbers."""
     if p.shape[1] == 1:
         return token[:, 0]
-    u = torch.stack([torch.rand(1, generator=g) for g in generators]).to(p.device)  # [B, 1]
+    # not of the default dtype and device, which are the user's
+    u = torch.stack(
+        [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    ).to(p.device)  # [B, 1]
     total = p.cumsum(1)
     index = (total <= u * total[:, -1:]).sum(1, keepdim=True)
     return token.gather(1, index.clamp(max=p.shape[1] - 1))[:, 0]
@@ -103,16 +129,19 @@ class Penalties:
             digits.
 
     Raises:
-        ValueError: decay outside 0 to 1.
+        TypeError: no number.
+        ValueError: one that is not finite, or decay outside 0 to 1.
     """
 
     def __init__(
-        self, presence: float, frequency: float, decay: float, free: Collection[int] = ()
+        self, presence: float, frequency: float, decay: float, free: Iterable[int] = ()
     ) -> None:
-        if not 0 <= decay <= 1:
+        if not 0 <= number("alpha_decay", decay) <= 1:
             raise ValueError(f"alpha_decay: expected 0 to 1, got {decay}")
-        self.presence, self.frequency, self.decay = presence, frequency, decay
-        self.free = torch.tensor(sorted(free), dtype=torch.int64)
+        self.presence = number("alpha_presence", presence)
+        self.frequency = number("alpha_frequency", frequency)
+        self.decay = decay
+        self.free = torch.tensor(sorted(free), dtype=torch.int64, device="cpu")
         self.count: Tensor | None = None  # [B, V]
         self.seen: Tensor | None = None  # [B, V]
 
@@ -138,3 +167,8 @@ class Penalties:
         self.count *= self.decay
         self.count.scatter_add_(1, tokens[:, None], one[:, None])
         self.seen.scatter_(1, tokens[:, None], 1.0)
+
+    def select(self, rows: Tensor) -> None:  # [B'] int64
+        """Goes on with these rows alone."""
+        if self.count is not None and self.seen is not None:
+            self.count, self.seen = self.count[rows], self.seen[rows]

@@ -46,7 +46,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         ImportError: the library is missing; the message says how to install it.
         OSError, ValueError: there is no such tokenizer, or its file cannot be read.
+        TypeError: no name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"tokenizer: expected a name, got {type(name).__name__}")
     kind, _, encoding = name.partition(":")
     if kind == "bytes":
         return ByteTokenizer(encoding or "utf-8")
@@ -75,14 +78,18 @@ class ByteTokenizer:
     """One token a byte of the encoded text.
 
     Raises:
-        ValueError: Python knows no such encoding.
+        ValueError: Python knows no such encoding of text.
     """
 
     def __init__(self, encoding: str = "utf-8") -> None:
-        try:
-            codecs.lookup(encoding)
-        except LookupError as error:
-            raise ValueError(f"tokenizer: no encoding {encoding}") from error
+        try:  # some are known that turn text into text (rot13), or cannot be read in pieces (idna)
+            "a".encode(encoding)
+            codecs.getincrementaldecoder(encoding)("replace").decode(b"a", final=True)
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer: expected an encoding of text, but Python has no encoding {encoding} "
+                "of that kind"
+            ) from error
         self.encoding, self.vocab_size = encoding, 256
 
     def encode(self, text: str) -> list[int]:

@@ -18,6 +18,7 @@ _REFUSED = (
     ("att.time_maa_rkvw_w1", "RWKV-6 x060b or x060c"),
     ("att.gate_w1", "RWKV-6 x060a"),
     ("att.time_maa_rkv_w1", "a variant of RWKV-6"),
+    ("att.time_mix_w1", "RWKV-6 in web-rwkv's own layout: load the .pth that it was made from"),
 )
 
 
@@ -41,6 +42,16 @@ def model_of(state_dict: Mapping[str, Tensor], **options: Any) -> RWKV:
             )
     if not names & {"att.time_mix_k", "att.time_maa_w1"}:
         some = ", ".join(sorted(state_dict)[:3]) or "nothing"
+        if any("lora_" in name for name in state_dict):
+            raise ValueError(
+                f"state_dict: expected a model, got a LoRA adapter alone (it has {some}, ...): "
+                "merge it into its model first (merge_and_unload of peft)"
+            )
+        if names == {"att.time_state"}:
+            raise ValueError(
+                f"state_dict: expected a model, got states of state tuning alone (it has {some}, "
+                "...): load them together with the tensors of their model, in one mapping"
+            )
         raise ValueError(
             "state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got neither "
             f"blocks.0.att.time_mix_k nor blocks.0.att.time_maa_w1 (it has {some}, ...)"

@@ -1,0 +1,428 @@
+"""Checkpoints of wrapped models, of other programs and in folders, and how files are written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import VERSIONS, fla, hugging_face, random_model
+from torch import Tensor, nn
+
+from torch_rwkv6.models import load, save
+from torch_rwkv6.models.checkpoint import file_to_write, read
+from torch_rwkv6.nn import RWKV
+
+SUFFIXES = ["pth", "safetensors"]
+
+
+def assert_same(found: RWKV, expected: RWKV) -> None:
+    assert list(found.state_dict()) == list(expected.state_dict())
+    for name, x in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], x), name
+
+
+class Holder(nn.Module):
+    """As a LightningModule holds a model."""
+
+    def __init__(self, model: nn.Module, name: str = "model") -> None:
+        super().__init__()
+        self.add_module(name, model)
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    for i, block in enumerate(model.blocks):
+        block.att = torch.compile(block.att, backend="eager")
+        model.blocks[i] = torch.compile(block, backend="eager")
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        compiled,
+        compiled_in_place,
+        compiled_blocks,
+        nn.DataParallel,
+        lambda model: compiled(nn.DataParallel(model)),
+        lambda model: nn.DataParallel(compiled(compiled_blocks(model))),
+        Holder,
+        lambda model: Holder(model, "rwkv"),
+        lambda model: Holder(Holder(nn.DataParallel(compiled(model)), "net"), "model"),
+    ],
+)
+def test_wrapped_models_are_saved_under_the_official_names(
+    wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    model, plain = random_model("6"), random_model("6")
+    wrapped = wrap(model)
+    save(wrapped, tmp_path / "model.pth")
+    assert list(torch.load(tmp_path / "model.pth")) == list(plain.state_dict())
+    assert_same(load(tmp_path / "model.pth"), plain)
+    assert_same(load(wrapped.state_dict()), plain)  # as torch.save would write it
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "_orig_mod.module.", "model.", "model._forward_module.x.", "rwkv."],
+)
+@pytest.mark.parametrize("convention", [dict, hugging_face, fla])
+def test_wrappers_around_every_convention(
+    convention: Callable[[dict[str, Tensor]], dict[str, Tensor]], prefix: str, tmp_path: Path
+) -> None:
+    for version in ("6",) if convention is fla else VERSIONS:
+        model = random_model(version)
+        names = convention(model.state_dict())
+        inside = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+        renamed = {}
+        for i, (name, x) in enumerate(names.items()):
+            first, _, rest = name.partition(".")
+            renamed[f"{prefix}{first}.{inside[i % 3]}{rest}"] = x
+        assert_same(load(renamed), model)
+        save(renamed, tmp_path / "model.pth")
+        assert set(torch.load(tmp_path / "model.pth")) == set(model.state_dict())
+
+
+def test_sharded_models_are_gathered(tmp_path: Path) -> None:
+    distributed = torch.distributed
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = random_model("5.2")
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        save(fully_shard(model, mesh=mesh), tmp_path / "model.safetensors")
+    finally:
+        distributed.destroy_process_group()
+    assert_same(load(tmp_path / "model.safetensors"), random_model("5.2"))
+
+
+def test_names_that_no_model_has_are_not_saved(tmp_path: Path) -> None:
+    path, weights = tmp_path / "model.pth", random_model("6").state_dict()
+    lora = {f"base_model.model.{n}": x for n, x in weights.items()}
+    lora["base_model.model.blocks.0.att.key.lora_A.default.weight"] = torch.zeros(2, 2)
+    two = {f"a.{n}": x for n, x in weights.items()} | {f"b.{n}": x for n, x in weights.items()}
+    for model, message in (
+        (nn.Linear(2, 2), "model: expected the names of an RWKV's tensors, got weight, bias"),
+        (lora, r"blocks.0.att.key.lora_A.default.weight \(a LoRA is merged first"),
+        (weights | {"extra": torch.zeros(1)}, "got extra"),
+        (weights | {"blocks.0.att.r_k": torch.zeros(1)}, "got blocks.0.att.r_k"),
+        (two, "state_dict: expected one model, got several"),
+        (weights | {"_orig_mod.emb.weight": torch.zeros(1)}, "got two tensors for emb.weight"),
+        ({}, "got none"),
+        (random_model("6").to("meta"), "emb.weight on the meta device|on the meta device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save(model, path)
+    for wrong, message in (
+        ({"emb.weight": torch.zeros(2, dtype=torch.int8)}, "got torch.int8 as emb.weight"),
+        ({3: torch.zeros(2)}, "expected names of tensors, got 3"),
+        (None, "expected a model or a state_dict, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            save(wrong, path)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_models_are_named_when_loaded() -> None:
+    weights = random_model("6").state_dict()
+    for tensors, message in (
+        ({"base_model.model.blocks.0.att.key.lora_A.weight": torch.zeros(2, 2)}, "a LoRA adapter"),
+        ({"blocks.0.att.time_state": torch.zeros(2, 2)}, "states of state tuning alone"),
+        ({n.replace("maa", "mix"): x for n, x in weights.items()}, "web-rwkv's own layout"),
+        (weights | {"teacher.blocks.0.att.key.weight": torch.zeros(1)}, "expected one model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tensors)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_checkpoints_of_training_programs(key: str, tmp_path: Path) -> None:
+    model = random_model("6")
+    content = {
+        "epoch": 3,
+        key: {f"model.{name}": x for name, x in model.state_dict().items()},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}],
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    assert_same(load(tmp_path / "last.ckpt"), model)
+    assert_same(load(content), model)
+
+
+def test_suffixes_are_names_and_content_decides(tmp_path: Path) -> None:
+    model = random_model("6")
+    save(model, tmp_path / "a.safetensors")
+    for name in ("a.SAFETENSORS", "a.st", "a.pth", "a", "a.ckpt"):
+        (tmp_path / name).write_bytes((tmp_path / "a.safetensors").read_bytes())
+        assert_same(load(tmp_path / name), model)
+    save(model, tmp_path / "b.SAFETENSORS")
+    assert (tmp_path / "b.SAFETENSORS").read_bytes()[8:9] == b"{"
+    save(model, tmp_path / "b.pth")
+    (tmp_path / "b.pth").rename(tmp_path / "b.safetensors")
+    assert_same(load(tmp_path / "b.safetensors"), model)
+    other = {n.replace("faaaa", "first"): x for n, x in random_model("5.2").state_dict().items()}
+    save(other, tmp_path / "c.safetensors")
+    (tmp_path / "c.safetensors").rename(tmp_path / "c.st")
+    with pytest.raises(ValueError, match="web-rwkv's own layout"):
+        load(tmp_path / "c.st")
+
+
+def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(random_model("6"), "model.pth")  # "" must not mean the current folder
+    os.mkfifo("pipe")
+    for source, error, message in (
+        ("", ValueError, "source: expected a file or folder, got an empty path"),
+        (" ", ValueError, "got an empty path"),
+        ("https://example.com/model.pth", ValueError, "the URL https://example.com/model.pth"),
+        (Path("https://example.com/model.pth"), ValueError, "the URL"),
+        ("s3://bucket/model.pth", ValueError, "the URL s3://bucket/model.pth: download it first"),
+        ("RWKV/v6-Finch-1B6-HF", FileNotFoundError, "Hugging Face hub, download it first"),
+        ("none.pth", FileNotFoundError, "no such file: none.pth$"),
+        ("none/none.pth", FileNotFoundError, "no such file: none/none.pth$"),
+        ("pipe", ValueError, "pipe is no checkpoint, but a device or pipe"),
+        ("/dev/null", ValueError, "is no checkpoint, but a device or pipe"),
+    ):
+        with pytest.raises(error, match=message):
+            load(source)
+
+
+def test_files_of_other_programs_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    for content, message in (
+        (b"GGUF\3\0\0\0", "a GGUF file of llama.cpp"),
+        (b"fmgg\x65\0\0\0", "a file of rwkv.cpp"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+        (b"", "is no checkpoint, or a truncated one"),
+        (b"hello world", "is no checkpoint, or a truncated one: its pickle cannot be read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
+class Program:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_with_code_are_refused_without_advice_to_run_it(zipped: bool, tmp_path: Path) -> None:
+    weights = random_model("6").state_dict()
+    for content, name in (
+        (weights | {"a": Program()}, "posix.system"),
+        (random_model("6"), "torch_rwkv6.nn.versions.RWKV6"),
+        ({"state_dict": weights, "args": argparse.Namespace()}, "argparse.Namespace"),
+    ):
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="can run any code") as error:
+            load(tmp_path / "a.pth")
+        assert name in str(error.value)
+        assert "weights_only" not in str(error.value)
+        assert "safe_globals" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_program(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "a.pth"))
+    with pytest.raises(ValueError, match=r"is no checkpoint, but a TorchScript program$"):
+        load(tmp_path / "a.pth")
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.pth", "b.pth"),
+        ("a.safetensors", "b.safetensors"),
+        ("a.pth", "b.safetensors"),
+        ("a.bin", "b.pth"),
+        ("model.safetensors", "model-2.safetensors"),
+    ],
+    ids=" ".join,
+)
+def test_a_folder_with_two_checkpoints(names: tuple[str, str], tmp_path: Path) -> None:
+    for version, name in zip(("6", "5.2"), names, strict=True):
+        save(random_model(version), tmp_path / name)
+    with pytest.raises(ValueError, match=r"holds several checkpoints.*: load one of its files"):
+        load(tmp_path)
+    assert_same(load(tmp_path / names[0]), random_model("6"))
+
+
+def test_two_checkpoints_under_different_names(tmp_path: Path) -> None:
+    model = random_model("6")
+    save(model, tmp_path / "a.pth")
+    for convention, message in (
+        (hugging_face, r"holds several checkpoints \(a.pth, b.pth\)"),  # both have head.weight
+        (compiled_names, "expected one model, got two tensors for "),
+        (held_names, "expected one model, got several"),
+    ):
+        torch.save(convention(model.state_dict()), tmp_path / "b.pth")
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def held_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"model.{name}": x for name, x in weights.items()}
+
+
+def compiled_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"_orig_mod.{name}": x for name, x in weights.items()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "rwkv.pth"])
+def test_what_lies_beside_a_model_is_not_read(name: str, tmp_path: Path) -> None:
+    model = random_model("6")
+    save(model, tmp_path / name)
+    torch.save(argparse.Namespace(lr=1), tmp_path / "training_args.bin")
+    torch.save({"state": {}}, tmp_path / "optimizer.bin")
+    torch.save({"state": {}}, tmp_path / "scheduler.bin")
+    torch.save({"cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
+    save({"emb.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    save({"emb.weight": torch.zeros(1)}, tmp_path / "adapter_model.bin")
+    (tmp_path / f".{name}").write_text("hidden")
+    (tmp_path / "config.json").write_text("{}")
+    assert_same(load(tmp_path), model)
+    if name == "model.safetensors":  # the same model once more, as repositories have it
+        save(model, tmp_path / "pytorch_model.bin")
+        assert_same(load(tmp_path), model)
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    model = random_model("6")
+    weights = list(hugging_face(model.state_dict()).items())
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    torch.save(dict(weights[:40]), tmp_path / files[0])
+    torch.save(dict(weights[40:]), tmp_path / files[1])
+    index = {n: files[i >= 40] for i, (n, _) in enumerate(weights)}
+    path = tmp_path / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    save(random_model("5.2"), tmp_path / "other.bin")  # the index does not name it
+    assert_same(load(tmp_path), model)
+    assert_same(load(path), model)
+    for content, error, message in (
+        ({"weight_map": {"a": "none.bin"}}, FileNotFoundError, "none.bin, which pytorch_model.bin"),
+        ({"weight_map": {"a": "../a.bin"}}, ValueError, "no index of checkpoint files"),
+        ({"weight_map": {"a": 3}}, ValueError, "no index of checkpoint files"),
+        ({"weight_map": []}, ValueError, "no index of checkpoint files"),
+        ({}, ValueError, "no index of checkpoint files"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(error, match=message):
+            load(tmp_path)
+
+
+# ---- arguments
+
+
+def test_arguments_of_load() -> None:
+    weights = random_model("6").state_dict()
+    for options, error in (
+        ({"device": "cuda:99"}, ValueError),
+        ({"device": "nothing"}, ValueError),
+        ({"device": 1.5}, TypeError),
+        ({"dtype": torch.int8}, TypeError),
+        ({"dtype": "float16"}, TypeError),
+        ({"ln_x_eps": -1.0}, ValueError),
+        ({"ln_x_eps": float("nan")}, ValueError),
+        ({"ln_x_eps": "1e-5"}, TypeError),
+    ):
+        with pytest.raises(error, match=f"^{next(iter(options))}: expected "):
+            load(weights, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_default_device_plays_no_part(suffix: str, tmp_path: Path) -> None:
+    save(random_model("6"), tmp_path / f"a.{suffix}")
+    torch.set_default_device("meta")
+    try:
+        model = load(tmp_path / f"a.{suffix}", train_state=True)
+        save(model, tmp_path / f"b.{suffix}")
+    finally:
+        torch.set_default_device(None)
+    assert not model.blocks[0].att.time_state.any()
+    assert_same(load(tmp_path / f"b.{suffix}"), model)
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_mode_of_a_file_is_that_of_any_other(suffix: str, tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            save(random_model("4"), tmp_path / f"model.{suffix}")
+        finally:
+            os.umask(before)
+        found = stat.S_IMODE((tmp_path / f"model.{suffix}").stat().st_mode)
+        assert found == mode, oct(found)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_where_no_file_can_be(suffix: str, tmp_path: Path) -> None:
+    model = random_model("4")
+    (tmp_path / f"folder.{suffix}").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, error, message in (
+        (tmp_path / "none" / f"a.{suffix}", FileNotFoundError, "no folder .*none to write a file"),
+        (tmp_path / "file" / f"a.{suffix}", FileNotFoundError, "no folder .*file to write a file"),
+        (tmp_path / f"folder.{suffix}", IsADirectoryError, "a folder, where a file is to be"),
+        ("/dev/null", ValueError, "path: expected the name of a file, got the device"),
+        ("", ValueError, "path: expected the name of a file, got an empty one"),
+        (None, TypeError, "path: expected a path, got NoneType"),
+        (tmp_path / f"{'n' * 300}.{suffix}", OSError, "too long"),
+    ):
+        with pytest.raises(error, match=message):
+            save(model, path)  # type: ignore[arg-type]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", f"folder.{suffix}"]
+    assert file_to_write(str(tmp_path / "file")) == tmp_path / "file"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_disk_that_is_full(suffix: str, tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    path = tmp_path / f"model.{suffix}"
+    save(random_model("4"), path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written: ") as error:
+            save(random_model("6"), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert set(read(path)) == set(random_model("4").state_dict())

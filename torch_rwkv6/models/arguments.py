@@ -1,0 +1,86 @@
+"""Checks of the arguments of text generation: one for each kind of value."""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["integer", "number", "token", "tokens"]
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int: Python's, NumPy's or a tensor's with a single element; no bool.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: below ``low`` or above ``high``.
+    """
+    found = _index(value)
+    if found is None:
+        raise TypeError(f"{name}: expected an integer, got {_short(value)}")
+    if found < low or (high is not None and found > high):
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: expected {allowed}, got {found}")
+    return found
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError: no real number.
+        ValueError: infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {_short(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def token(name: str, value: Any, vocab_size: int) -> int:
+    """The value as the id of a token.
+
+    Raises:
+        TypeError: no integer.
+        IndexError: not in the vocabulary.
+    """
+    found = _index(value)
+    if found is None:
+        raise TypeError(f"{name}: expected integer token ids, got {_short(value)}")
+    if not 0 <= found < vocab_size:
+        raise IndexError(f"{name}: expected tokens from 0 to {vocab_size - 1}, got {found}")
+    return found
+
+
+def tokens(name: str, values: Any, vocab_size: int) -> set[int]:
+    """The values as ids of tokens.
+
+    Raises:
+        TypeError: no collection of integers.
+        IndexError: one that is not in the vocabulary.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a collection of token ids, got {_short(values)}")
+    return {token(name, value, vocab_size) for value in values}
+
+
+def _index(value: Any) -> int | None:
+    """None for what is no integer; a bool, which Python takes for one, is none here."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _short(value: Any) -> str:
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
