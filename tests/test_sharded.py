@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -87,7 +87,7 @@ def equals_the_whole_model(version: str, policy: str) -> None:
         torch.testing.assert_close(x, expected)
 
     with torch.no_grad():
-        expected_logits, expected_state = reference(tokens)
+        expected_logits, _ = reference(tokens)
         logits, state = model(tokens)
     tolerance = {"rtol": 0.05, "atol": 0.1} if low else {}
     torch.testing.assert_close(logits, expected_logits, check_dtype=False, **tolerance)
@@ -257,7 +257,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """By case, in each process."""
     folder = tmp_path_factory.mktemp("sharded")
     processes = mp.spawn(worker, (str(folder),), PROCESSES, join=False)
@@ -270,7 +270,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, 
     finally:
         for process in processes.processes:
             process.kill()
-    yield [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
 @pytest.mark.parametrize("name", CASES)
