@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from torch_rwkv6.nn import RWKV, RWKVState
 
-VERSIONS = ("4", "5.2", "6")
+VERSIONS = ("4", "6")
 
 
 def assert_same(found: Any, expected: Any) -> None:

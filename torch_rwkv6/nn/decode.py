@@ -82,18 +82,18 @@ def decode_(
             x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
         )
     # lets autograd notice that a tensor saved for a backward pass was overwritten since
-    torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))
+    torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))  # type: ignore[arg-type]
     return y.unsqueeze(1)
 
 
 def _modules(block: Any) -> list[Any] | None:
     """The modules of _NAMES; None where calling them is not what the operator computes."""
-    inner = block._modules
+    inner: dict[str, Any] = block._modules
     att, ffn = inner["att"], inner["ffn"]
     if type(att) is not TimeMix or type(ffn) is not ChannelMix:
         return None
     a, f = att._modules, ffn._modules
-    linears = [a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
+    linears: list[Any] = [a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
     linears += [f["key"], f["receptance"], f["value"]]
     if any(type(m) is not nn.Linear or m._parameters["bias"] is not None for m in linears):
         return None

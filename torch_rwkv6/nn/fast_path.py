@@ -40,7 +40,7 @@ def eager_inference(x: Tensor) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or type(x) is not Tensor
         or not x.is_cpu
         or not torch_rwkv6.has_kernels

@@ -76,7 +76,7 @@ def with_initial_weight(
 
     The module's class stays what it is, for quantisation goes by it.
     """
-    module.reset_parameters = _Reset(module, init, options)
+    module.reset_parameters = _Reset(module, init, options)  # type: ignore[assignment]
     return module
 
 

@@ -81,7 +81,7 @@ class Block(nn.Module):
         ffn, last = self.ffn(self.ln2(x), ffn_shift)
         if update and ffn_shift is not None:
             last = ffn_shift.copy_(last)
-        return x + ffn, att_shift, wkv, last  # type: ignore[return-value]
+        return x + ffn, att_shift, wkv, last
 
 
 class RWKV(nn.Module):
@@ -134,7 +134,7 @@ class RWKV(nn.Module):
         for module in (*self.blocks, self.emb, self.ln_out, self.head):
             module.reset_parameters()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, hooks included."""
         if not is_sharded(self):
             return super().__call__(*args, **kwargs)

@@ -52,7 +52,7 @@ class MultiHeadTimeMix(nn.Module):
         self.key = square(nn.init.orthogonal_, gain=0.1)
         self.value = square(nn.init.orthogonal_)
         self.output = square(nn.init.zeros_)
-        self.gate = square(nn.init.orthogonal_, gain=0.1) if gate else None
+        self.gate: Any = square(nn.init.orthogonal_, gain=0.1) if gate else None
         self.ln_x = with_initial_weight(
             nn.GroupNorm(n_head, n_embd, eps=ln_x_eps),
             nn.init.constant_,
