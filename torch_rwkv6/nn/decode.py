@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch_rwkv6.nn.channel_mix import ChannelMix
 from torch_rwkv6.nn.fast_path import (
     MOST_ROWS,
+    are_plain,
     eager_inference,
-    is_plain,
     register,
     unchanged,
 )
@@ -70,7 +70,7 @@ def decode_(
         for m, names in zip(modules, _NAMES.values(), strict=True)
         for n in names
     ]
-    if not all(is_plain(p, x.dtype) for p in parameters):
+    if not are_plain(parameters, x.dtype):
         return None
     for s in (att_shift, ffn_shift):
         if type(s) is not Tensor or not s.is_cpu or s.dtype != x.dtype or s.stride(1) != 1:
@@ -92,7 +92,8 @@ def _modules(block: Any) -> list[Any] | None:
     att, ffn = inner["att"], inner["ffn"]
     if type(att) is not TimeMix or type(ffn) is not ChannelMix:
         return None
-    a, f = att._modules, ffn._modules
+    a: dict[str, Any] = att._modules
+    f: dict[str, Any] = ffn._modules
     linears: list[Any] = [a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
     linears += [f["key"], f["receptance"], f["value"]]
     if any(type(m) is not nn.Linear or m._parameters["bias"] is not None for m in linears):

@@ -8,6 +8,7 @@ Whoever gets False here calls the modules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.modules import module as global_hooks
 
 import torch_rwkv6
 
-__all__ = ["MOST_ROWS", "eager_inference", "is_plain", "linear", "register", "unchanged"]
+__all__ = ["MOST_ROWS", "are_plain", "eager_inference", "linear", "register", "unchanged"]
 
 MOST_ROWS = 8  # with more tokens at once a matrix product is faster
 
@@ -72,15 +73,19 @@ def unchanged(module: nn.Module) -> bool:
     )
 
 
-def is_plain(weight: Any, dtype: torch.dtype) -> bool:
-    """Whether a weight is a dense tensor of this dtype in the CPU's memory, and no subclass."""
-    return (
-        (type(weight) is nn.Parameter or type(weight) is Tensor)
-        and weight.dtype == dtype
-        and weight.layout is torch.strided
-        and weight.is_cpu
-        and weight.is_contiguous()
-    )
+def are_plain(weights: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Whether all are dense tensors of this dtype in the CPU's memory, and no subclasses."""
+    for weight in weights:
+        kind = type(weight)
+        if (
+            (kind is not nn.Parameter and kind is not Tensor)
+            or weight.dtype is not dtype
+            or weight.layout is not torch.strided
+            or not weight.is_cpu
+            or not weight.is_contiguous()
+        ):
+            return False
+    return True
 
 
 def linear(
@@ -97,7 +102,7 @@ def linear(
         return module(x)
     # not by attributes: nn.Module takes a microsecond for each
     weight = module._parameters.get("weight")
-    if not is_plain(weight, x.dtype) or module._parameters.get("bias", x) is not None:
+    if not are_plain((weight,), x.dtype) or module._parameters.get("bias", x) is not None:
         return module(x)
     rows = torch.ops.rwkv6.matvec.default(x.reshape(-1, x.shape[-1]), weight)
     return rows.view(*x.shape[:-1], rows.shape[1])
