@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.initial_values import channels, position
-from torch_rwkv6.nn.linear import Linear
+from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
 from torch_rwkv6.nn.token_shift import token_shift
 
 __all__ = ["ChannelMix", "ChannelMix4", "ChannelMix5"]
@@ -38,31 +38,32 @@ class ChannelMix(nn.Module):
         if n_embd < 1 or n_ffn < 1:
             raise ValueError(f"n_embd, n_ffn: expected at least 1, got {n_embd} and {n_ffn}")
         position(layer_id, n_layer)  # raises
-        self.layer_id, self.n_layer = layer_id, n_layer
+        self.n_embd, self.layer_id, self.n_layer = n_embd, layer_id, n_layer
         for name in self.mixes:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, n_embd)))
-        self.key = Linear(n_embd, n_ffn)
-        self.receptance = Linear(n_embd, n_embd)
-        self.value = Linear(n_ffn, n_embd)
+        self.key = with_initial_weight(
+            nn.Linear(n_embd, n_ffn, bias=False),
+            nn.init.orthogonal_,
+            gain=self._key_gain(n_embd, n_ffn),
+        )
+        self.receptance = with_initial_weight(nn.Linear(n_embd, n_embd, bias=False), nn.init.zeros_)
+        self.value = with_initial_weight(nn.Linear(n_ffn, n_embd, bias=False), nn.init.zeros_)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the official initial values."""
         for name, value in zip(self.mixes, self._initial_mixes(), strict=True):
-            parameter = self.get_parameter(name)
-            parameter.copy_(value.expand_as(parameter))
-        nn.init.orthogonal_(self.key.weight, self._key_gain())
-        nn.init.zeros_(self.receptance.weight)
-        nn.init.zeros_(self.value.weight)
+            fill(self.get_parameter(name), value)
+        for layer in (self.key, self.receptance, self.value):
+            layer.reset_parameters()
 
     def _initial_mixes(self) -> tuple[Tensor, Tensor]:  # [D], [D]
         _, height = position(self.layer_id, self.n_layer)
-        channel, _, _ = channels(self.receptance.in_features, self.receptance.weight.device)
+        channel, _, _ = channels(self.n_embd)
         maa = 1 - channel ** (height**3)
         return maa, maa
 
-    def _key_gain(self) -> float:
+    def _key_gain(self, n_embd: int, n_ffn: int) -> float:
         return 1.0
 
     def _mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, D] each
@@ -86,8 +87,8 @@ class ChannelMix(nn.Module):
         """
         xx, shift = token_shift(x, shift)  # [B, T, D], [B, D]
         xk, xr = self._mixed(x, xx)
-        k = torch.relu(self.key(xk)).square()  # [B, T, F]
-        return torch.sigmoid(self.receptance(xr)) * self.value(k), shift
+        k = torch.relu(linear(self.key, xk)).square()  # [B, T, F]
+        return torch.sigmoid(linear(self.receptance, xr)) * linear(self.value, k), shift
 
 
 class ChannelMix5(ChannelMix):
@@ -109,7 +110,7 @@ class ChannelMix5(ChannelMix):
 
     def _initial_mixes(self) -> tuple[Tensor, Tensor]:  # [D], [D]
         _, height = position(self.layer_id, self.n_layer)
-        channel, _, _ = channels(self.receptance.in_features, self.receptance.weight.device)
+        channel, _, _ = channels(self.n_embd)
         return channel**height, channel**height
 
     def _mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, D] each
@@ -126,6 +127,5 @@ class ChannelMix4(ChannelMix5):
     def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
         super().__init__(n_embd, layer_id, n_layer, 4 * n_embd if n_ffn is None else n_ffn)
 
-    def _key_gain(self) -> float:
-        n_ffn, n_embd = self.key.weight.shape
+    def _key_gain(self, n_embd: int, n_ffn: int) -> float:
         return max(1.0, float((n_ffn / n_embd) ** 0.5))

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
-import torch_rwkv6
 from torch_rwkv6.nn.channel_mix import ChannelMix
-from torch_rwkv6.nn.linear import MOST_ROWS, Linear
+from torch_rwkv6.nn.fast_path import (
+    MOST_ROWS,
+    are_plain,
+    eager_inference,
+    register,
+    unchanged,
+)
 from torch_rwkv6.nn.time_mix import TimeMix
 
 __all__ = ["decode_"]
@@ -40,71 +44,64 @@ _NAMES = {
     "ffn.receptance": ("weight",),
     "ffn.value": ("weight",),
 }
-_PLAIN = {TimeMix, ChannelMix, Linear, nn.LayerNorm, nn.GroupNorm}
+register(TimeMix, ChannelMix)
 
 
 def decode_(
     block: Any,  # a Block
     x: Tensor,  # [B, T, D]
-    att_shift: Tensor,  # [B, D], updated in place
-    wkv: Tensor,  # [B, H, N, N], updated in place
-    ffn_shift: Tensor,  # [B, D], updated in place
+    att_shift: Tensor | None,  # [B, D], updated in place
+    wkv: Tensor | None,  # [B, H, N, N], updated in place
+    ffn_shift: Tensor | None,  # [B, D], updated in place
 ) -> Tensor | None:  # [B, T, D]
-    """``block.forward_`` of one token of each sequence; None where the modules have to run.
+    """The block's output for one token of each sequence; None where the modules have to run.
 
-    That is for more tokens, on other devices, while something traces or differentiates, and where
-    a module of the block was replaced (LoRA), hooked or given a dtype of its own.
+    That is for more tokens or many sequences, for other versions' mixes and dtypes of one module
+    alone, and wherever a fast path may not run: see `torch_rwkv6.nn.fast_path`.
     """
-    batch, tokens, _ = x.shape
-    if (
-        tokens != 1
-        or not 0 < batch <= MOST_ROWS
-        or type(x) is not Tensor
-        or x.device.type != "cpu"
-        or not torch_rwkv6.has_kernels
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not eager_inference(x) or x.shape[1] != 1 or not 0 < x.shape[0] <= MOST_ROWS:
         return None
     modules = _modules(block)
     if modules is None:
         return None
     # not by attributes: nn.Module takes a microsecond for each
     parameters = [
-        m._parameters[n] for m, names in zip(modules, _NAMES.values(), strict=True) for n in names
+        m._parameters.get(n)
+        for m, names in zip(modules, _NAMES.values(), strict=True)
+        for n in names
     ]
-    if any(p.dtype != x.dtype or not p.is_contiguous() for p in parameters):
+    if not are_plain(parameters, x.dtype):
         return None
-    if any(s.dtype != x.dtype or s.stride(1) != 1 for s in (att_shift, ffn_shift)):
+    for s in (att_shift, ffn_shift):
+        if type(s) is not Tensor or not s.is_cpu or s.dtype != x.dtype or s.stride(1) != 1:
+            return None
+    if type(wkv) is not Tensor or not wkv.is_cpu:
         return None
     with torch._C._AutoDispatchBelowADInplaceOrView():
         y = torch.ops.rwkv6.layer_.default(
             x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
         )
     # lets autograd notice that a tensor saved for a backward pass was overwritten since
-    torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))
+    torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))  # type: ignore[arg-type]
     return y.unsqueeze(1)
 
 
 def _modules(block: Any) -> list[Any] | None:
-    """The modules of _NAMES; None if one of them is not just what its class says."""
-    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-        return None
-    inner = block._modules
+    """The modules of _NAMES; None where calling them is not what the operator computes."""
+    inner: dict[str, Any] = block._modules
     att, ffn = inner["att"], inner["ffn"]
     if type(att) is not TimeMix or type(ffn) is not ChannelMix:
         return None
-    a, f = att._modules, ffn._modules
-    modules = [inner["ln1"], att, a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
-    modules += [a["ln_x"], inner["ln2"], ffn, f["key"], f["receptance"], f["value"]]
-    for m in modules:
-        if (
-            type(m) not in _PLAIN
-            or m._forward_hooks
-            or m._forward_pre_hooks
-            or "forward" in m.__dict__
-        ):
-            return None
-    return modules if inner["ln1"].eps == inner["ln2"].eps else None
+    a: dict[str, Any] = att._modules
+    f: dict[str, Any] = ffn._modules
+    linears: list[Any] = [a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
+    linears += [f["key"], f["receptance"], f["value"]]
+    if any(type(m) is not nn.Linear or m._parameters["bias"] is not None for m in linears):
+        return None
+    ln1, ln2, ln_x = inner["ln1"], inner["ln2"], a["ln_x"]
+    if (type(ln1), type(ln2), type(ln_x)) != (nn.LayerNorm, nn.LayerNorm, nn.GroupNorm):
+        return None
+    if ln1.eps != ln2.eps or ln_x.num_groups != att.n_head:
+        return None
+    modules = [ln1, att, *linears[:5], ln_x, ln2, ffn, *linears[5:]]
+    return modules if all(map(unchanged, modules)) else None

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.nn.carry import Carried, call, stateful, takes_update
 from torch_rwkv6.nn.decode import decode_
-from torch_rwkv6.nn.linear import Linear
+from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.initial_values import with_initial_weight
 from torch_rwkv6.nn.optim import parameter_groups
+from torch_rwkv6.nn.sharded import device_of, is_sharded
 from torch_rwkv6.nn.state import RWKVState
 
 __all__ = ["RWKV", "Block"]
@@ -29,7 +32,8 @@ class Block(nn.Module):
         first: whether this is the first layer, which has ln0.
     """
 
-    att: Any  # a time mixing, with forward_, initial_state and state_shape
+    att: Any  # a time mixing, with initial_state and state_shape
+    ffn: Any
 
     def __init__(self, att: nn.Module, ffn: nn.Module, n_embd: int, first: bool) -> None:
         super().__init__()
@@ -38,12 +42,21 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(n_embd)
         self.att, self.ffn = att, ffn
 
+    def reset_parameters(self) -> None:
+        """Sets the official initial values of the whole layer."""
+        for module in (self.ln0, self.ln1, self.ln2, self.att, self.ffn):
+            if module is not None:
+                module.reset_parameters()
+
+    @stateful
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         att_shift: Tensor | None = None,  # [B, D]
         wkv: Tensor | None = None,  # [B, H, N, N]; RWKV-4: [B, 3, D]
         ffn_shift: Tensor | None = None,  # [B, D]
+        *,
+        update: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual stream after this layer, and the layer's three states.
 
@@ -51,34 +64,24 @@ class Block(nn.Module):
             x: residual stream, [B, T, D], in the dtype of the parameters; T may be 0.
             att_shift, wkv: ``shift`` and ``state`` of the time mixing's forward.
             ffn_shift: ``shift`` of the channel mixing's forward.
+            update: writes the new states to the memory of the old ones, and returns those: for
+                inference, without autograd.
 
         Returns:
             x, [B, T, D]; att_shift, [B, D]; wkv, as it came; ffn_shift, [B, D].
         """
         if self.ln0 is not None:
             x = self.ln0(x)
-        att, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
+        if update:
+            y = decode_(self, x, att_shift, wkv, ffn_shift)
+            if y is not None:
+                return y, att_shift, wkv, ffn_shift  # type: ignore[return-value]
+        att, att_shift, wkv = call(self.att, self.ln1(x), att_shift, wkv, update=update)
         x = x + att
-        ffn, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
-        return x + ffn, att_shift, wkv, ffn_shift
-
-    def forward_(
-        self,
-        x: Tensor,  # [B, T, D]
-        att_shift: Tensor,  # [B, D], updated in place
-        wkv: Tensor,  # [B, H, N, N] or [B, 3, D], updated in place
-        ffn_shift: Tensor,  # [B, D], updated in place
-    ) -> Tensor:  # [B, T, D]
-        """As `forward`, but updates the states in place: for inference, without autograd."""
-        if self.ln0 is not None:
-            x = self.ln0(x)
-        y = decode_(self, x, att_shift, wkv, ffn_shift)
-        if y is not None:
-            return y
-        x = x + self.att.forward_(self.ln1(x), att_shift, wkv)
         ffn, last = self.ffn(self.ln2(x), ffn_shift)
-        ffn_shift.copy_(last)
-        return x + ffn
+        if update and ffn_shift is not None:
+            last = ffn_shift.copy_(last)
+        return x + ffn, att_shift, wkv, last
 
 
 class RWKV(nn.Module):
@@ -110,17 +113,47 @@ class RWKV(nn.Module):
         self.vocab_size, self.n_layer, self.n_embd = vocab_size, n_layer, n_embd
         self.blocks = nn.ModuleList(Block(*mixes(i), n_embd, i == 0) for i in range(n_layer))
         self.state_shape: tuple[int, ...] = self.blocks[0].att.state_shape
-        self.emb = nn.Embedding(vocab_size, n_embd)
-        self.ln_out = nn.LayerNorm(n_embd)
-        self.head = Linear(n_embd, vocab_size)
         # ln0 scales the embedding up: from tiny values it moves fast in the first steps
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, 0.5 * max(1.0, math.sqrt(vocab_size / n_embd)))
+        self.emb = with_initial_weight(
+            nn.Embedding(vocab_size, n_embd), nn.init.uniform_, a=-1e-4, b=1e-4
+        )
+        self.ln_out = nn.LayerNorm(n_embd)
+        self.head = with_initial_weight(
+            nn.Linear(n_embd, vocab_size, bias=False),
+            nn.init.orthogonal_,
+            gain=0.5 * max(1.0, math.sqrt(vocab_size / n_embd)),
+        )
+        self.emb.reset_parameters()
+        self.head.reset_parameters()
 
+    def reset_parameters(self) -> None:
+        """Sets the official initial values of the whole model, for instance after `to_empty`.
+
+        Every module in it has a ``reset_parameters`` too, and any order of calls is right.
+        """
+        for module in (*self.blocks, self.emb, self.ln_out, self.head):
+            module.reset_parameters()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, hooks included."""
+        if not is_sharded(self):
+            return super().__call__(*args, **kwargs)
+        return self._carried(*args, **kwargs)
+
+    def _carried(self, tokens: Tensor, state: RWKVState | None = None, **options: Any) -> Any:
+        """A call whose wrapper may cast tensors, but not the state."""
+        box = Carried(state)
+        x, state = super().__call__(tokens, box, **options)
+        return x, box.take(state)
+
+    @stateful
     def forward(
         self,
         tokens: Tensor,  # [B, T]
         state: RWKVState | None = None,
+        *,
+        update: bool = False,
+        head: bool = True,
     ) -> tuple[Tensor, RWKVState]:  # [B, T, V]
         """Logits of the next token after every token, and the state after the last.
 
@@ -132,6 +165,9 @@ class RWKV(nn.Module):
             tokens: int64 or int32, [B, T]; T may be 0.
             state: after the piece before; it is not changed. None is the start of every sequence:
                 `initial_state`.
+            update: what `forward_` does: it writes the new state to the memory of the old one,
+                returns that, and computes logits after the last token only, [B, 1, V].
+            head: False leaves the head out: see `features`.
 
         Returns:
             logits, [B, T, V], in the dtype of the parameters (of autocast, where it is on), and
@@ -143,8 +179,21 @@ class RWKV(nn.Module):
             IndexError: a token below 0 or not below vocab_size (on a GPU, an assertion of the
                 device).
         """
-        x, state = self.features(tokens, state)
-        return self.head(x), state
+        self._check(tokens, state, update)
+        layers: Sequence[Any] = [(None, None, None)] * self.n_layer
+        if state is not None:
+            layers = list(zip(*(s.unbind() for s in state), strict=True))
+        x = self.emb(tokens)  # [B, T, D]
+        new = []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, *layer = call(block, x, *layer, update=update)
+            new.append(layer)
+        if update:
+            x = x[:, -1:]
+        else:
+            state = RWKVState(*(torch.stack(s) for s in zip(*new, strict=True)))
+        x = self.ln_out(x)
+        return linear(self.head, x) if head else x, state  # type: ignore[return-value]
 
     def features(
         self,
@@ -156,16 +205,8 @@ class RWKV(nn.Module):
         ``model.head(x[:, -1])`` then gives the last logits of a long prompt without those of all
         its tokens, [B, T, V].
         """
-        self._check(tokens, state)
-        layers: Sequence[Any] = [(None, None, None)] * self.n_layer
-        if state is not None:
-            layers = list(zip(*(x.unbind() for x in state), strict=True))
-        x = self.emb(tokens)  # [B, T, D]
-        new = []
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x, *layer = block(x, *layer)
-            new.append(layer)
-        return self.ln_out(x), RWKVState(*(torch.stack(s) for s in zip(*new, strict=True)))
+        features: tuple[Tensor, RWKVState] = self(tokens, state, head=False)
+        return features
 
     @torch.no_grad()
     def forward_(
@@ -177,7 +218,7 @@ class RWKV(nn.Module):
 
         The call for inference, prompts and single tokens alike: nothing is copied or stacked, and
         nothing is computed for tokens that are not asked for. Logits and state are those of
-        `forward`.
+        `forward`, and so are the modules that are called, with their hooks.
 
         Args:
             tokens: int64 or int32, [B, T]; T from 1.
@@ -186,23 +227,24 @@ class RWKV(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as `forward`.
         """
-        self._check(tokens, state)
-        if tokens.shape[1] == 0:
-            raise ValueError("tokens: expected at least one token to compute logits after, got 0")
-        if state is None:
-            raise TypeError("state: expected an RWKVState to update (initial_state), got None")
-        x = self.emb(tokens)  # [B, T, D]
-        layers = zip(*(s.unbind() for s in state), strict=True)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block.forward_(x, *layer)
-        return self.head(self.ln_out(x[:, -1]))
+        if takes_update(self):
+            logits, new = self(tokens, state, update=True)
+        else:  # somebody replaced forward by one that knows nothing of update
+            self._check(tokens, state, update=True)
+            logits, new = self(tokens, state)
+        for x, value in zip(state, new, strict=True):
+            if x is not value:
+                x.copy_(value)
+        return logits[:, -1]
 
     def initial_state(self, batch_size: int) -> RWKVState:
         """What ``state=None`` stands for: nothing seen, and ``att.time_state`` where there is one.
 
         In memory of its own, so that `forward_` can update it.
         """
-        shift = self.emb.weight.new_zeros(self.n_layer, batch_size, self.n_embd)
+        norm = self.ln_out.weight
+        shape = (self.n_layer, batch_size, self.n_embd)
+        shift = torch.zeros(shape, dtype=norm.dtype, device=device_of(norm))
         wkv = torch.stack([block.att.initial_state() for block in self.blocks])
         wkv = wkv.repeat(1, batch_size, *(1 for _ in self.state_shape))
         return RWKVState(shift, wkv, torch.zeros_like(shift))
@@ -211,18 +253,22 @@ class RWKV(nn.Module):
         """The official optimiser settings: see `torch_rwkv6.nn.parameter_groups`."""
         return parameter_groups(self, lr, weight_decay)
 
-    def _check(self, tokens: Tensor, state: RWKVState | None) -> None:
+    def _check(self, tokens: Tensor, state: RWKVState | None, update: bool) -> None:
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens: expected a torch.Tensor, got {type(tokens).__name__}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens: expected int64 or int32 token ids, got {tokens.dtype}")
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected [B, T], got shape {tuple(tokens.shape)}")
+        if update and tokens.shape[1] == 0:
+            raise ValueError("tokens: expected at least one token to compute logits after, got 0")
+        if update and state is None:
+            raise TypeError("state: expected an RWKVState to update (initial_state), got None")
         if state is None:
             return
         if not isinstance(state, RWKVState):
             raise TypeError(f"state: expected an RWKVState, got {type(state).__name__}")
-        weight = self.emb.weight
+        weight = self.ln_out.weight
         shift_shape = (self.n_layer, tokens.shape[0], self.n_embd)
         wkv_shape = (self.n_layer, tokens.shape[0], *self.state_shape)
         wkv_dtype = torch.promote_types(weight.dtype, torch.float32)

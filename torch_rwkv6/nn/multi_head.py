@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.initial_values import channels, position
-from torch_rwkv6.nn.linear import Linear
+from torch_rwkv6.nn.carry import stateful
+from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
+from torch_rwkv6.nn.sharded import device_of, whole
 from torch_rwkv6.ops import wkv, wkv_
 
 __all__ = ["MultiHeadTimeMix"]
@@ -17,6 +22,8 @@ class MultiHeadTimeMix(nn.Module):
 
     A subclass adds its token shift, decay and bonus, and says in `_inputs` what goes into WKV6.
     """
+
+    time_decay: Tensor  # of the subclass
 
     def __init__(
         self,
@@ -37,36 +44,37 @@ class MultiHeadTimeMix(nn.Module):
         self.layer_id, self.n_layer = layer_id, n_layer
         self.n_head, self.head_size = n_head, head_size
         self.state_shape = (n_head, head_size, head_size)  # [key, value]
-        self.receptance = Linear(n_embd, n_embd)
-        self.key = Linear(n_embd, n_embd)
-        self.value = Linear(n_embd, n_embd)
-        self.output = Linear(n_embd, n_embd)
-        self.gate = Linear(n_embd, n_embd) if gate else None
-        self.ln_x = nn.GroupNorm(n_head, n_embd, eps=ln_x_eps)
+
+        def square(init: Callable[..., Any], **options: float) -> Any:
+            return with_initial_weight(nn.Linear(n_embd, n_embd, bias=False), init, **options)
+
+        self.receptance = square(nn.init.orthogonal_)
+        self.key = square(nn.init.orthogonal_, gain=0.1)
+        self.value = square(nn.init.orthogonal_)
+        self.output = square(nn.init.zeros_)
+        self.gate: Any = square(nn.init.orthogonal_, gain=0.1) if gate else None
+        self.ln_x = with_initial_weight(
+            nn.GroupNorm(n_head, n_embd, eps=ln_x_eps),
+            nn.init.constant_,
+            val=((1 + layer_id) / n_layer) ** 0.7,
+        )
         self.time_state: nn.Parameter | None
         if train_state:
             self.time_state = nn.Parameter(torch.empty(self.state_shape))  # [value, key]
         else:
             self.register_parameter("time_state", None)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the official initial values of what is defined here."""
-        nn.init.orthogonal_(self.receptance.weight)
-        nn.init.orthogonal_(self.value.weight)
-        nn.init.orthogonal_(self.key.weight, gain=0.1)
-        if self.gate is not None:
-            nn.init.orthogonal_(self.gate.weight, gain=0.1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.constant_(self.ln_x.weight, ((1 + self.layer_id) / self.n_layer) ** 0.7)
-        nn.init.zeros_(self.ln_x.bias)
+        for module in (self.receptance, self.value, self.key, self.gate, self.output, self.ln_x):
+            if module is not None:
+                module.reset_parameters()
         if self.time_state is not None:
             nn.init.zeros_(self.time_state)
 
     def _initial_decay_and_bonus(self) -> tuple[Tensor, Tensor]:  # [D], [D]
         depth, _ = position(self.layer_id, self.n_layer)
-        n_embd = self.n_head * self.head_size
-        _, ramp, zigzag = channels(n_embd, self.output.weight.device)
+        _, ramp, zigzag = channels(self.n_head * self.head_size)
         return -6 + 5 * ramp ** (0.7 + 1.3 * depth), depth * (1 - ramp) + zigzag * 0.1
 
     def _inputs(
@@ -82,13 +90,16 @@ class MultiHeadTimeMix(nn.Module):
         batch, tokens, n_head, head_size = y.shape
         n_embd = n_head * head_size
         y = self.ln_x(y.reshape(batch * tokens, n_embd)).view(batch, tokens, n_embd)
-        return self.output(y if gate is None else y * nn.functional.silu(gate))
+        return linear(self.output, y if gate is None else y * nn.functional.silu(gate))
 
+    @stateful
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         shift: Tensor | None = None,  # [B, D]
         state: Tensor | None = None,  # [B, H, N, N], [key, value]
+        *,
+        update: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, D], [B, D], [B, H, N, N]
         """Mixes the tokens of every sequence, from the first to the last.
 
@@ -97,35 +108,29 @@ class MultiHeadTimeMix(nn.Module):
             shift: last token of the piece before, [B, D]; None is zeros.
             state: WKV state after the piece before, [B, H, N, N] as [key, value], float32 (float64
                 for float64 inputs); None is zeros, or ``time_state`` where there is one.
+            update: writes the new shift and state to the memory of the old ones, and returns
+                those: for inference, without autograd.
 
         Returns:
             The output, [B, T, D]; the last token of x, [B, D]; the WKV state after it,
             [B, H, N, N]. The last two are the ``shift`` and ``state`` of the next piece.
         """
-        r, k, v, w, u, gate, shift = self._inputs(x, shift)
+        r, k, v, w, u, gate, last = self._inputs(x, shift)
+        if update and shift is not None and state is not None:
+            y = wkv_(r, k, v, w, u, state)  # [B, T, H, N]
+            return self._output(y, gate), shift.copy_(last), state
         if state is None and self.time_state is not None:
             state = self.initial_state()
         y, state = wkv(r, k, v, w, u, state)  # [B, T, H, N], [B, H, N, N]
-        return self._output(y, gate), shift, state
-
-    def forward_(
-        self,
-        x: Tensor,  # [B, T, D]
-        shift: Tensor,  # [B, D], updated in place
-        state: Tensor,  # [B, H, N, N], updated in place
-    ) -> Tensor:  # [B, T, D]
-        """As `forward`, but updates shift and state in place: for inference, without autograd."""
-        r, k, v, w, u, gate, last = self._inputs(x, shift)
-        y = wkv_(r, k, v, w, u, state)
-        shift.copy_(last)
-        return self._output(y, gate)
+        return self._output(y, gate), last, state
 
     def initial_state(self) -> Tensor:
         """The WKV state that a new sequence starts from: [1, H, N, N] as [key, value].
 
         float32 (float64 in a float64 model); zeros, or ``time_state`` with its gradient.
         """
-        dtype = torch.promote_types(self.output.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.time_decay.dtype, torch.float32)
         if self.time_state is not None:
-            return self.time_state.to(dtype).transpose(1, 2).unsqueeze(0)
-        return torch.zeros((1, *self.state_shape), dtype=dtype, device=self.output.weight.device)
+            return whole(self.time_state).to(dtype).transpose(1, 2).unsqueeze(0)
+        device = device_of(self.time_decay)
+        return torch.zeros((1, *self.state_shape), dtype=dtype, device=device)

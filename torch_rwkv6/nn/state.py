@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 __all__ = ["RWKVState"]
@@ -16,7 +17,8 @@ class RWKVState(NamedTuple):
     """Everything a model remembers of B sequences; its size does not grow with their length.
 
     A NamedTuple of tensors, so torch.compile, torch.export and torch.utils._pytree see through
-    it. Every method returns a new state.
+    it; torch.export.save and torch.load, which then have to know its name, do. Every method
+    returns a new state.
     """
 
     att_shift: Tensor  # [L, B, D], the normed input of each time mixing at the last token
@@ -90,3 +92,7 @@ class RWKVState(NamedTuple):
         if not isinstance(content, dict) or set(content) != set(cls._fields):
             raise ValueError(f"{path} is no saved RWKVState: expected the keys {cls._fields}")
         return cls(**content)
+
+
+torch.serialization.add_safe_globals([RWKVState])  # torch.load with weights_only, the default
+pytree._register_namedtuple(RWKVState, serialized_type_name="torch_rwkv6.nn.RWKVState")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.initial_values import channels, position
+from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.initial_values import channels, fill, initialise, position
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
 from torch_rwkv6.nn.token_shift import token_shift
 
@@ -74,12 +75,11 @@ class TimeMix(MultiHeadTimeMix):
         self.time_faaaa = nn.Parameter(torch.empty(self.n_head, head_size))  # u
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the official initial values."""
         super().reset_parameters()
         depth, height = position(self.layer_id, self.n_layer)
-        channel, _, _ = channels(self.n_head * self.head_size, self.time_decay.device)
+        channel, _, _ = channels(self.n_head * self.head_size)
         decay, bonus = self._initial_decay_and_bonus()
         maa = 1 - channel**height
         for parameter, value in (
@@ -92,13 +92,13 @@ class TimeMix(MultiHeadTimeMix):
             (self.time_decay, decay),
             (self.time_faaaa, bonus),
         ):
-            parameter.copy_(value.view(parameter.shape))
+            fill(parameter, value)
         for w1, w2 in (
             (self.time_maa_w1, self.time_maa_w2),
             (self.time_decay_w1, self.time_decay_w2),
         ):
             nn.init.zeros_(w1)
-            nn.init.uniform_(w2, -0.01, 0.01)
+            initialise(w2, nn.init.uniform_, a=-0.01, b=0.01)
 
     def _inputs(
         self,
@@ -122,11 +122,11 @@ class TimeMix(MultiHeadTimeMix):
         w = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         w = self.time_decay.to(at_least_f32) + w  # [B, T, D]
         return (
-            self.receptance(xr).view(heads),
-            self.key(xk).view(heads),
-            self.value(xv).view(heads),
+            linear(self.receptance, xr).view(heads),
+            linear(self.key, xk).view(heads),
+            linear(self.value, xv).view(heads),
             w.view(heads),
             self.time_faaaa,
-            self.gate(xg),  # type: ignore[misc]  # RWKV-6 always has one
+            linear(self.gate, xg),
             last,
         )

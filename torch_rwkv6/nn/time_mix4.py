@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.initial_values import channels, position
-from torch_rwkv6.nn.linear import Linear
+from torch_rwkv6.nn.carry import stateful
+from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
+from torch_rwkv6.nn.sharded import device_of
 from torch_rwkv6.nn.token_shift import token_shift
 from torch_rwkv6.ops import wkv4, wkv4_
 
@@ -42,17 +46,20 @@ class TimeMix4(nn.Module):
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, n_embd))
         self.time_mix_v = nn.Parameter(torch.empty(1, 1, n_embd))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, n_embd))
-        self.key = Linear(n_embd, n_embd)
-        self.value = Linear(n_embd, n_embd)
-        self.receptance = Linear(n_embd, n_embd)
-        self.output = Linear(n_embd, n_embd)
+
+        def square(init: Callable[..., Any]) -> Any:
+            return with_initial_weight(nn.Linear(n_embd, n_embd, bias=False), init)
+
+        self.key = square(nn.init.zeros_)
+        self.value = square(nn.init.orthogonal_)
+        self.receptance = square(nn.init.zeros_)
+        self.output = square(nn.init.zeros_)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the official initial values."""
         depth, height = position(self.layer_id, self.n_layer)
-        channel, ramp, zigzag = channels(self.time_decay.numel(), self.time_decay.device)
+        channel, ramp, zigzag = channels(self.time_decay.numel())
         mix = channel**height
         for parameter, value in (
             (self.time_decay, -5 + 8 * ramp ** (0.7 + 1.3 * depth)),
@@ -61,10 +68,9 @@ class TimeMix4(nn.Module):
             (self.time_mix_v, mix + 0.3 * depth),
             (self.time_mix_r, channel ** (0.5 * height)),
         ):
-            parameter.copy_(value.view(parameter.shape))
-        nn.init.orthogonal_(self.value.weight)
-        for linear in (self.key, self.receptance, self.output):
-            nn.init.zeros_(linear.weight)
+            fill(parameter, value)
+        for module in (self.value, self.key, self.receptance, self.output):
+            module.reset_parameters()
 
     def _inputs(
         self,
@@ -73,15 +79,18 @@ class TimeMix4(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # r, k, v [B, T, D], last x [B, D]
         xx, last = token_shift(x, shift)
         before = x + xx
-        r = torch.sigmoid(self.receptance(torch.lerp(before, x, self.time_mix_r)))
-        k = self.key(torch.lerp(before, x, self.time_mix_k))
-        return r, k, self.value(torch.lerp(before, x, self.time_mix_v)), last
+        r = torch.sigmoid(linear(self.receptance, torch.lerp(before, x, self.time_mix_r)))
+        k = linear(self.key, torch.lerp(before, x, self.time_mix_k))
+        return r, k, linear(self.value, torch.lerp(before, x, self.time_mix_v)), last
 
+    @stateful
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         shift: Tensor | None = None,  # [B, D]
         state: Tensor | None = None,  # [B, 3, D]
+        *,
+        update: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, D], [B, D], [B, 3, D]
         """Mixes the tokens of every sequence, from the first to the last.
 
@@ -90,29 +99,22 @@ class TimeMix4(nn.Module):
             shift: last token of the piece before, [B, D]; None is zeros.
             state: of `torch_rwkv6.wkv4` after the piece before, [B, 3, D], float32 (float64 for
                 float64 inputs); None is the start.
+            update: writes the new shift and state to the memory of the old ones, and returns
+                those: for inference, without autograd.
 
         Returns:
             The output, [B, T, D]; the last token of x, [B, D]; the state after it, [B, 3, D].
         """
-        r, k, v, shift = self._inputs(x, shift)
-        y, state = wkv4(k, v, self.time_decay, self.time_first, state)
-        return self.output(r * y), shift, state
-
-    def forward_(
-        self,
-        x: Tensor,  # [B, T, D]
-        shift: Tensor,  # [B, D], updated in place
-        state: Tensor,  # [B, 3, D], updated in place
-    ) -> Tensor:  # [B, T, D]
-        """As `forward`, but updates shift and state in place: for inference, without autograd."""
         r, k, v, last = self._inputs(x, shift)
-        y = wkv4_(k, v, self.time_decay, self.time_first, state)
-        shift.copy_(last)
-        return self.output(r * y)
+        if update and shift is not None and state is not None:
+            y = wkv4_(k, v, self.time_decay, self.time_first, state)
+            return linear(self.output, r * y), shift.copy_(last), state
+        y, state = wkv4(k, v, self.time_decay, self.time_first, state)
+        return linear(self.output, r * y), last, state
 
     def initial_state(self) -> Tensor:
         """The state that a new sequence starts from: [1, 3, D], nothing summed up yet."""
         dtype = torch.promote_types(self.time_decay.dtype, torch.float32)
-        state = torch.zeros((1, *self.state_shape), dtype=dtype, device=self.time_decay.device)
+        state = torch.zeros((1, *self.state_shape), dtype=dtype, device=device_of(self.time_decay))
         state[:, 2] = -1e30
         return state

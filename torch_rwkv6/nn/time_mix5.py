@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.initial_values import channels, position
+from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.initial_values import channels, fill, position
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
 from torch_rwkv6.nn.token_shift import token_shift
 
@@ -65,26 +66,25 @@ class TimeMix5(MultiHeadTimeMix):
         self.time_faaaa = None if log_bonus else nn.Parameter(torch.empty(shape))
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the official initial values: those of 5.2, averaged over a head where per head."""
         super().reset_parameters()
         depth, height = position(self.layer_id, self.n_layer)
-        channel, _, _ = channels(self.n_head * self.head_size, self.time_decay.device)
+        channel, _, _ = channels(self.n_head * self.head_size)
         mix = channel**height
         values = (mix, mix + 0.3 * depth, channel ** (0.5 * height), channel ** (0.5 * height))
         for name, value in zip(self.mixes, values):
-            self.get_parameter(name).copy_(value.view(1, 1, -1))
+            fill(self.get_parameter(name), value)
         decay, bonus = (
             x.view(self.n_head, self.head_size) for x in self._initial_decay_and_bonus()
         )
         if self.per_head:
             decay, bonus = decay.mean(1), bonus.mean(1)
-        self.time_decay.copy_(decay)
+        fill(self.time_decay, decay)
         if self.time_faaaa is not None:
-            self.time_faaaa.copy_(bonus)
+            fill(self.time_faaaa, bonus)
         if self.time_first is not None:
-            self.time_first.copy_(bonus.clamp(min=1e-3).log())
+            fill(self.time_first, bonus.clamp(min=1e-3).log())
 
     def _inputs(
         self,
@@ -105,11 +105,11 @@ class TimeMix5(MultiHeadTimeMix):
         if self.per_head:
             decay, bonus = (p.unsqueeze(1).expand(heads[2:]).contiguous() for p in (decay, bonus))
         return (
-            self.receptance(xr).view(heads),
-            self.key(xk).view(heads),
-            self.value(xv).view(heads),
+            linear(self.receptance, xr).view(heads),
+            linear(self.key, xk).view(heads),
+            linear(self.value, xv).view(heads),
             decay.expand(heads),  # a view: one row of memory for all tokens
             bonus,
-            None if self.gate is None else self.gate(xg[0]),
+            None if self.gate is None else linear(self.gate, xg[0]),
             last,
         )

@@ -1,0 +1,91 @@
+"""How a state reaches a module and comes back: through its ``__call__``, and in float32.
+
+Two things stand between a state and ``module(x, state)``. Inference wants it updated in place,
+which a module of somebody else's need not offer. And a wrapper may cast what passes: FSDP2's
+mixed precision rounds every floating-point tensor that enters or leaves a module, and a state that
+is rounded at each hand-over drifts away.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_rwkv6.nn.sharded import is_sharded
+
+__all__ = ["Carried", "call", "stateful", "takes_update"]
+
+
+class Carried:
+    """A state on its way through a sharded module's ``__call__``, in place of the state itself.
+
+    Casts reach into tensors, tuples, dictionaries and pytrees, but not in here.
+
+    Attributes:
+        state: what the module is given.
+        new: what it returned in place of it, once it has run.
+    """
+
+    __slots__ = ("new", "state")
+
+    def __init__(self, state: Any) -> None:
+        self.state, self.new = state, None
+
+    def take(self, returned: Any) -> Any:
+        """The new state; ``returned``, which a wrapper may have cast, if there is none here."""
+        # taken out: activation checkpointing keeps the arguments for as long as the graph
+        new, self.new = self.new, None
+        return returned if new is None else new
+
+
+def stateful(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that has ``update`` and finds its state in a `Carried` as well.
+
+    Where the state is among the arguments, the new one is among the results.
+    """
+
+    @functools.wraps(forward)
+    def opening(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for i, box in enumerate(args):
+            if isinstance(box, Carried):
+                results = forward(self, *args[:i], box.state, *args[i + 1 :], **kwargs)
+                box.new = results[i]
+                return results
+        return forward(self, *args, **kwargs)
+
+    opening.takes_update = True  # type: ignore[attr-defined]
+    return opening
+
+
+def takes_update(module: nn.Module) -> bool:
+    """Whether the module's forward, which may have been replaced, has the argument ``update``."""
+    return getattr(module.forward, "takes_update", False)
+
+
+def call(
+    module: nn.Module,
+    x: Tensor,  # [B, T, D]
+    shift: Tensor | None,  # [B, D]
+    state: Tensor | None,  # [B, H, N, N] or [B, 3, D]
+    *more: Tensor | None,  # [B, D] each
+    update: bool,
+) -> list[Any]:
+    """``module(x, shift, state, *more)``: its output and the new states, as a list.
+
+    Args:
+        module: a block or a time mixing, or what has taken its place.
+        update: the new states are written to the memory of the old ones, and those are returned.
+    """
+    box = Carried(state) if is_sharded(module) else None
+    options = {"update": True} if update and takes_update(module) else {}
+    results = list(module(x, shift, state if box is None else box, *more, **options))
+    if box is not None:
+        results[2] = box.take(results[2])
+    if update:
+        for i, old in enumerate((shift, state, *more), 1):
+            if results[i] is not old:
+                results[i] = old.copy_(results[i])  # type: ignore[union-attr]
+    return results

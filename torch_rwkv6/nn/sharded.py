@@ -1,0 +1,54 @@
+"""Modules and parameters that lie on several devices: fully_shard's modules, and DTensors.
+
+What is asked here is asked of modules that nobody has sharded too. So it imports nothing, which
+would take seconds: where torch.distributed's parts have not been imported, nothing is sharded.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["device_of", "is_sharded", "whole", "write"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to the module: then its calls may cast what passes."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def device_of(parameter: Tensor) -> torch.device:
+    """Where the parameter is computed with."""
+    if _is_dtensor(parameter):  # its memory may be on the CPU meanwhile
+        return torch.device(parameter.device_mesh.device_type)  # type: ignore[attr-defined]
+    return parameter.device
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The parameter as a plain tensor, through which its gradient flows.
+
+    Every process of a sharded parameter's mesh has to call it.
+    """
+    return parameter.full_tensor() if _is_dtensor(parameter) else parameter  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def write(
+    parameter: Tensor,  # any shape
+    value: Tensor,  # the whole of it, of any dtype and device
+) -> None:
+    """Writes the value to the parameter. A sharded one takes that of the mesh's first process."""
+    if _is_dtensor(parameter):
+        mesh = parameter.device_mesh  # type: ignore[attr-defined]
+        value = value.to(mesh.device_type, parameter.dtype)
+        distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+        value = distribute(value, mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)
