@@ -25,6 +25,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 # under which of these a training program's checkpoint keeps the model's tensors
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
+_MOST_PROBLEMS = 20  # that a message lists
 _SUFFIXES = (".safetensors", ".bin", ".pth")  # of the checkpoints in a folder
 # what the programs that train and publish models leave beside their weights
 _BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_")
@@ -76,8 +77,8 @@ def load(
         OSError: the file cannot be read.
         TypeError: no mapping of names to floating-point tensors, or another argument's type.
         ValueError: no checkpoint (a truncated file, for instance, or a URL); several of them;
-            RWKV-7, x060a, x060b or x060c; missing, unexpected or misshapen tensors: the message
-            lists all of them; or a device that this machine does not have.
+            RWKV-7, x060a, x060b or x060c; missing, unexpected or misshapen tensors, which the
+            message lists; or a device that this machine does not have.
     """
     device = _device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -374,7 +375,7 @@ def _fitting(
     """The tensors in the model's shapes, of which files leave out dimensions of size 1.
 
     Raises:
-        ValueError: missing, unexpected or misshapen tensors: all of them.
+        ValueError: missing, unexpected or misshapen tensors, by name.
     """
     tensors = dict(state_dict)
     if not any(name.endswith(".att.time_state") for name in tensors):
@@ -390,8 +391,11 @@ def _fitting(
         else:
             tensors[name] = x.reshape(expected[name])
     if problems:
+        shown = problems[:_MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
         raise ValueError(
             f"state_dict: {len(problems)} tensors do not fit RWKV-{model.version}:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(shown)
         )
     return tensors
