@@ -41,7 +41,7 @@ def wkv(
     # keras.ops' products of float64 are float32 everywhere else
     acc = wide if keras.backend.backend() == "tensorflow" else "float32"
     r, k, v, w, u = (ops.cast(x, acc) for x in (r, k, v, w, u))
-    state = _state_of_each(r, initial_state, state_map, acc)
+    state = state_of_each(r, initial_state, state_map, acc)
     log_decay = -ops.exp(_bounded(w))
     # the token itself, through u
     bonus = ops.sum(r * u * k, axis=-1, keepdims=True) * v
@@ -50,7 +50,7 @@ def wkv(
     if r.shape[1] == 1:
         y, state = _one_token(r, k, v, log_decay, state)
     else:
-        y, state = _chunks(r, k, v, log_decay, state)
+        y, state = chunks(r, k, v, log_decay, state)
     return ops.cast(y + bonus, dtype), ops.cast(state, wide)
 
 
@@ -62,7 +62,7 @@ def _bounded(w: Any) -> Any:  # [B, T, H, N]
     return ops.where(w > _LARGEST_W, _LARGEST_W * ops.tanh(w), w)
 
 
-def _state_of_each(
+def state_of_each(
     r: Any,  # [B, T, H, N]
     initial_state: Any | None,  # [S, H, N, N]
     state_map: Any | None,  # [B]
@@ -76,8 +76,10 @@ def _state_of_each(
     if state_map is None:
         return ops.broadcast_to(states, (batch, heads, size, size))
     count = ops.shape(states)[0]
+    if ops.is_tensor(count):  # TensorFlow's, of int32
+        count = ops.cast(count, state_map.dtype)
     # as rows: the gradient of a reshape is a dense tensor, in TensorFlow too
-    rows = ops.reshape(states, (count, heads * size * size))
+    rows = ops.reshape(states, (ops.shape(states)[0], heads * size * size))
     chosen = ops.take(rows, ops.clip(state_map, 0, count - 1), axis=0)
     valid = ops.logical_and(state_map >= 0, state_map < count)
     chosen = ops.where(ops.expand_dims(valid, 1), chosen, np.nan)
@@ -99,7 +101,7 @@ def _one_token(
     return y, _step(*decay, update, state)
 
 
-def _chunks(
+def chunks(
     r: Any,  # [B, T, H, N]
     k: Any,  # [B, T, H, N]
     v: Any,  # [B, T, H, N]
@@ -107,6 +109,11 @@ def _chunks(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, T, H, N], [B, H, N, N]
     batch, tokens, heads, size = ops.shape(r)
+    if keras.backend.backend() == "torch" and not _is_known(tokens):
+        from keras_adapter.backends.torch_chunks import wkv_chunks
+
+        y, state = wkv_chunks(r, k, v, log_decay, state)
+        return y, state
     if _is_known(tokens):
         chunk = min(CHUNK, 1 << max(tokens - 1, 0).bit_length())
         count = max(1, -(-tokens // chunk))
@@ -144,7 +151,8 @@ def _within(
     batch, heads, count, _, size = ops.shape(r)
 
     def halves(x: Any, rows: int) -> Any:  # of neighbouring runs, `rows` rows each
-        return _each(ops.reshape(x, (batch, heads, -1, 2, rows, size)), 2, axis=3)
+        pairs = count * (chunk // (2 * run))
+        return _each(ops.reshape(x, (batch, heads, pairs, 2, rows, size)), 2, axis=3)
 
     def joined(first: Any, second: Any) -> Any:
         return ops.concatenate([first, second], axis=3)
@@ -192,15 +200,15 @@ def _walk(
 ) -> tuple[Any, Any]:  # [B, H, count, N, N], [B, H, N, N]
     """The state before each chunk, and after the last."""
     backend = keras.backend.backend()
-    loops = {"jax": _scan, "tensorflow": _tensorflow_loop, "torch": _torch_scan}
-    known = _is_known(count)
-    if known and (count <= UNROLLED or backend not in ("jax", "tensorflow")):
+    short = _is_known(count) and count <= UNROLLED
+    if short or backend not in ("jax", "tensorflow"):
         states = []
         for step in zip(*(_each(x, count) for x in steps)):
             states.append(state)
             state = _step(*step, state)
         return ops.stack(states, axis=2), state
-    states, state = loops[backend](tuple(ops.moveaxis(x, 2, 0) for x in steps), state, count)
+    walk = _tensorflow_loop if backend == "tensorflow" else _scan
+    states, state = walk(tuple(ops.moveaxis(x, 2, 0) for x in steps), state, count)
     return ops.moveaxis(states, 0, 2), state
 
 
@@ -228,6 +236,9 @@ Steps = tuple[Any, Any, Any]
 def _scan(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
     import jax
 
+    from keras_adapter.backends import jax_mesh
+
+    state, *steps = jax_mesh.varying_alike((state, *steps))
     last, states = jax.lax.scan(lambda s, step: (_step(*step, s), s), state, steps)
     return states, last
 
@@ -244,11 +255,3 @@ def _tensorflow_loop(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
         maximum_iterations=count,
     )
     return states.stack(), last
-
-
-def _torch_scan(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
-    # keras.ops.scan unrolls on torch, which a length that is open forbids
-    from torch._higher_order_ops.scan import scan
-
-    last, states = scan(lambda s, step: (_step(*step, s), s.clone()), state, steps)
-    return states, last

@@ -209,7 +209,7 @@ def test_lowered_for_nvidia_gpus():
 
 
 def test_handlers_for_nvidia_gpus_come_with_cuda_kernels():
-    with_cuda = _library.has_cuda_kernels(_library.load())
+    with_cuda = _library.built_with_cuda(_library.load())
     assert backend._native_backends == ({"cpu", "gpu"} if with_cuda else {"cpu"})
 
 
