@@ -70,9 +70,9 @@ def flag(name: str, x: Any) -> bool:
 
 def number(name: str, x: Any, largest: int | None = None) -> int:
     """x as an int, at least 1. Raises TypeError for what is no integer, ValueError out of range."""
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__"):
+    value = _whole(x)
+    if value is None:
         raise TypeError(f"{name}: expected an int, got {_described(x)}")
-    value = operator.index(x)
     if value < 1 or (largest is not None and value > largest):
         wanted = "at least 1" if largest is None else f"1 to {largest}"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
@@ -140,14 +140,23 @@ def _integers(name: str, x: Any) -> np.ndarray[Any, Any]:
     """A list of integers as an array of int32, or of int64 where an entry needs it."""
     entries = []
     for entry in x:
-        if isinstance(entry, (bool, np.bool_)) or not hasattr(entry, "__index__"):
+        value = _whole(entry)
+        if value is None:
             raise TypeError(f"{name}: expected integers, got {_described(entry)} among them")
-        entries.append(operator.index(entry))
+        entries.append(value)
     dtype = "int32" if all(-(2**31) <= entry < 2**31 for entry in entries) else "int64"
     try:
         return np.array(entries, dtype)
     except OverflowError as error:
         raise ValueError(f"{name}: expected integers of 64 bits, got {_some(entries)}") from error
+
+
+def _whole(x: Any) -> int | None:
+    """x as an int; None for what is none, a bool too."""
+    try:
+        return None if isinstance(x, (bool, np.bool_)) else operator.index(x)
+    except TypeError:
+        return None
 
 
 def _check_rows(name: str, x: Any, rows: int | None) -> None:
