@@ -43,7 +43,7 @@ def prepare(
     if state_map is not None and not isinstance(state_map, np.ndarray):
         state_map = tensor("state_map", state_map)
     check_wkv(r, k, v, w, u, initial_state, state_map)
-    if state_map is not None:
+    if initial_state is not None and state_map is not None:
         _check_rows("state_map", state_map, initial_state.shape[0])
         state_map = tensor("state_map", state_map)
     return r, k, v, w, u, initial_state, state_map

@@ -105,9 +105,9 @@ class RWKVKernelOperator(keras.Operation):
         state_map: Any | None = None,  # [B]
     ) -> keras.KerasTensor | tuple[keras.KerasTensor, keras.KerasTensor]:
         with_state = flag("with_state", with_state)
-        by_heads = self._by_heads(r, k, v, w, u, init_state)
-        prepare(*by_heads, state_map)
-        batch, tokens, heads, size = by_heads[0].shape
+        r, k, v, w, u, init_state = self._by_heads(r, k, v, w, u, init_state)
+        prepare(r, k, v, w, u, init_state, state_map)
+        batch, tokens, heads, size = r.shape
         y = keras.KerasTensor((batch, tokens, heads * size), dtype=r.dtype)
         if not with_state:
             return y  # a Keras graph has no place for None: see symbolic_call

@@ -23,8 +23,9 @@ from keras import ops
 
 CHUNK = 32  # a power of two
 UNROLLED = 32  # up to this many chunks the graph holds each of them; beyond, a loop
+Steps = tuple[Any, Any, Any]  # see _step
 _LARGEST_W = 80.0  # exp(-exp(80)) is 0 in every dtype, and sums of exp(80) are finite in float32
-_SLOW = 0.5  # decays above it are carried with what their rounding takes from them
+_SLOW = -0.5  # log decays above it belong to slow decays
 
 
 def wkv(
@@ -96,9 +97,9 @@ def _one_token(
     y = ops.squeeze(ops.matmul(ops.expand_dims(r, -2), ops.expand_dims(state, 1)), -2)
     # y does not see its own decay; the gradient is a zero and not missing
     y = ops.where(ops.zeros_like(y, dtype="bool"), log_decay, y)
-    decay = _decay(ops.expand_dims(log_decay[:, 0], -1))
+    keep, change = _decay(ops.expand_dims(log_decay[:, 0], -1))
     update = ops.expand_dims(k[:, 0], -1) * ops.expand_dims(v[:, 0], -2)
-    return y, _step(*decay, update, state)
+    return y, _step(keep, change, update, state)
 
 
 def chunks(
@@ -130,8 +131,8 @@ def chunks(
     y, before, after, total = _within(r, k, v, log_decay, chunk)
     # across chunks: through the state at the start of each
     update = ops.matmul(ops.transpose(k * ops.exp(after), (0, 1, 2, 4, 3)), v)
-    decay, rest = _decay(ops.transpose(total, (0, 1, 2, 4, 3)))  # [B, H, count, N, 1]
-    states, state = _walk((decay, rest, update), state, count)
+    keep, change = _decay(ops.transpose(total, (0, 1, 2, 4, 3)))  # [B, H, count, N, 1]
+    states, state = _walk((keep, change, update), state, count)
     y = y + ops.matmul(r * ops.exp(before), states)
     y = ops.reshape(y, (batch, heads, count * chunk, size))
     return ops.transpose(y, (0, 2, 1, 3))[:, :tokens], state
@@ -180,21 +181,22 @@ def _within(
 
 
 def _decay(log_decay: Any) -> tuple[Any, Any]:
-    """exp(log_decay), and what its rounding took from it where the decay is slow.
+    """What a state keeps as it is, 1 or 0, and what it changes by: their sum is exp(log_decay).
 
-    Decays near 1 round alike at every step: left alone, that adds up over thousands of steps.
+    A slow decay is near 1 and loses digits there, in the same way at every step, which adds up
+    over thousands of them. So it is kept as its complement.
     """
-    decay = ops.exp(log_decay)
-    rest = ops.where(decay > _SLOW, (1 - decay) + ops.expm1(log_decay), ops.zeros_like(decay))
-    return decay, ops.stop_gradient(rest)
+    is_slow = log_decay > _SLOW
+    change = ops.where(is_slow, ops.expm1(log_decay), ops.exp(log_decay))
+    return ops.cast(is_slow, log_decay.dtype), change
 
 
-def _step(decay: Any, rest: Any, update: Any, state: Any) -> Any:
-    return decay * state + (rest * state + update)
+def _step(keep: Any, change: Any, update: Any, state: Any) -> Any:
+    return keep * state + (change * state + update)
 
 
 def _walk(
-    steps: tuple[Any, Any, Any],  # decay and rest [B, H, count, N, 1], update [B, H, count, N, N]
+    steps: Steps,  # keep and change [B, H, count, N, 1], update [B, H, count, N, N]
     state: Any,  # [B, H, N, N]
     count: Any,
 ) -> tuple[Any, Any]:  # [B, H, count, N, N], [B, H, N, N]
@@ -203,9 +205,9 @@ def _walk(
     short = _is_known(count) and count <= UNROLLED
     if short or backend not in ("jax", "tensorflow"):
         states = []
-        for step in zip(*(_each(x, count) for x in steps)):
+        for keep, change, update in zip(*(_each(x, count) for x in steps)):
             states.append(state)
-            state = _step(*step, state)
+            state = _step(keep, change, update, state)
         return ops.stack(states, axis=2), state
     walk = _tensorflow_loop if backend == "tensorflow" else _scan
     states, state = walk(tuple(ops.moveaxis(x, 2, 0) for x in steps), state, count)
@@ -230,16 +232,17 @@ def _is_known(size: Any) -> bool:
 
 # Loops over chunks. Each takes the steps [count, B, H, ...] and the state [B, H, N, N], and returns
 # the states before each chunk [count, B, H, N, N] and the last.
-Steps = tuple[Any, Any, Any]
-
-
 def _scan(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
     import jax
 
     from keras_adapter.backends import jax_mesh
 
-    state, *steps = jax_mesh.varying_alike((state, *steps))
-    last, states = jax.lax.scan(lambda s, step: (_step(*step, s), s), state, steps)
+    def step(state: Any, x: Any) -> tuple[Any, Any]:
+        keep, change, update = x
+        return _step(keep, change, update, state), state
+
+    first, *each = jax_mesh.varying_alike((state, *steps))
+    last, states = jax.lax.scan(step, first, each)
     return states, last
 
 
@@ -247,10 +250,14 @@ def _tensorflow_loop(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
     # keras.ops has no loop that TensorFlow differentiates, compiles and takes any length of
     import tensorflow as tf
 
+    def step(i: Any, state: Any, states: Any) -> tuple[Any, Any, Any]:
+        keep, change, update = (x[i] for x in steps)
+        return i + 1, _step(keep, change, update, state), states.write(i, state)
+
     states = tf.TensorArray(state.dtype, size=count, element_shape=state.shape)
     _, last, states = tf.while_loop(
-        lambda i, s, states: i < count,
-        lambda i, s, states: (i + 1, _step(*(x[i] for x in steps), s), states.write(i, s)),
+        lambda i, state, states: i < count,
+        step,
         (0, state, states),
         maximum_iterations=count,
     )

@@ -35,9 +35,11 @@ def wkv_chunks_backward(
     log_decay: Tensor,  # [B, T, H, N]
     state: Tensor,  # [B, H, N, N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, vjp = torch.func.vjp(chunked.chunks, r, k, v, log_decay, state)
-    grads = vjp((grad_y, grad_final_state))
-    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+    vjp: Any = torch.func.vjp(chunked.chunks, r, k, v, log_decay, state)[1]
+    grad_r, grad_k, grad_v, grad_decay, grad_state = (
+        grad.contiguous() for grad in vjp((grad_y, grad_final_state))
+    )
+    return grad_r, grad_k, grad_v, grad_decay, grad_state
 
 
 @wkv_chunks.register_fake

@@ -162,7 +162,7 @@ def test_symbolic(batch, length):
         ops.wkv(heads[0], keras.KerasTensor((batch, length, H, N + 1)), *heads[2:], u)
 
 
-SYMBOLIC = {n: (2, None, H * N) for n in "rkvw"} | {"u": (H, N)}
+SYMBOLIC = dict.fromkeys("rkvw", (2, None, H * N)) | {"u": (H, N)}
 BAD_SYMBOLIC = {
     "width of k": ({"k": (2, None, N)}, r"k: expected the shape of r, \(B, T, 16\), got shape"),
     "width of w": ({"w": (2, None, 2 * H * N)}, r"w: expected the shape of r"),
@@ -206,7 +206,7 @@ def test_a_symbolic_call_checks_dtypes_and_entries():
         operator(**given | {"k": keras.KerasTensor((2, None, H * N), dtype="float16")})
     with pytest.raises(ValueError, match=r"state_map: expected entries from 0 to 2 \(3 states\)"):
         operator(**given, init_state=states, state_map=[0, 3])
-    with pytest.raises(TypeError, match="state_map: expected integers, got 0.5 among them"):
+    with pytest.raises(TypeError, match=r"state_map: expected integers, got 0\.5 among them"):
         operator(**given, init_state=states, state_map=[0, 0.5])
     with pytest.raises(TypeError, match="with_state: expected True or False"):
         operator(**given, with_state=states)

@@ -85,7 +85,7 @@ def test_export_of_any_length(high_level, tmp_path):
 
     def inputs(T):
         x = random_inputs(2, T, 2, 8)
-        return x, tuple(tensor(flat(a)) for a in x[:4]) + (tensor(x[4]),)
+        return x, (*(tensor(flat(a)) for a in x[:4]), tensor(x[4]))
 
     length = torch.export.Dim("length", min=2)
     shapes = (*({1: length},) * 4, None)
