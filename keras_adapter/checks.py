@@ -96,8 +96,8 @@ def check_wkv(
     batch, _, heads, size = r.shape
     if size is None or not 1 <= size <= MAX_HEAD_SIZE:
         raise ValueError(f"r: expected a head size N from 1 to {MAX_HEAD_SIZE}, got {size}")
-    if heads is None:
-        raise ValueError(f"r: expected a known number of heads H, got shape {tuple(r.shape)}")
+    if heads is None or heads < 1:
+        raise ValueError(f"r: expected a number of heads H from 1, got shape {tuple(r.shape)}")
     for name, x, dtypes in (
         ("k", k, (dtype,)),
         ("v", v, (dtype,)),

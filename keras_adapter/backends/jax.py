@@ -168,7 +168,7 @@ _tangent = Primitive("rwkv6_tangent")
 _tangent.def_abstract_eval(lambda x: x)
 _tangent.def_impl(_refuse)
 mlir.register_lowering(_tangent, _refuse)
-batching.primitive_batchers[_tangent] = _refuse
+batching.primitive_batchers[_tangent] = lambda x, axes: (_tangent.bind(*x), *axes)
 ad.primitive_transposes[_tangent] = lambda grad, x: (grad,)
 
 

@@ -215,6 +215,11 @@ BAD = {
         ValueError,
         "r: expected a head size N from 1 to 256, got 300",
     ),
+    "no heads": (
+        {n: float32(1, 1, 0, 4) for n in "rkvw"} | {"u": float32(0, 4)},
+        ValueError,
+        "r: expected a number of heads H from 1",
+    ),
     "k's shape": ({"k": float32(2, 4, 2, 4)}, ValueError, r"k: expected the shape of r = \(2, 3"),
     "v's dtype": (
         {"v": RKVW["v"].astype(ml_dtypes.bfloat16)},
