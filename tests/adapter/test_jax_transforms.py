@@ -9,7 +9,7 @@ import pytest
 from samples import random_inputs
 
 import keras_adapter
-from keras_adapter import _library
+from keras_adapter import RWKVKernelOperator, _library
 from keras_adapter.backends import jax as backend
 from keras_adapter.ops import wkv
 
@@ -228,6 +228,24 @@ def test_export_of_any_batch_and_length_without_our_kernels():
         assert_close(loaded.call(*x, states, index), scanned(*x, states[index]))
     found = jax.grad(loss(lambda *x: loaded.call(*x, index)), GRAD)(*x, states)
     assert_close(found, jax.grad(loss(lambda *x: scanned(*x[:5], x[5][index])), GRAD)(*x, states))
+
+
+@pytest.mark.parametrize("high_level", [False, True])
+def test_export_of_the_operator(high_level):
+    """The recipe of README.md: over (B, T, C), any batch and length."""
+    B, T = jax.export.symbolic_shape("b, t")
+    operator = RWKVKernelOperator(4, high_level=high_level)
+    tokens = jax.ShapeDtypeStruct((B, T, 8), jnp.float32)
+    shapes = [*[tokens] * 4, jax.ShapeDtypeStruct((8,), jnp.float32)]
+    if high_level:
+        loaded = jax.export.deserialize(jax.export.export(jax.jit(operator))(*shapes).serialize())
+    else:
+        loaded = exported(operator, *shapes)
+    for B, T in ((2, 9), (1, 40)):
+        *x, u, _ = inputs(B, T)
+        y, state = loaded.call(*(a.reshape(B, T, 8) for a in x), u.reshape(8))
+        assert state is None
+        assert_close(y.reshape(x[0].shape), scanned(*x, u, jnp.zeros((B, 2, 4, 4)))[0])
 
 
 def test_export_with_gradients():
