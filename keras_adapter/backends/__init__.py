@@ -57,5 +57,9 @@ def _of_backend() -> tuple[Wkv, bool]:
     return chunked.wkv, False
 
 
+if keras.backend.backend() == "torch":
+    # registers an operator, which a .pt2 file may hold
+    from keras_adapter.backends import torch_chunks  # noqa: F401
+
 _found = _of_backend() if _SETTING == "0" else None  # else nothing is loaded before it is wanted
 has_kernels: bool = _found is not None and _found[1]

@@ -110,12 +110,15 @@ def chunks(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, T, H, N], [B, H, N, N]
     batch, tokens, heads, size = ops.shape(r)
-    if keras.backend.backend() == "torch" and not _is_known(tokens):
-        from keras_adapter.backends.torch_chunks import wkv_chunks
+    if keras.backend.backend() == "torch":
+        import torch
 
-        y, state = wkv_chunks(r, k, v, log_decay, state)
-        return y, state
-    if _is_known(tokens):
+        if torch.compiler.is_compiling():
+            from keras_adapter.backends.torch_chunks import wkv_chunks
+
+            y, state = wkv_chunks(r, k, v, log_decay, state)
+            return y, state
+    if isinstance(tokens, int):
         chunk = min(CHUNK, 1 << max(tokens - 1, 0).bit_length())
         count = max(1, -(-tokens // chunk))
     else:
@@ -202,7 +205,7 @@ def _walk(
 ) -> tuple[Any, Any]:  # [B, H, count, N, N], [B, H, N, N]
     """The state before each chunk, and after the last."""
     backend = keras.backend.backend()
-    short = _is_known(count) and count <= UNROLLED
+    short = isinstance(count, int) and count <= UNROLLED
     if short or backend not in ("jax", "tensorflow"):
         states = []
         for keep, change, update in zip(*(_each(x, count) for x in steps)):
@@ -219,15 +222,6 @@ def _each(x: Any, count: int, axis: int = 2) -> Any:  # `count` tensors without 
         return [x[(slice(None),) * axis + (i,)] for i in range(count)]
     # not an index each: the gradient of n indexings costs n whole tensors
     return ops.unstack(x, count, axis=axis)
-
-
-def _is_known(size: Any) -> bool:
-    """Whether a size is a number, and not one that a compiler leaves open."""
-    if keras.backend.backend() == "torch":
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        return bool(has_static_value(size))
-    return isinstance(size, int)
 
 
 # Loops over chunks. Each takes the steps [count, B, H, ...] and the state [B, H, N, N], and returns

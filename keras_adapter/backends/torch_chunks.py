@@ -1,6 +1,7 @@
-"""The chunks of `chunked` as one operator of torch, for graphs that leave the length open.
+"""The chunks of `chunked` as one operator of torch, for torch.compile and torch.export.
 
-torch.compile and torch.export unroll Python loops, which a length that is not known yet forbids.
+They would unroll the Python loop over chunks, which takes long, and a length that is left open
+forbids.
 """
 
 from __future__ import annotations

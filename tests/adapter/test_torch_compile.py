@@ -1,5 +1,10 @@
 """The operator inside torch.compile: one graph, around the registered operator."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import recurrence
 import torch
@@ -91,8 +96,16 @@ def test_export_of_any_length(high_level, tmp_path):
     shapes = (*({1: length},) * 4, None)
     program = torch.export.export(Model(), inputs(40)[1], dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "wkv.pt2")
-    loaded = torch.export.load(tmp_path / "wkv.pt2").module()
-    for T in (2, 33, 70):
-        x, given = inputs(T)
-        for a, b in zip(loaded(*given), recurrence.wkv(*x), strict=True):
+    cases = {T: inputs(T) for T in (2, 33, 70)}
+    torch.save([given for _, given in cases.values()], tmp_path / "inputs.pt")
+    code = (
+        "import torch, keras_adapter\n"
+        "f = torch.export.load('wkv.pt2').module()\n"
+        "torch.save([f(*x) for x in torch.load('inputs.pt')], 'outputs.pt')\n"
+    )
+    root = str(Path(keras_adapter.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    for (x, _), outputs in zip(cases.values(), torch.load(tmp_path / "outputs.pt"), strict=True):
+        for a, b in zip(outputs, recurrence.wkv(*x), strict=True):
             assert relative_rms(array(a).reshape(b.shape), b) < 1e-6
