@@ -142,17 +142,12 @@ def _operator(count: int, states: int) -> Callable[..., Arrays]:
     return functools.partial(guarded, wkv)
 
 
-@jax.custom_jvp
-def _identity(x: Array) -> Array:
-    return x
-
-
 def _reverse_mode_only(x: Array) -> Array:
     """x, of which forward mode is refused with a message that names the way out.
 
     JAX's own message, of custom_vjp functions, cannot say that there is one.
     """
-    return _identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return _input.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -163,18 +158,22 @@ def _refuse(*_: Any, **__: Any) -> Any:
     )
 
 
-# The tangent that comes through _identity: reverse mode transposes it, forward mode evaluates it.
-_tangent = Primitive("rwkv6_tangent")
-_tangent.def_abstract_eval(lambda x: x)
+# Both are the identity: of an input, and of the tangent that belongs to it. Reverse mode transposes
+# the tangent's, forward mode evaluates it.
+_input, _tangent = Primitive("rwkv6_input"), Primitive("rwkv6_tangent")
+for _primitive in (_input, _tangent):
+    _primitive.def_abstract_eval(lambda x: x)
+_input.def_impl(lambda x: x)
+mlir.register_lowering(_input, lambda context, x: [x])
+batching.primitive_batchers[_input] = lambda x, axes: (_input.bind(*x), *axes)
+ad.primitive_jvps[_input] = lambda x, tangents: (
+    _input.bind(*x),
+    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent.bind(*tangents),
+)
 _tangent.def_impl(_refuse)
 mlir.register_lowering(_tangent, _refuse)
-batching.primitive_batchers[_tangent] = lambda x, axes: (_tangent.bind(*x), *axes)
+batching.primitive_batchers[_tangent] = _refuse
 ad.primitive_transposes[_tangent] = lambda grad, x: (grad,)
-
-
-@_identity.defjvp
-def _(primals: Arrays, tangents: Arrays) -> tuple[Array, Array]:
-    return primals[0], _tangent.bind(tangents[0])
 
 
 def _state_dtype(r: Array) -> Any:
