@@ -15,8 +15,8 @@ FORWARD, BACKWARD = "rwkv6_xla_forward", "rwkv6_xla_backward"  # also the custom
 _BINARY = Path(__file__).with_name("_xla.abi3.so")
 
 
-def has_cuda_kernels(binding: ctypes.CDLL) -> bool:
-    """Whether the kernel library behind the binding was built with CUDA."""
+def built_with_cuda(binding: ctypes.CDLL) -> bool:
+    """Whether the kernel library behind the binding was built with CUDA, GPU or not."""
     architectures = binding.rwkv6_cuda_architectures
     architectures.restype = ctypes.c_char_p
     return architectures() is not None

@@ -1,10 +1,11 @@
-"""Argument checks: shapes and dtypes of any backend's tensors, KerasTensors included.
+"""Argument checks: types, shapes and dtypes of any backend's tensors, KerasTensors included.
 
 Sizes that are None (not known yet) fit everything.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import keras
@@ -14,7 +15,68 @@ FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 INDEX_DTYPES = ("int32", "int64")
 MAX_HEAD_SIZE = 256
 
+SHOWN = 8  # so many entries of a list are in a message
+
 Shape = tuple[Any, ...]  # int, or None
+
+
+def prepare(
+    r: Any,  # [B, T, H, N]
+    k: Any,  # [B, T, H, N]
+    v: Any,  # [B, T, H, N]
+    w: Any,  # [B, T, H, N]
+    u: Any,  # [H, N]
+    initial_state: Any | None,  # [S, H, N, N]
+    state_map: Any | None,  # [B]
+) -> tuple[Any, ...]:
+    """The arguments as tensors of the backend, checked; KerasTensors stay what they are.
+
+    Raises TypeError or ValueError. Values are looked at only in state_map, where they can be seen.
+    """
+    tokens = (("r", r), ("k", k), ("v", v), ("w", w), ("u", u))
+    r, k, v, w, u = (tensor(name, x) for name, x in tokens)
+    if initial_state is not None:
+        initial_state = tensor("initial_state", initial_state)
+    if isinstance(state_map, (list, tuple)):
+        state_map = _integers("state_map", state_map)
+    # NumPy's is looked at as it is: made a tensor, its entries may be cut to 32 bits
+    if state_map is not None and not isinstance(state_map, np.ndarray):
+        state_map = tensor("state_map", state_map)
+    check_wkv(r, k, v, w, u, initial_state, state_map)
+    if initial_state is not None and state_map is not None:
+        _check_rows("state_map", state_map, initial_state.shape[0])
+        state_map = tensor("state_map", state_map)
+    return r, k, v, w, u, initial_state, state_map
+
+
+def tensor(name: str, x: Any) -> Any:
+    """x as a tensor of the backend; a KerasTensor stays what it is. Raises TypeError."""
+    if isinstance(x, keras.KerasTensor):
+        return x
+    try:
+        if x is None or isinstance(x, (str, bytes, dict)):
+            raise TypeError("no numbers")
+        return keras.ops.convert_to_tensor(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise TypeError(f"{name}: expected a tensor, got {_described(x)}") from error
+
+
+def flag(name: str, x: Any) -> bool:
+    """x as a bool. Raises TypeError for all but True and False."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {_described(x)}")
+    return bool(x)
+
+
+def number(name: str, x: Any, largest: int | None = None) -> int:
+    """x as an int, at least 1. Raises TypeError for what is no integer, ValueError out of range."""
+    value = _whole(x)
+    if value is None:
+        raise TypeError(f"{name}: expected an int, got {_described(x)}")
+    if value < 1 or (largest is not None and value > largest):
+        wanted = "at least 1" if largest is None else f"1 to {largest}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return value
 
 
 def check_wkv(
@@ -26,14 +88,16 @@ def check_wkv(
     initial_state: Any | None,  # [S, H, N, N]
     state_map: Any | None,  # [B]
 ) -> None:
-    """Raises TypeError or ValueError; looks at values only in `check_state_map`."""
+    """Raises TypeError or ValueError; looks at no values."""
     dtype = dtype_of(r)
     _check_dtype("r", r, FLOAT_DTYPES)
     if len(r.shape) != 4:
         raise ValueError(f"r: expected 4 dimensions [B, T, H, N], got shape {tuple(r.shape)}")
     batch, _, heads, size = r.shape
-    if size is None or heads is None or not 1 <= size <= MAX_HEAD_SIZE:
+    if size is None or not 1 <= size <= MAX_HEAD_SIZE:
         raise ValueError(f"r: expected a head size N from 1 to {MAX_HEAD_SIZE}, got {size}")
+    if heads is None or heads < 1:
+        raise ValueError(f"r: expected a number of heads H from 1, got shape {tuple(r.shape)}")
     for name, x, dtypes in (
         ("k", k, (dtype,)),
         ("v", v, (dtype,)),
@@ -60,25 +124,64 @@ def check_wkv(
         )
 
 
-def check_state_map(state_map: Any, rows: int | None) -> None:
-    """Raises ValueError for an entry that names no state, where the values can be seen."""
-    values = _concrete(state_map)
-    if values is None or rows is None:
-        return
-    if ((values < 0) | (values >= rows)).any():
-        raise ValueError(
-            f"state_map: expected entries from 0 to {rows - 1} ({rows} states), "
-            f"got {values.tolist()}"
-        )
-
-
 def dtype_of(x: Any) -> str:
-    return str(keras.backend.standardize_dtype(x.dtype))
+    try:
+        return str(keras.backend.standardize_dtype(x.dtype))
+    except ValueError:  # one that Keras does not know, as complex128
+        return str(x.dtype)
 
 
 def state_dtype(r: Any) -> str:
     """The dtype of the state that belongs to inputs of r's dtype."""
     return "float64" if dtype_of(r) == "float64" else "float32"
+
+
+def _integers(name: str, x: Any) -> np.ndarray[Any, Any]:
+    """A list of integers as an array of int32, or of int64 where an entry needs it."""
+    entries = []
+    for entry in x:
+        value = _whole(entry)
+        if value is None:
+            raise TypeError(f"{name}: expected integers, got {_described(entry)} among them")
+        entries.append(value)
+    dtype = "int32" if all(-(2**31) <= entry < 2**31 for entry in entries) else "int64"
+    try:
+        return np.array(entries, dtype)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected integers of 64 bits, got {_some(entries)}") from error
+
+
+def _whole(x: Any) -> int | None:
+    """x as an int; None for what is none, a bool too."""
+    try:
+        return None if isinstance(x, (bool, np.bool_)) else operator.index(x)
+    except TypeError:
+        return None
+
+
+def _check_rows(name: str, x: Any, rows: int | None) -> None:
+    """Raises ValueError for an entry that names no row, where the values can be seen."""
+    values = _concrete(x)
+    if values is None or rows is None:
+        return
+    wrong = values[(values < 0) | (values >= rows)]
+    if wrong.size:
+        raise ValueError(
+            f"{name}: expected entries from 0 to {rows - 1} ({rows} states), "
+            f"got {_some(wrong.tolist())}"
+        )
+
+
+def _some(entries: list[Any]) -> str:
+    """The first entries of a list, for a message."""
+    shown = ", ".join(str(entry)[:40] for entry in entries[:SHOWN])
+    return f"[{shown}{', ...' if len(entries) > SHOWN else ''}]"
+
+
+def _described(x: Any) -> str:
+    """A value as a message shows it: itself where that is short, or its type."""
+    text = repr(x)
+    return text if len(text) <= 40 and "\n" not in text else f"a {type(x).__name__}"
 
 
 def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...], beside: str = "") -> None:
@@ -99,6 +202,8 @@ def _check_shape(name: str, x: Any, shape: Shape, description: str) -> None:
 def _concrete(x: Any) -> np.ndarray[Any, Any] | None:
     """The values on the CPU; None while they are traced, or where a look would wait for a GPU."""
     backend = keras.backend.backend()
+    if isinstance(x, np.ndarray):
+        return x
     if isinstance(x, keras.KerasTensor):
         return None
     if backend == "torch":
@@ -119,4 +224,4 @@ def _concrete(x: Any) -> np.ndarray[Any, Any] | None:
         import tensorflow as tf
 
         return None if tf.is_symbolic_tensor(x) or "GPU" in x.device else x.numpy()
-    return x if isinstance(x, np.ndarray) else None
+    return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from keras_adapter.checks import MAX_HEAD_SIZE, state_dtype
+from keras_adapter.checks import MAX_HEAD_SIZE, flag, number, prepare, state_dtype, tensor
 from keras_adapter.ops import wkv
 
 __all__ = ["RWKVKernelOperator", "get_rwkv6_kernel"]
@@ -25,10 +26,13 @@ class RWKVKernelOperator(keras.Operation):
         head_size: N, 1 to 256.
         max_sequence_length: accepted for compatibility; sequences may have any length.
         ops_loop: computes sequences of one token with keras.ops instead of the native kernel.
+        high_level: True computes everything with keras.ops, False by the native kernel where there
+            is one, None as the environment variable ``OPS_KERNEL`` says.
         name: name of the operation in a Keras graph.
 
     Raises:
-        ValueError: head_size out of range.
+        TypeError: head_size or max_sequence_length not an int, ops_loop or high_level not a bool.
+        ValueError: head_size or max_sequence_length out of range.
     """
 
     def __init__(
@@ -37,14 +41,16 @@ class RWKVKernelOperator(keras.Operation):
         max_sequence_length: int | None = None,
         ops_loop: bool = False,
         *,
+        high_level: bool | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        if not 1 <= head_size <= MAX_HEAD_SIZE:
-            raise ValueError(f"head_size: expected 1 to {MAX_HEAD_SIZE}, got {head_size}")
-        self.head_size = int(head_size)
-        self.max_sequence_length = max_sequence_length
-        self.ops_loop = bool(ops_loop)
+        self.head_size = number("head_size", head_size, MAX_HEAD_SIZE)
+        self.max_sequence_length: int | None = None
+        if max_sequence_length is not None:
+            self.max_sequence_length = number("max_sequence_length", max_sequence_length)
+        self.ops_loop = flag("ops_loop", ops_loop)
+        self.high_level = None if high_level is None else flag("high_level", high_level)
 
     def call(
         self,
@@ -52,7 +58,7 @@ class RWKVKernelOperator(keras.Operation):
         k: Any,  # [B, T, C]
         v: Any,  # [B, T, C]
         w: Any,  # [B, T, C]
-        u: Any,  # [H, N] or [C]
+        u: Any,  # [H, N], [C] or [1, C]
         with_state: bool = False,
         init_state: Any | None = None,  # [n_state, H, N, N] or [H, N, N]
         state_map: Any | None = None,  # [B]
@@ -64,12 +70,13 @@ class RWKVKernelOperator(keras.Operation):
             k: key, as r.
             v: value, as r.
             w: decay before its two exponentials, as r; float32 beside half precision too.
-            u: bonus of the current token, (H, N) or (C,); r's dtype or float32.
+            u: bonus of the current token, (H, N), (C,) or another shape of C elements, as (1, C);
+                r's dtype or float32.
             with_state: also return the state after the last token.
             init_state: states to start from, (n_state, H, N, N) or one (H, N, N), as [key, value];
                 float32 or r's dtype. None is zeros. One state is shared by all sequences, B are
                 one to one, any other number needs state_map. Used whatever with_state is.
-            state_map: int32 (B,): sequence b starts from ``init_state[state_map[b]]``.
+            state_map: int32 or int64 (B,): sequence b starts from ``init_state[state_map[b]]``.
 
         Returns:
             y, (B, T, C) in r's dtype, and the state after the last token, (B, H, N, N) in float32
@@ -77,21 +84,13 @@ class RWKVKernelOperator(keras.Operation):
 
         Raises:
             TypeError, ValueError: as `keras_adapter.ops.wkv`, and for a C that head_size does not
-                divide.
+                divide or a with_state that is no bool.
         """
-        r, k, v, w, u = (keras.ops.convert_to_tensor(x) for x in (r, k, v, w, u))
-        heads = self._heads(r)
-        tokens = (("r", r), ("k", k), ("v", v), ("w", w))
-        r, k, v, w = (self._split(name, x, heads) for name, x in tokens)
-        if len(u.shape) == 1 and u.shape[0] == heads * self.head_size:
-            u = keras.ops.reshape(u, (heads, self.head_size))
-        if init_state is not None:
-            init_state = keras.ops.convert_to_tensor(init_state)
-            if len(init_state.shape) == 3:
-                init_state = keras.ops.expand_dims(init_state, 0)
-        high_level = self.ops_loop and r.shape[1] == 1
+        with_state = flag("with_state", with_state)
+        r, k, v, w, u, init_state = self._by_heads(r, k, v, w, u, init_state)
+        high_level = True if self.ops_loop and r.shape[1] == 1 else self.high_level
         y, state = wkv(r, k, v, w, u, init_state, state_map=state_map, high_level=high_level)
-        y = keras.ops.reshape(y, (*keras.ops.shape(y)[:2], heads * self.head_size))
+        y = keras.ops.reshape(y, (*keras.ops.shape(y)[:2], y.shape[2] * y.shape[3]))
         return y, (state if with_state else None)
 
     def compute_output_spec(
@@ -100,17 +99,19 @@ class RWKVKernelOperator(keras.Operation):
         k: Any,  # [B, T, C]
         v: Any,  # [B, T, C]
         w: Any,  # [B, T, C]
-        u: Any,  # [H, N] or [C]
+        u: Any,  # [H, N], [C] or [1, C]
         with_state: bool = False,
         init_state: Any | None = None,  # [n_state, H, N, N] or [H, N, N]
         state_map: Any | None = None,  # [B]
     ) -> keras.KerasTensor | tuple[keras.KerasTensor, keras.KerasTensor]:
-        batch, heads = r.shape[0], self._heads(r)
-        y = keras.KerasTensor(r.shape, dtype=r.dtype)
+        with_state = flag("with_state", with_state)
+        r, k, v, w, u, init_state = self._by_heads(r, k, v, w, u, init_state)
+        prepare(r, k, v, w, u, init_state, state_map)
+        batch, tokens, heads, size = r.shape
+        y = keras.KerasTensor((batch, tokens, heads * size), dtype=r.dtype)
         if not with_state:
             return y  # a Keras graph has no place for None: see symbolic_call
-        shape = (batch, heads, self.head_size, self.head_size)
-        return y, keras.KerasTensor(shape, dtype=state_dtype(r))
+        return y, keras.KerasTensor((batch, heads, size, size), dtype=state_dtype(r))
 
     def symbolic_call(
         self, *args: Any, **kwargs: Any
@@ -118,22 +119,43 @@ class RWKVKernelOperator(keras.Operation):
         outputs = super().symbolic_call(*args, **kwargs)
         return outputs if isinstance(outputs, tuple) else (outputs, None)
 
-    def _heads(self, r: Any) -> int:  # [B, T, C]
-        """H, after checking the shape of r."""
+    def _by_heads(
+        self,
+        r: Any,  # [B, T, C]
+        k: Any,  # [B, T, C]
+        v: Any,  # [B, T, C]
+        w: Any,  # [B, T, C]
+        u: Any,  # [H, N], [C] or [1, C]
+        init_state: Any | None,  # [n_state, H, N, N] or [H, N, N]
+    ) -> tuple[Any, ...]:  # as `keras_adapter.ops.wkv` has them
+        r = tensor("r", r)
         shape = tuple(r.shape)
         if len(shape) != 3:
             raise ValueError(f"r: expected 3 dimensions (B, T, C), got shape {shape}")
-        if shape[2] is None or shape[2] % self.head_size:
-            raise ValueError(
-                f"r: expected a width C that head_size = {self.head_size} divides, got {shape[2]}"
-            )
-        return int(shape[2]) // self.head_size
+        width, size = shape[2], self.head_size
+        if not width or width % size:
+            raise ValueError(f"r: expected a width C that head_size = {size} divides, got {width}")
+        heads = width // size
 
-    def _split(self, name: str, x: Any, heads: int) -> Any:  # [B, T, C] -> [B, T, H, N]
-        shape, width = tuple(x.shape), heads * self.head_size
-        if len(shape) != 3 or shape[2] != width:
-            raise ValueError(f"{name}: expected the shape of r, (B, T, {width}), got shape {shape}")
-        return keras.ops.reshape(x, (*keras.ops.shape(x)[:2], heads, self.head_size))
+        def split(name: str, x: Any) -> Any:  # [B, T, C] -> [B, T, H, N]
+            x = tensor(name, x)
+            found = tuple(x.shape)
+            if len(found) != 3 or found[2] != width:
+                raise ValueError(
+                    f"{name}: expected the shape of r, (B, T, {width}), got shape {found}"
+                )
+            return _reshape(x, (*found[:2], heads, size))
+
+        u = tensor("u", u)
+        found = tuple(u.shape)
+        transposed = len(found) == 2 and found == (size, heads)
+        if None not in found and math.prod(found) == width and not transposed:
+            u = _reshape(u, (heads, size))
+        if init_state is not None:
+            init_state = tensor("init_state", init_state)
+            if len(init_state.shape) == 3:
+                init_state = _reshape(init_state, (1, *init_state.shape))
+        return (*(split(n, x) for n, x in (("r", r), ("k", k), ("v", v), ("w", w))), u, init_state)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -141,7 +163,16 @@ class RWKVKernelOperator(keras.Operation):
             "head_size": self.head_size,
             "max_sequence_length": self.max_sequence_length,
             "ops_loop": self.ops_loop,
+            "high_level": self.high_level,
         }
+
+
+def _reshape(x: Any, shape: tuple[Any, ...]) -> Any:
+    """x in another shape of as many elements; sizes that are not known yet stay where they are."""
+    if isinstance(x, keras.KerasTensor):  # its shape is all there is: no operation of the graph
+        return keras.KerasTensor(shape, dtype=x.dtype)
+    known = keras.ops.shape(x)
+    return keras.ops.reshape(x, [known[i] if n is None else n for i, n in enumerate(shape)])
 
 
 KERNEL_TYPES = ("native", "cuda", "triton")
@@ -166,7 +197,8 @@ def get_rwkv6_kernel(
         `RWKVKernelOperator`.
 
     Raises:
-        ValueError: an unknown KERNEL_TYPE, or HEAD_SIZE out of range.
+        TypeError: HEAD_SIZE or MAX_SEQUENCE_LENGTH not an int.
+        ValueError: an unknown KERNEL_TYPE, or HEAD_SIZE or MAX_SEQUENCE_LENGTH out of range.
     """
     if KERNEL_TYPE not in KERNEL_TYPES:
         raise ValueError(
@@ -179,7 +211,7 @@ def get_rwkv6_kernel(
         k: Any,  # [B, T, C]
         v: Any,  # [B, T, C]
         w: Any,  # [B, T, C]
-        u: Any,  # [H, N] or [C]
+        u: Any,  # [H, N], [C] or [1, C]
         initial_state: Any | None = None,  # [n_state, H, N, N] or [H, N, N]
         output_final_state: bool = False,
         state_map: Any | None = None,  # [B]
@@ -190,7 +222,7 @@ def get_rwkv6_kernel(
             v,
             w,
             u,
-            with_state=output_final_state,
+            with_state=flag("output_final_state", output_final_state),
             init_state=initial_state,
             state_map=state_map,
         )

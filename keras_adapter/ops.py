@@ -7,8 +7,7 @@ from typing import Any
 import keras
 
 from keras_adapter import backends
-from keras_adapter.backends import chunked
-from keras_adapter.checks import check_state_map, check_wkv, state_dtype
+from keras_adapter.checks import prepare, state_dtype
 
 __all__ = ["wkv"]
 
@@ -22,7 +21,7 @@ def wkv(
     initial_state: Any | None = None,  # [S, H, N, N]
     *,
     state_map: Any | None = None,  # [B]
-    high_level: bool = False,
+    high_level: bool | None = None,
 ) -> tuple[Any, Any]:  # y [B, T, H, N], final_state [B, H, N, N]
     r"""RWKV-6 time mixing, WKV6, over whole sequences. Differentiable where the backend is.
 
@@ -47,8 +46,10 @@ def wkv(
             to one, any other S needs state_map.
         state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
             Repeats are allowed, their gradients add up.
-        high_level: computes with keras.ops also where there is a native kernel. In JAX this has
-            forward-mode derivatives as well; those of the native kernels are reverse-mode.
+        high_level: True computes with keras.ops also where there is a native kernel, False by
+            the native kernel where there is one, None as the environment variable ``OPS_KERNEL``
+            says (1: as True). In JAX keras.ops has forward-mode derivatives (`jax.jvp`,
+            `jax.jacfwd`, `jax.hessian`) as well; those of the native kernels are reverse-mode.
 
     Returns:
         y, [B, T, H, N] in r's dtype, and the state after the last token, [B, H, N, N], float32
@@ -56,35 +57,25 @@ def wkv(
         in the high-level implementation on all but TensorFlow, as keras.ops does.
 
     Raises:
-        TypeError: a dtype not named above.
+        TypeError: a dtype not named above, or an argument of another type: a state_map of floats
+            or bools too.
         ValueError: a shape that does not fit, state_map without initial_state, or values of
             state_map out of range. Values that are not known yet, inside a compiled function, are
             an error of the native kernels when it runs; where nothing can be raised (a GPU, the
             high-level implementation) such a sequence gets NaN.
     """
+    compute = backends.choose(high_level)
     given = (r, k, v, w, u, initial_state, state_map)
     if any(isinstance(x, keras.KerasTensor) for x in given):
-        operation = WKV(high_level)
-        return operation(r, k, v, w, u, initial_state, state_map=state_map)
-    r, k, v, w, u = (keras.ops.convert_to_tensor(x) for x in (r, k, v, w, u))
-    if initial_state is not None:
-        initial_state = keras.ops.convert_to_tensor(initial_state)
-    if isinstance(state_map, (list, tuple)):
-        state_map = keras.ops.convert_to_tensor(state_map, dtype="int32")
-    elif state_map is not None:
-        state_map = keras.ops.convert_to_tensor(state_map)
-    check_wkv(r, k, v, w, u, initial_state, state_map)
-    if initial_state is not None and state_map is not None:
-        check_state_map(state_map, initial_state.shape[0])
-    compute = chunked.wkv if high_level else backends.wkv
-    return compute(r, k, v, w, u, initial_state, state_map)
+        return WKV(high_level)(r, k, v, w, u, initial_state, state_map=state_map)
+    return compute(*prepare(*given))
 
 
 @keras.saving.register_keras_serializable(package="keras_adapter")
 class WKV(keras.Operation):
     """`wkv` as a node of a Keras graph."""
 
-    def __init__(self, high_level: bool = False, *, name: str | None = None) -> None:
+    def __init__(self, high_level: bool | None = None, *, name: str | None = None) -> None:
         super().__init__(name=name)
         self.high_level = high_level
 
@@ -102,7 +93,7 @@ class WKV(keras.Operation):
         *,
         state_map: Any | None = None,  # [B]
     ) -> tuple[keras.KerasTensor, keras.KerasTensor]:
-        check_wkv(r, k, v, w, u, initial_state, state_map)
+        r, *_ = prepare(r, k, v, w, u, initial_state, state_map)
         batch, _, heads, size = r.shape
         state = keras.KerasTensor((batch, heads, size, size), dtype=state_dtype(r))
         return keras.KerasTensor(r.shape, dtype=r.dtype), state

@@ -13,18 +13,35 @@ from typing import Any
 import keras
 
 from keras_adapter.backends import chunked
+from keras_adapter.checks import flag
 
 Wkv = Callable[..., tuple[Any, Any]]
 
+_SETTING = os.environ.get("OPS_KERNEL", "0")
+if _SETTING not in ("0", "1"):
+    raise ValueError(f"OPS_KERNEL: expected 0 or 1, got {_SETTING!r}")
 
-def _choose() -> tuple[Wkv, bool]:
-    """The implementation, and whether it runs the native kernels."""
-    setting = os.environ.get("OPS_KERNEL", "0")
-    if setting not in ("0", "1"):
-        raise ValueError(f"OPS_KERNEL: expected 0 or 1, got {setting!r}")
+
+def choose(high_level: bool | None = None) -> Wkv:
+    """keras.ops, or what the backend has; None as the environment variable says."""
+    if high_level is not None:
+        high_level = flag("high_level", high_level)
+    elif _SETTING == "1":
+        high_level = True
+    return _high_level() if high_level else (_found or _of_backend())[0]
+
+
+def _high_level() -> Wkv:
+    if keras.backend.backend() != "jax":
+        return chunked.wkv
+    from keras_adapter.backends import jax_mesh
+
+    return jax_mesh.with_auto_axes(chunked.wkv)
+
+
+def _of_backend() -> tuple[Wkv, bool]:
+    """What the backend has, and whether that runs the native kernels."""
     backend = keras.backend.backend()
-    if setting == "1":
-        return chunked.wkv, False
     if backend == "torch":
         from keras_adapter.backends import torch
 
@@ -40,4 +57,9 @@ def _choose() -> tuple[Wkv, bool]:
     return chunked.wkv, False
 
 
-wkv, has_kernels = _choose()
+if keras.backend.backend() == "torch":
+    # registers an operator, which a .pt2 file may hold
+    from keras_adapter.backends import torch_chunks  # noqa: F401
+
+_found = _of_backend() if _SETTING == "0" else None  # else nothing is loaded before it is wanted
+has_kernels: bool = _found is not None and _found[1]

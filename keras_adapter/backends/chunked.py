@@ -1,14 +1,16 @@
 """WKV in keras.ops: few large products in place of a loop over tokens, on every backend.
 
-Tokens are cut into chunks of up to 32, chunks into blocks of 8. With l_t = -exp(w_t), the log of
-the decay, token t sees token s < t through
+Tokens are cut into chunks of up to 32. With l_t = -exp(w_t), the log of the decay, token t sees
+token s < t through
 
     sum_i r_t[i] k_s[i] exp(l_{s+1}[i] + ... + l_{t-1}[i])
 
-within a block exactly so, between blocks of a chunk by factors split at the borders of blocks, and
-across chunks through the state. Every exponent is a sum of log decays, formed by a product with a
-constant 0/1 matrix and never as a difference of running sums: none is positive, none cancels, so
-nothing overflows, whatever w is.
+Inside a chunk, runs of 1, 2, 4, ... tokens are joined in pairs: each token of the second run sees
+each of the first, r decayed from the border between the runs and k decayed up to it. Across chunks
+they meet through the state. Every exponent is a sum of log decays, never a difference of running
+sums: none is positive, none cancels, so nothing overflows, whatever w is. And nothing is masked by
+a product with zero: what is multiplied is what the recurrence multiplies, so a NaN or an infinity
+reaches, forward and backward, what the recurrence takes it to and nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import keras
 import numpy as np
 from keras import ops
 
-CHUNK, BLOCK = 32, 8
+CHUNK = 32  # a power of two
 UNROLLED = 32  # up to this many chunks the graph holds each of them; beyond, a loop
+Steps = tuple[Any, Any, Any]  # see _step
 _LARGEST_W = 80.0  # exp(-exp(80)) is 0 in every dtype, and sums of exp(80) are finite in float32
+_SLOW = -0.5  # log decays above it belong to slow decays
 
 
 def wkv(
@@ -38,8 +42,8 @@ def wkv(
     # keras.ops' products of float64 are float32 everywhere else
     acc = wide if keras.backend.backend() == "tensorflow" else "float32"
     r, k, v, w, u = (ops.cast(x, acc) for x in (r, k, v, w, u))
-    state = _state_of_each(r, initial_state, state_map, acc)
-    log_decay = -ops.exp(ops.minimum(w, _LARGEST_W))
+    state = state_of_each(r, initial_state, state_map, acc)
+    log_decay = -ops.exp(_bounded(w))
     # the token itself, through u
     bonus = ops.sum(r * u * k, axis=-1, keepdims=True) * v
     if r.shape[1] == 0 and keras.backend.backend() == "openvino":
@@ -47,11 +51,19 @@ def wkv(
     if r.shape[1] == 1:
         y, state = _one_token(r, k, v, log_decay, state)
     else:
-        y, state = _chunks(r, k, v, log_decay, state)
+        y, state = chunks(r, k, v, log_decay, state)
     return ops.cast(y + bonus, dtype), ops.cast(state, wide)
 
 
-def _state_of_each(
+def _bounded(w: Any) -> Any:  # [B, T, H, N]
+    """w, or _LARGEST_W where it is larger.
+
+    There tanh is 1, with a derivative of 0 that multiplies what comes: a NaN stays one.
+    """
+    return ops.where(w > _LARGEST_W, _LARGEST_W * ops.tanh(w), w)
+
+
+def state_of_each(
     r: Any,  # [B, T, H, N]
     initial_state: Any | None,  # [S, H, N, N]
     state_map: Any | None,  # [B]
@@ -64,10 +76,15 @@ def _state_of_each(
     states = ops.cast(initial_state, acc)
     if state_map is None:
         return ops.broadcast_to(states, (batch, heads, size, size))
-    last = ops.shape(states)[0] - 1
-    chosen = ops.take(states, ops.clip(state_map, 0, last), axis=0)
-    valid = ops.logical_and(state_map >= 0, state_map <= last)
-    return ops.where(ops.reshape(valid, (-1, 1, 1, 1)), chosen, np.nan)
+    count = ops.shape(states)[0]
+    if ops.is_tensor(count):  # TensorFlow's, of int32
+        count = ops.cast(count, state_map.dtype)
+    # as rows: the gradient of a reshape is a dense tensor, in TensorFlow too
+    rows = ops.reshape(states, (ops.shape(states)[0], heads * size * size))
+    chosen = ops.take(rows, ops.clip(state_map, 0, count - 1), axis=0)
+    valid = ops.logical_and(state_map >= 0, state_map < count)
+    chosen = ops.where(ops.expand_dims(valid, 1), chosen, np.nan)
+    return ops.reshape(chosen, (batch, heads, size, size))
 
 
 def _one_token(
@@ -78,12 +95,14 @@ def _one_token(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, 1, H, N], [B, H, N, N]
     y = ops.squeeze(ops.matmul(ops.expand_dims(r, -2), ops.expand_dims(state, 1)), -2)
-    y = y + 0.0 * log_decay  # y does not see its own decay; the gradient is a zero and not missing
-    decay = ops.expand_dims(ops.exp(log_decay[:, 0]), -1)
-    return y, decay * state + ops.expand_dims(k[:, 0], -1) * ops.expand_dims(v[:, 0], -2)
+    # y does not see its own decay; the gradient is a zero and not missing
+    y = ops.where(ops.zeros_like(y, dtype="bool"), log_decay, y)
+    keep, change = _decay(ops.expand_dims(log_decay[:, 0], -1))
+    update = ops.expand_dims(k[:, 0], -1) * ops.expand_dims(v[:, 0], -2)
+    return y, _step(keep, change, update, state)
 
 
-def _chunks(
+def chunks(
     r: Any,  # [B, T, H, N]
     k: Any,  # [B, T, H, N]
     v: Any,  # [B, T, H, N]
@@ -91,90 +110,96 @@ def _chunks(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, T, H, N], [B, H, N, N]
     batch, tokens, heads, size = ops.shape(r)
-    acc = keras.backend.standardize_dtype(r.dtype)
-    chunk = CHUNK
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if torch.compiler.is_compiling():
+            from keras_adapter.backends.torch_chunks import wkv_chunks
+
+            y, state = wkv_chunks(r, k, v, log_decay, state)
+            return y, state
     if isinstance(tokens, int):
-        chunk = min(CHUNK, max(1, -(-tokens // BLOCK)) * BLOCK)
+        chunk = min(CHUNK, 1 << max(tokens - 1, 0).bit_length())
         count = max(1, -(-tokens // chunk))
     else:
-        count = ops.maximum(1, (tokens + chunk - 1) // chunk)
-    blocks = chunk // BLOCK
+        chunk, count = CHUNK, tokens // CHUNK + 1
 
-    def cut(x: Any) -> Any:  # [B, T, H, N] -> [B, H, count, blocks, BLOCK, N]
+    def cut(x: Any) -> Any:  # [B, T, H, N] -> [B, H, count, chunk, N]
         # padding has k = v = 0 and a log decay of 0: the state stays as it is
         x = ops.pad(x, [[0, 0], [0, count * chunk - tokens], [0, 0], [0, 0]])
         x = ops.transpose(x, (0, 2, 1, 3))
-        return ops.reshape(x, (batch, heads, count, blocks, BLOCK, size))
+        return ops.reshape(x, (batch, heads, count, chunk, size))
 
     r, k, v, log_decay = (cut(x) for x in (r, k, v, log_decay))
-
-    # Within a block: pairs of tokens s < t, P of them.
-    later, earlier, between, place = _pairs(BLOCK, acc)
-    decay = ops.exp(ops.matmul(between, log_decay))  # [B, H, count, blocks, P, N]
-    seen = ops.sum(ops.matmul(later, r) * ops.matmul(earlier, k) * decay, axis=-1)
-    seen = ops.matmul(seen, place)
-    y = ops.matmul(ops.reshape(seen, (batch, heads, count, blocks, BLOCK, BLOCK)), v)
-
-    # Between blocks a > b of a chunk: r decayed from the start of block a, k to the end of b.
-    before, after = _borders(BLOCK, acc)
-    r = r * ops.exp(ops.matmul(before, log_decay))
-    k = k * ops.exp(ops.matmul(after, log_decay))
-    log_decay = ops.sum(log_decay, axis=-2)  # [B, H, count, blocks, N]
-    if blocks > 1:
-        later, earlier, between, _ = _pairs(blocks, acc)
-        leading = (batch, heads, count)
-
-        def take(which: Any, x: Any) -> Any:  # [..., blocks, BLOCK, N] -> [..., P, BLOCK, N]
-            rows = ops.matmul(which, ops.reshape(x, (*leading, which.shape[1], BLOCK * size)))
-            return ops.reshape(rows, (*leading, which.shape[0], BLOCK, size))
-
-        decay = ops.expand_dims(ops.exp(ops.matmul(between, log_decay)), -2)
-        keys = ops.transpose(take(earlier, k), (0, 1, 2, 3, 5, 4))
-        seen = ops.matmul(take(later, r) * decay, keys)  # [B, H, count, P, BLOCK, BLOCK]
-        y = y + take(ops.transpose(later), ops.matmul(seen, take(earlier, v)))
-        before, after = _borders(blocks, acc)
-        r = r * ops.exp(ops.expand_dims(ops.matmul(before, log_decay), -2))
-        k = k * ops.exp(ops.expand_dims(ops.matmul(after, log_decay), -2))
-
-    # Across chunks: through the state at the start of each.
-    r, k, v, y = (ops.reshape(x, (batch, heads, count, chunk, size)) for x in (r, k, v, y))
-    update = ops.matmul(ops.transpose(k, (0, 1, 2, 4, 3)), v)  # [B, H, count, N, N]
-    decay = ops.expand_dims(ops.exp(ops.sum(log_decay, axis=-2)), -1)  # [B, H, count, N, 1]
-    states, state = _walk(decay, update, state, count)
-    y = ops.reshape(y + ops.matmul(r, states), (batch, heads, count * chunk, size))
+    y, before, after, total = _within(r, k, v, log_decay, chunk)
+    # across chunks: through the state at the start of each
+    update = ops.matmul(ops.transpose(k * ops.exp(after), (0, 1, 2, 4, 3)), v)
+    keep, change = _decay(ops.transpose(total, (0, 1, 2, 4, 3)))  # [B, H, count, N, 1]
+    states, state = _walk((keep, change, update), state, count)
+    y = y + ops.matmul(r * ops.exp(before), states)
+    y = ops.reshape(y, (batch, heads, count * chunk, size))
     return ops.transpose(y, (0, 2, 1, 3))[:, :tokens], state
 
 
-def _pairs(n: int, acc: str) -> tuple[Any, Any, Any, Any]:
-    """The P = n (n - 1) / 2 pairs s < t of n rows, as 0/1 matrices to multiply the rows with.
+def _within(
+    r: Any,  # [B, H, count, chunk, N]
+    k: Any,  # [B, H, count, chunk, N]
+    v: Any,  # [B, H, count, chunk, N]
+    log_decay: Any,  # [B, H, count, chunk, N]
+    chunk: int,
+) -> tuple[Any, Any, Any, Any]:  # three [B, H, count, chunk, N], [B, H, count, 1, N]
+    """What each token sees of those before it in its chunk.
 
-    later [P, n] takes row t of each pair, earlier [P, n] row s, and between [P, n] adds up the rows
-    s < j < t. place [P, n * n] puts a number of each pair at (t, s) of an n by n matrix.
+    Also the sums of log decays before each token, after each token, and of the whole chunk.
     """
-    pairs = [(t, s) for t in range(n) for s in range(t)]
-    later = _rows([t for t, _ in pairs], n, acc)
-    earlier = _rows([s for _, s in pairs], n, acc)
-    before, after = _borders(n, acc)
-    between = ops.matmul(later, before) * ops.matmul(earlier, after)
-    return later, earlier, between, _rows([t * n + s for t, s in pairs], n * n, acc)
+    batch, heads, count, _, size = ops.shape(r)
+
+    def halves(x: Any, rows: int) -> Any:  # of neighbouring runs, `rows` rows each
+        pairs = count * (chunk // (2 * run))
+        return _each(ops.reshape(x, (batch, heads, pairs, 2, rows, size)), 2, axis=3)
+
+    def joined(first: Any, second: Any) -> Any:
+        return ops.concatenate([first, second], axis=3)
+
+    y, total = ops.zeros_like(v), log_decay
+    before = after = ops.zeros_like(log_decay)
+    run = 1
+    while run < chunk:
+        (_, r2), (k1, _), (v1, _) = (halves(x, run) for x in (r, k, v))
+        (y1, y2), (before1, before2) = halves(y, run), halves(before, run)
+        (after1, after2), (total1, total2) = halves(after, run), halves(total, 1)
+        if run == 1:  # nothing lies between neighbours
+            seen_v = ops.sum(r2 * k1, axis=-1, keepdims=True) * v1
+        else:
+            r2, k1 = r2 * ops.exp(before2), k1 * ops.exp(after1)
+            seen = ops.matmul(r2, ops.transpose(k1, (0, 1, 2, 4, 3)))  # [B, H, runs, run, run]
+            seen_v = ops.matmul(seen, v1)
+        y = joined(y1, y2 + seen_v)
+        before, after = joined(before1, total1 + before2), joined(after1 + total2, after2)
+        total = total1 + total2
+        run *= 2
+    shape = (batch, heads, count, chunk, size)
+    y, before, after = (ops.reshape(x, shape) for x in (y, before, after))
+    return y, before, after, ops.reshape(total, (batch, heads, count, 1, size))
 
 
-def _rows(indices: list[int], n: int, acc: str) -> Any:  # [len(indices), n]
-    """Those rows of the identity. (Not NumPy's, which torch.compile does not trace.)"""
-    wanted = ops.expand_dims(ops.convert_to_tensor(indices, dtype="int32"), 1)
-    return ops.cast(ops.equal(wanted, ops.arange(n, dtype="int32")), acc)
+def _decay(log_decay: Any) -> tuple[Any, Any]:
+    """What a state keeps as it is, 1 or 0, and what it changes by: their sum is exp(log_decay).
+
+    A slow decay is near 1 and loses digits there, in the same way at every step, which adds up
+    over thousands of them. So it is kept as its complement.
+    """
+    is_slow = log_decay > _SLOW
+    change = ops.where(is_slow, ops.expm1(log_decay), ops.exp(log_decay))
+    return ops.cast(is_slow, log_decay.dtype), change
 
 
-def _borders(n: int, acc: str) -> tuple[Any, Any]:
-    """before [n, n] adds up the rows j < t for every t, after [n, n] the rows j > t."""
-    j = ops.arange(n)
-    before = ops.cast(ops.less(ops.expand_dims(j, 0), ops.expand_dims(j, 1)), acc)
-    return before, ops.transpose(before)
+def _step(keep: Any, change: Any, update: Any, state: Any) -> Any:
+    return keep * state + (change * state + update)
 
 
 def _walk(
-    decay: Any,  # [B, H, count, N, 1]
-    update: Any,  # [B, H, count, N, N]
+    steps: Steps,  # keep and change [B, H, count, N, 1], update [B, H, count, N, N]
     state: Any,  # [B, H, N, N]
     count: Any,
 ) -> tuple[Any, Any]:  # [B, H, count, N, N], [B, H, N, N]
@@ -183,46 +208,50 @@ def _walk(
     short = isinstance(count, int) and count <= UNROLLED
     if short or backend not in ("jax", "tensorflow"):
         states = []
-        for chunk_decay, chunk_update in zip(_each(decay, count), _each(update, count)):
+        for keep, change, update in zip(*(_each(x, count) for x in steps)):
             states.append(state)
-            state = chunk_decay * state + chunk_update
+            state = _step(keep, change, update, state)
         return ops.stack(states, axis=2), state
-    decay, update = ops.moveaxis(decay, 2, 0), ops.moveaxis(update, 2, 0)
     walk = _tensorflow_loop if backend == "tensorflow" else _scan
-    states, state = walk(decay, update, state, count)
+    states, state = walk(tuple(ops.moveaxis(x, 2, 0) for x in steps), state, count)
     return ops.moveaxis(states, 0, 2), state
 
 
-def _each(x: Any, count: int) -> Any:  # [B, H, count, ...] -> count of [B, H, ...]
+def _each(x: Any, count: int, axis: int = 2) -> Any:  # `count` tensors without that axis
     if keras.backend.backend() == "openvino":  # which lacks unstack in Keras 3.12
-        return [x[:, :, i] for i in range(count)]
-    # not an index per chunk: the gradient of n indexings costs n whole tensors
-    return ops.unstack(x, count, axis=2)
+        return [x[(slice(None),) * axis + (i,)] for i in range(count)]
+    # not an index each: the gradient of n indexings costs n whole tensors
+    return ops.unstack(x, count, axis=axis)
 
 
-def _scan(
-    decay: Any,  # [count, B, H, N, 1]
-    update: Any,  # [count, B, H, N, N]
-    state: Any,  # [B, H, N, N]
-    count: int,
-) -> tuple[Any, Any]:
-    last, states = ops.scan(lambda s, x: (x[0] * s + x[1], s), state, (decay, update))
+# Loops over chunks. Each takes the steps [count, B, H, ...] and the state [B, H, N, N], and returns
+# the states before each chunk [count, B, H, N, N] and the last.
+def _scan(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
+    import jax
+
+    from keras_adapter.backends import jax_mesh
+
+    def step(state: Any, x: Any) -> tuple[Any, Any]:
+        keep, change, update = x
+        return _step(keep, change, update, state), state
+
+    first, *each = jax_mesh.varying_alike((state, *steps))
+    last, states = jax.lax.scan(step, first, each)
     return states, last
 
 
-def _tensorflow_loop(
-    decay: Any,  # [count, B, H, N, 1]
-    update: Any,  # [count, B, H, N, N]
-    state: Any,  # [B, H, N, N]
-    count: Any,
-) -> tuple[Any, Any]:
+def _tensorflow_loop(steps: Steps, state: Any, count: Any) -> tuple[Any, Any]:
     # keras.ops has no loop that TensorFlow differentiates, compiles and takes any length of
     import tensorflow as tf
 
+    def step(i: Any, state: Any, states: Any) -> tuple[Any, Any, Any]:
+        keep, change, update = (x[i] for x in steps)
+        return i + 1, _step(keep, change, update, state), states.write(i, state)
+
     states = tf.TensorArray(state.dtype, size=count, element_shape=state.shape)
     _, last, states = tf.while_loop(
-        lambda i, s, states: i < count,
-        lambda i, s, states: (i + 1, decay[i] * s + update[i], states.write(i, s)),
+        lambda i, state, states: i < count,
+        step,
         (0, state, states),
         maximum_iterations=count,
     )

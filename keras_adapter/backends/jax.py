@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from keras_adapter import _library
 from keras_adapter.backends import chunked
+from keras_adapter.backends import jax_mesh as mesh_rules
+from keras_adapter.backends.jax_mesh import HEADS, ROWS, STATES, TOKENS
 
 Array = Any
 Arrays = tuple[Array, ...]
-
-TOKENS, HEADS, STATES, ROWS = "b t h n", "b h n", "b h n m", "b"  # the operands' dimensions
 
 
 def _register() -> frozenset[str]:
@@ -34,7 +35,7 @@ def _register() -> frozenset[str]:
     if binding is None:
         return frozenset()
     suffixes = {"cpu": ""}
-    if _library.has_cuda_kernels(binding):
+    if _library.built_with_cuda(binding):
         suffixes["CUDA"] = "_cuda"
     for platform, suffix in suffixes.items():
         for name in (_library.FORWARD, _library.BACKWARD):
@@ -63,9 +64,12 @@ def wkv(
     initial_state: Array | None,  # [S, H, N, N]
     state_map: Array | None,  # [B]
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
-    if _is_native():
-        return _native(r, k, v, w, u, initial_state, state_map)
-    return chunked.wkv(r, k, v, w, u, initial_state, state_map)
+    compute = mesh_rules.with_auto_axes(_native if _is_native() else chunked.wkv)
+    y, final_state = compute(r, k, v, w, u, initial_state, state_map)
+    return y, final_state
+
+
+_INT32 = (np.iinfo(np.int32).min, np.iinfo(np.int32).max)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -84,18 +88,14 @@ def _native(
     operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
-        initial_state = initial_state.astype(_state_dtype(r))
-        if state_map is None:
-            initial_state = jnp.broadcast_to(initial_state, (batch, heads, size, size))
-            operands.append(initial_state)
-        else:
-            # out of range: an error of the custom call on the CPU; on a GPU, where nobody looks at
-            # the entry, NaN
-            states, state_map = initial_state.shape[0], state_map.astype(jnp.int32)
-            valid = ((state_map >= 0) & (state_map < states))[:, None, None, None]
-            chosen = jnp.take(initial_state, state_map, axis=0, mode="clip")
-            operands += [jnp.where(valid, chosen, jnp.nan), state_map]
-    return _operator(len(operands), states)(*_varying_alike(tuple(operands)))
+        dtype = jnp.dtype(_state_dtype(r)).name
+        operands.append(chunked.state_of_each(r, initial_state, state_map, dtype))
+        if state_map is not None:
+            # an entry out of range is an error of the custom call on the CPU; on a GPU, where
+            # nobody looks at it, its state is NaN. The call takes 32 bits.
+            states = initial_state.shape[0]
+            operands.append(jnp.clip(state_map, *_INT32).astype(jnp.int32))
+    return _operator(len(operands), states)(*mesh_rules.varying_alike(tuple(operands)))
 
 
 @functools.cache
@@ -124,8 +124,11 @@ def _operator(count: int, states: int) -> Callable[..., Arrays]:
     def backward(*operands: Array) -> Arrays:
         return backward_call(*operands)
 
+    def guarded(function: Callable[..., Arrays], *operands: Array) -> Arrays:
+        return function(*map(_reverse_mode_only, operands))
+
     def wkv_backward(operands: Arrays, grads: Arrays) -> Arrays:
-        found = backward(*_varying_alike((*grads, *operands)))
+        found = guarded(backward, *mesh_rules.varying_alike((*grads, *operands)))
         return (*found, None)[:count] if count == 7 else found
 
     def backward_backward(operands: Arrays, grads: Arrays) -> Arrays:
@@ -134,9 +137,43 @@ def _operator(count: int, states: int) -> Callable[..., Arrays]:
         _, vjp = jax.vjp(_high_level_backward, *floats)
         return (*vjp(grads), *(None for _ in index))
 
-    wkv.defvjp(lambda *operands: (wkv(*operands), operands), wkv_backward)
-    backward.defvjp(lambda *operands: (backward(*operands), operands), backward_backward)
-    return wkv
+    wkv.defvjp(lambda *x: (guarded(wkv, *x), x), wkv_backward)
+    backward.defvjp(lambda *x: (guarded(backward, *x), x), backward_backward)
+    return functools.partial(guarded, wkv)
+
+
+def _reverse_mode_only(x: Array) -> Array:
+    """x, of which forward mode is refused with a message that names the way out.
+
+    JAX's own message, of custom_vjp functions, cannot say that there is one.
+    """
+    return _input.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise TypeError(
+        "wkv: the native kernels have no forward-mode derivatives (jax.jvp, jax.jacfwd, "
+        "jax.linearize, jax.hessian); with high_level=True, or with OPS_KERNEL=1 in the "
+        "environment before the import, WKV is computed with keras.ops, which has them"
+    )
+
+
+# Both are the identity: of an input, and of the tangent that belongs to it. Reverse mode transposes
+# the tangent's, forward mode evaluates it.
+_input, _tangent = Primitive("rwkv6_input"), Primitive("rwkv6_tangent")
+for _primitive in (_input, _tangent):
+    _primitive.def_abstract_eval(lambda x: x)
+_input.def_impl(lambda x: x)
+mlir.register_lowering(_input, lambda context, x: [x])
+batching.primitive_batchers[_input] = lambda x, axes: (_input.bind(*x), *axes)
+ad.primitive_jvps[_input] = lambda x, tangents: (
+    _input.bind(*x),
+    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent.bind(*tangents),
+)
+_tangent.def_impl(_refuse)
+mlir.register_lowering(_tangent, _refuse)
+batching.primitive_batchers[_tangent] = _refuse
+ad.primitive_transposes[_tangent] = lambda grad, x: (grad,)
 
 
 def _state_dtype(r: Array) -> Any:
@@ -158,7 +195,7 @@ def _call_forward(
         # the state is updated in place where nobody needs the old one
         input_output_aliases={5: 1} if len(operands) > 4 else {},
     )
-    return _vary_like(r, call(r, *operands, states=np.int64(states)))
+    return mesh_rules.vary_like(r, call(r, *operands, states=np.int64(states)))
 
 
 def _call_backward(
@@ -170,7 +207,7 @@ def _call_backward(
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:6])
     call = jax.ffi.ffi_call(_library.BACKWARD, results)
     found = call(grad_y, grad_final_state, *operands, states=np.int64(states))
-    return _vary_like(grad_y, found)
+    return mesh_rules.vary_like(grad_y, found)
 
 
 def _high_level_backward(
@@ -193,11 +230,10 @@ def _batched(
 
     def shardings(mesh: Any, dims: tuple[str, ...], axes: dict[str, Any]) -> tuple[Any, ...]:
         # t, n and m are whole on every device, whatever was suggested
-        specs = (PartitionSpec(*(axes.get(d) for d in x.split())) for x in dims)
-        return tuple(NamedSharding(mesh, spec) for spec in specs)
+        return tuple(mesh_rules.named_sharding(mesh, x, axes) for x in dims)
 
     def partition(mesh: Any, args: Any, out: Any) -> Any:
-        axes = _batch_and_head_axes(mesh, (*zip(operands, args), *zip(results, out)))
+        axes = mesh_rules.batch_and_head_axes(mesh, (*zip(operands, args), *zip(results, out)))
         return mesh, call, shardings(mesh, results, axes), shardings(mesh, operands, axes)
 
     rule = f"{', '.join(operands)} -> {', '.join(results)}"
@@ -216,57 +252,12 @@ def _batched(
 
     @batched.def_vmap
     def _(axis_size: int, is_mapped: list[bool], *args: Array) -> tuple[Arrays, tuple[bool, ...]]:
-        folded = (
+        folded = [
             x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
             for x, mapped in zip(args, is_mapped)
-        )
-        out = batched(*(x.reshape(-1, *x.shape[2:]) for x in folded))
-        return tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in out), (True,) * len(out)
+        ]
+        batch = folded[0].shape[1]
+        out = batched(*(x.reshape(axis_size * batch, *x.shape[2:]) for x in folded))
+        return tuple(x.reshape(axis_size, batch, *x.shape[1:]) for x in out), (True,) * len(out)
 
     return batched
-
-
-def _batch_and_head_axes(mesh: Any, tensors: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """The mesh axes that cut b and h: those of the first tensor that is cut there at all.
-
-    tensors: dimensions, and shape with sharding, of each.
-    """
-    axes: dict[str, Any] = {}
-    used: set[str] = set()
-    for dims, x in tensors:
-        spec = getattr(x.sharding, "spec", ())
-        for dim, names, size in zip(dims.split(), spec, x.shape):
-            names = (names,) if isinstance(names, str) else tuple(names or ())
-            devices = int(np.prod([mesh.shape[name] for name in names]))
-            if dim not in "bh" or dim in axes or not names or used & set(names) or size % devices:
-                continue
-            axes[dim] = names
-            used |= set(names)
-    return axes
-
-
-def _varying_alike(operands: Arrays) -> Arrays:
-    """Inside shard_map with varying-axes checks: all operands vary over the same mesh axes."""
-    every = frozenset[str]().union(*map(_varying_axes, operands))
-    return tuple(_vary(x, every) for x in operands)
-
-
-def _vary_like(operand: Array, results: Any) -> Arrays:
-    """The results of a custom call, which knows nothing of mesh axes, vary as its operands do."""
-    return tuple(_vary(x, _varying_axes(operand)) for x in results)
-
-
-def _varying_axes(x: Array) -> frozenset[str]:
-    aval = jax.typeof(x) if hasattr(jax, "typeof") else None
-    # the attribute's name has changed over jax's versions
-    varying = getattr(getattr(aval, "manual_axis_type", None), "varying", None)
-    return frozenset(varying or getattr(aval, "vma", None) or ())
-
-
-def _vary(x: Array, axes: frozenset[str]) -> Array:
-    new = tuple(sorted(axes - _varying_axes(x)))
-    if not new:
-        return x
-    return (
-        jax.lax.pcast(x, new, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, new)
-    )

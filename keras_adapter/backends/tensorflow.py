@@ -70,15 +70,14 @@ def wkv(
     operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
-        initial_state = tf.cast(initial_state, _state_dtype(r))
-        if state_map is None:
-            shape = (tf.shape(r)[0], heads, size, size)
-            operands.append(tf.broadcast_to(initial_state, shape))
-        else:
-            states, state_map = initial_state.shape[0], tf.cast(state_map, tf.int32)
-            # out of range: an error of the custom call, so what is taken there does not matter
-            taken = tf.clip_by_value(state_map, 0, tf.shape(initial_state)[0] - 1)
-            operands += [tf.gather(initial_state, taken), state_map]
+        dtype = _state_dtype(r).name
+        operands.append(chunked.state_of_each(r, initial_state, state_map, dtype))
+        if state_map is not None and initial_state.shape[0] is not None:
+            states = initial_state.shape[0]
+            # an entry out of range is an error of the custom call, which takes 32 bits; where it
+            # cannot be told how many states there are, the state is NaN
+            narrow = tf.clip_by_value(state_map, tf.int32.min, tf.int32.max)
+            operands.append(tf.cast(narrow, tf.int32))
     operands = [tf.ensure_shape(x, (r.shape[0], *x.shape[1:])) for x in operands]
     y, final_state = _native(states)(*operands)
     return y, final_state

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrence
 from jax.sharding import NamedSharding, PartitionSpec
-from samples import random_inputs
+from samples import flat, random_inputs
 
 import keras_adapter
+from keras_adapter import RWKVKernelOperator
 from keras_adapter.ops import wkv
 
 pytestmark = [
@@ -166,13 +168,152 @@ def test_shard_map(check):
     assert local == (B // 4, T, H // 2, N)
 
 
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no explicit sharding yet")
+EXPLICIT = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no explicit sharding yet")
+
+
+def explicit_mesh():
+    types = (jax.sharding.AxisType.Explicit,) * 2
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+
+
+@EXPLICIT
 def test_explicit_sharding_through_auto_axes():
-    mesh = jax.make_mesh(
-        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
-    )
+    mesh = explicit_mesh()
     with jax.set_mesh(mesh):
         x = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(X, BY_BATCH_AND_HEAD)]
         out = (P("data", None, "model", None), P("data", "model", None, None))
         found = jax.jit(jax.sharding.auto_axes(wkv, out_sharding=out))(*x)
         assert_close(found, EXPECTED)
+
+
+@EXPLICIT
+@pytest.mark.parametrize("high_level", [False, True])
+@pytest.mark.parametrize("layout", ["batch and heads", "tokens", "keys", "each otherwise"])
+def test_explicit_axes(layout, high_level):
+    """Results and gradients, in and out of jit; each gradient is cut as its input is."""
+    mesh, f = explicit_mesh(), partial(wkv, high_level=high_level)
+    with jax.set_mesh(mesh):
+        x = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(X, LAYOUTS[layout])]
+        outputs, grads = jax.jit(f)(*x), jax.jit(gradients(f))(*x)
+        if not high_level:
+            assert_close(f(*x), EXPECTED)
+    assert_close(outputs, EXPECTED)
+    assert_close(grads, EXPECTED_GRADS)
+    if layout == "batch and heads":
+        y, state = outputs
+        assert jax.typeof(y).sharding.spec == P("data", None, "model", None)
+        assert jax.typeof(state).sharding.spec == P("data", "model", None, None)
+    for a, b in zip(grads, x):
+        assert jax.typeof(a).sharding == jax.typeof(b).sharding
+
+
+@EXPLICIT
+def test_nothing_moves_on_explicit_axes():
+    mesh = explicit_mesh()
+    with jax.set_mesh(mesh):
+        x = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(X, BY_BATCH_AND_HEAD)]
+        moved, local = collectives(compile_for(wkv, *x))
+        assert moved == {}
+        assert local == (B // 4, T, H // 2, N)
+        moved, _ = collectives(compile_for(gradients(wkv), *x))
+        assert moved == {"all-reduce": 1}
+
+
+@EXPLICIT
+def test_explicit_axes_of_the_operator_with_a_state_map():
+    """Over (B, T, C), C cut by heads; and without a mesh that is set."""
+    mesh, operator = explicit_mesh(), RWKVKernelOperator(N)
+    tokens = [x.reshape(B, T, H * N) for x in X[:4]]
+    index = jnp.asarray([2, 0, 1, 1, 2, 2, 0, 0])
+
+    def f(state_map, *x):
+        return operator(*x[:5], with_state=True, init_state=x[5], state_map=state_map)
+
+    plain = (index, *tokens, X[4], X[5][:3])
+    specs = (P("data"), *(P("data", None, "model"),) * 4, P("model"), P(None, "model"))
+    x = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(plain, specs)]
+    assert_close(jax.jit(f)(*x), f(*plain))
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(f)(*x), f(*plain))
+        found = jax.jit(gradients(partial(f, x[0])))(*x[1:])
+    assert_close(found, gradients(partial(f, index))(*plain[1:]))
+
+
+# The program of rwkv6-keras-operator's page, but for the import of the operator, the devices and
+# the sizes.
+PROGRAM = """
+import math
+import jax
+from jax.experimental.shard_map import shard_map
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import PartitionSpec as P
+from keras_adapter import RWKVKernelOperator
+from jax.sharding import Mesh, NamedSharding
+from functools import partial
+import jax.numpy as jnp
+batch_size = 2
+head_size = 8
+num_heads = 2
+seq_length = 5
+hidden_size = head_size * num_heads
+mesh = Mesh(jax.devices(), axis_names=('device_axis',))
+num_devices = mesh.size
+device_p = P('device_axis')
+device_ns = NamedSharding(mesh, device_p)
+@partial(shard_map, mesh=mesh, in_specs=(device_p, device_p, device_p, device_p, device_p), out_specs=(device_p, device_p), check_rep=False)
+def call_kernel(r, k, v, w, u):
+    if len(r.shape) == 4:
+        r = jnp.squeeze(r, axis=0)
+        k = jnp.squeeze(k, axis=0)
+        v = jnp.squeeze(v, axis=0)
+        w = jnp.squeeze(w, axis=0)
+        u = jnp.squeeze(u, axis=0)
+        y, ys = operator(r, k, v, w, u, with_state=True)
+        y = jnp.expand_dims(y, axis=0)
+        ys = jnp.expand_dims(ys, axis=0)
+        return y, ys
+    else:
+        return operator(r, k, v, w, u, with_state=True)
+operator = RWKVKernelOperator(head_size=head_size, max_sequence_length=seq_length)
+inputs_r = jax.random.normal(jax.random.PRNGKey(0), LEADING + (seq_length, hidden_size))
+inputs_r = jax.device_put(inputs_r, device_ns)
+inputs_k = jax.random.normal(jax.random.PRNGKey(0), LEADING + (seq_length, hidden_size))
+inputs_k = jax.device_put(inputs_k, device_ns)
+inputs_v = jax.random.normal(jax.random.PRNGKey(0), LEADING + (seq_length, hidden_size))
+inputs_v = jax.device_put(inputs_v, device_ns)
+inputs_w = jax.random.normal(jax.random.PRNGKey(0), LEADING + (seq_length, hidden_size))
+inputs_w = jax.device_put(inputs_w, device_ns)
+inputs_u = jax.random.normal(jax.random.PRNGKey(0), (num_devices, hidden_size))
+inputs_u = jax.device_put(inputs_u, device_ns)
+JIT
+outputs_y, y_state = call_kernel(inputs_r, inputs_k, inputs_v, inputs_w, inputs_u)
+"""  # noqa: E501
+JIT = """
+call_kernel = jax.jit(call_kernel, in_shardings=(
+                 device_ns, device_ns, device_ns, device_ns, device_ns),
+                 out_shardings=(device_ns, device_ns))
+"""
+LEADING = {
+    "devices as a dimension": "(num_devices, batch_size)",
+    "devices in the batch": "(num_devices*batch_size,)",
+}
+
+
+@pytest.mark.filterwarnings("ignore:jax.experimental.shard_map is deprecated")
+@pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_old_shard_map_program(leading, jit):
+    pytest.importorskip("jax.experimental.shard_map")
+    program = PROGRAM.replace("LEADING", LEADING[leading]).replace("JIT", JIT if jit else "")
+    scope = {}
+    exec(program, scope)
+    devices, heads = scope["num_devices"], scope["num_heads"]
+    width = scope["hidden_size"]
+    tokens = [scope[f"inputs_{n}"].reshape(devices, 2, 5, heads, width // heads) for n in "rkvw"]
+    for d in range(devices):
+        u = np.asarray(scope["inputs_u"])[d].reshape(heads, -1)
+        y, state = recurrence.wkv(*(np.asarray(x)[d] for x in tokens), u)
+        found = np.asarray(scope["outputs_y"]).reshape(devices, *y.shape[:2], width)[d]
+        np.testing.assert_allclose(found, flat(y), rtol=1e-4, atol=1e-4)
+        found = np.asarray(scope["y_state"]).reshape(devices, *state.shape)[d]
+        np.testing.assert_allclose(found, state, rtol=1e-4, atol=1e-4)

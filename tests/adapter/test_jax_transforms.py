@@ -9,7 +9,7 @@ import pytest
 from samples import random_inputs
 
 import keras_adapter
-from keras_adapter import _library
+from keras_adapter import RWKVKernelOperator, _library
 from keras_adapter.backends import jax as backend
 from keras_adapter.ops import wkv
 
@@ -91,6 +91,19 @@ def test_gradient_of_vmap_and_vmap_of_gradient(axis_of_u):
     assert_close(of_gradient(wkv)(*x), of_gradient(scanned)(*x))
 
 
+@pytest.mark.parametrize("high_level", [False, True])
+def test_vmap_over_nothing(high_level):
+    """Sizes of 0: of the mapped axis, and of the batch under it."""
+    f = partial(wkv, high_level=high_level)
+    none = tuple(x[:0] for x in X3)
+    assert [x.shape for x in jax.vmap(f)(*none)] == [(0, 2, 9, 2, 4), (0, 2, 2, 4, 4)]
+    for gradient in (jax.vmap(jax.grad(loss(f), GRAD)), jax.grad(loss(jax.vmap(f)), GRAD)):
+        assert [x.shape for x in gradient(*none)] == [x.shape for x in none]
+    empty = tuple(x if x.ndim == 3 else x[:, :0] for x in X3)
+    y, state = jax.vmap(f)(*empty)
+    assert (y.shape, state.shape) == ((3, 0, 9, 2, 4), (3, 0, 2, 4, 4))
+
+
 def test_vmap_over_the_state_map():
     maps, states = jnp.asarray([[0, 2], [1, 1]]), inputs(B=3)[5]
     expected = [scanned(*X[:5], states[m]) for m in maps]
@@ -126,10 +139,20 @@ def test_second_derivative():
 
 
 def test_forward_mode_is_refused_and_is_there_in_the_high_level_implementation():
-    with pytest.raises(TypeError, match=r"forward-mode .*\(jvp\) to a custom_vjp function"):
-        jax.jvp(wkv, X, X)
-    high_level = jax.jit(partial(wkv, high_level=True))
-    assert_close(jax.jvp(high_level, X, X), jax.jvp(scanned, X, X))
+    x = inputs(B=1, T=3, H=1, N=2)
+    forward_mode = {
+        "jvp": lambda f, wrap: wrap(lambda *x: jax.jvp(f, x, x))(*x),
+        "jacfwd": lambda f, wrap: wrap(jax.jacfwd(loss(f), GRAD))(*x),
+        "linearize": lambda f, wrap: wrap(lambda *x: jax.linearize(f, *x)[1](*x))(*x),
+        "hessian": lambda f, wrap: wrap(jax.hessian(loss(f)))(*x),
+    }
+    for name, run in forward_mode.items():
+        for wrap in (jax.jit, lambda f: f):
+            with pytest.raises(TypeError, match=r"no forward-mode derivatives .*high_level=True"):
+                run(wkv, wrap)
+        found = run(partial(wkv, high_level=True), jax.jit)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(run(scanned, jax.jit))):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3, err_msg=name)
 
 
 def test_no_state_no_gradient_of_the_final_state():
@@ -190,6 +213,41 @@ def test_export_of_any_batch_and_length():
         assert_close(loaded.call(*x), scanned(*x))
 
 
+def test_export_of_any_batch_and_length_without_our_kernels():
+    """High level: a graph of JAX's own operations, with gradients; no check is disabled."""
+    B, T = jax.export.symbolic_shape("b, t")
+    shapes = [jax.ShapeDtypeStruct((B, T, 2, 4), jnp.float32)] * 4
+    shapes += [jax.ShapeDtypeStruct((2, 4), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((3, 2, 4, 4), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((B,), jnp.int32)]
+    f = jax.jit(lambda *x: wkv(*x[:6], state_map=x[6], high_level=True))
+    loaded = jax.export.deserialize(jax.export.export(f)(*shapes).serialize(vjp_order=1))
+    for B, T in ((2, 9), (1, 1), (2, 70)):
+        *x, states = inputs(B, T)[:5] + inputs(3)[5:]
+        index = jnp.asarray([2, 0][:B])
+        assert_close(loaded.call(*x, states, index), scanned(*x, states[index]))
+    found = jax.grad(loss(lambda *x: loaded.call(*x, index)), GRAD)(*x, states)
+    assert_close(found, jax.grad(loss(lambda *x: scanned(*x[:5], x[5][index])), GRAD)(*x, states))
+
+
+@pytest.mark.parametrize("high_level", [False, True])
+def test_export_of_the_operator(high_level):
+    """The recipe of README.md: over (B, T, C), any batch and length."""
+    B, T = jax.export.symbolic_shape("b, t")
+    operator = RWKVKernelOperator(4, high_level=high_level)
+    tokens = jax.ShapeDtypeStruct((B, T, 8), jnp.float32)
+    shapes = [*[tokens] * 4, jax.ShapeDtypeStruct((8,), jnp.float32)]
+    if high_level:
+        loaded = jax.export.deserialize(jax.export.export(jax.jit(operator))(*shapes).serialize())
+    else:
+        loaded = exported(operator, *shapes)
+    for B, T in ((2, 9), (1, 40)):
+        *x, u, _ = inputs(B, T)
+        y, state = loaded.call(*(a.reshape(B, T, 8) for a in x), u.reshape(8))
+        assert state is None
+        assert_close(y.reshape(x[0].shape), scanned(*x, u, jnp.zeros((B, 2, 4, 4)))[0])
+
+
 def test_export_with_gradients():
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in X]
     loaded = exported(wkv, *shapes, vjp_order=1)
@@ -209,7 +267,7 @@ def test_lowered_for_nvidia_gpus():
 
 
 def test_handlers_for_nvidia_gpus_come_with_cuda_kernels():
-    with_cuda = _library.has_cuda_kernels(_library.load())
+    with_cuda = _library.built_with_cuda(_library.load())
     assert backend._native_backends == ({"cpu", "gpu"} if with_cuda else {"cpu"})
 
 
@@ -227,6 +285,23 @@ def test_a_traced_state_map_out_of_range_is_a_runtime_error():
     for bad in ([0, 2], [-1, 0]):
         with pytest.raises(Exception, match=r"state_map: entry . is .*, expected 0 to 1"):
             jax.block_until_ready(f(jnp.asarray(bad)))
+
+
+@pytest.mark.parametrize("high_level", [False, True])
+def test_an_entry_that_32_bits_would_make_valid(high_level):
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        f = jax.jit(lambda m: wkv(*X, state_map=m, high_level=high_level))
+        good = jnp.asarray([1, 0], jnp.int64)
+        assert_close(f(good), scanned(*X[:5], X[5][::-1]))
+        for bad in (2**32 + 1, 2**32, -(2**32)):
+            if high_level:
+                y, state = f(jnp.asarray([1, bad], jnp.int64))
+                assert jnp.isnan(y[1]).all()
+                assert jnp.isnan(state[1]).all()
+                assert jnp.isfinite(y[0]).all()
+                continue
+            with pytest.raises(Exception, match=r"state_map: entry 1 is .*, expected 0 to 1"):
+                jax.block_until_ready(f(jnp.asarray([1, bad], jnp.int64)))
 
 
 def test_x64():

@@ -63,6 +63,37 @@ def test_a_flat_u():
     assert_right(found, recurrence.wkv(*x))
 
 
+@pytest.mark.parametrize("shape", [(1, H * N), (1, H, N), (1, 1, H * N), (H * N, 1)])
+def test_u_of_any_shape_with_as_many_elements(shape):
+    given, x = flat_inputs()
+    found = RWKVKernelOperator(N)(*given[:4], tensor(x[4].reshape(shape)), with_state=True)
+    assert_right(found, recurrence.wkv(*x))
+
+
+@pytest.mark.parametrize("high_level", [None, False, True])
+def test_high_level(high_level):
+    given, x = flat_inputs(states=B)
+    operator = RWKVKernelOperator(N, high_level=high_level)
+    assert_right(operator(*given[:5], True, given[5]), recurrence.wkv(*x))
+    again = RWKVKernelOperator.from_config(operator.get_config())
+    assert again.high_level is high_level
+
+
+def test_high_level_chooses_what_computes(monkeypatch):
+    """True is keras.ops, False is what the backend has, None is what OPS_KERNEL says."""
+    from keras_adapter import backends
+
+    calls = []
+    monkeypatch.setattr(backends.chunked, "wkv", lambda *x: calls.append("keras.ops"))
+    monkeypatch.setattr(backends, "_found", (lambda *x: calls.append("native"), True))
+    assert backends.choose(True) is not backends.choose(False)
+    for setting in ("0", "1"):
+        monkeypatch.setattr(backends, "_SETTING", setting)
+        for high_level in (True, False, None):
+            backends.choose(high_level)(*(None,) * 7)
+    assert calls == ["keras.ops", "native", "native", "keras.ops", "native", "keras.ops"]
+
+
 def test_max_sequence_length_bounds_nothing():
     given, x = flat_inputs()
     assert_right(RWKVKernelOperator(N, max_sequence_length=4)(*given), recurrence.wkv(*x))
@@ -131,6 +162,56 @@ def test_symbolic(batch, length):
         ops.wkv(heads[0], keras.KerasTensor((batch, length, H, N + 1)), *heads[2:], u)
 
 
+SYMBOLIC = dict.fromkeys("rkvw", (2, None, H * N)) | {"u": (H, N)}
+BAD_SYMBOLIC = {
+    "width of k": ({"k": (2, None, N)}, r"k: expected the shape of r, \(B, T, 16\), got shape"),
+    "width of w": ({"w": (2, None, 2 * H * N)}, r"w: expected the shape of r"),
+    "dimensions of v": ({"v": (2, None, H, N)}, r"v: expected the shape of r"),
+    "batch of v": ({"v": (3, None, H * N)}, r"v: expected the shape of r"),
+    "dimensions of r": ({"r": (2, H * N)}, r"r: expected 3 dimensions \(B, T, C\)"),
+    "width of r": ({"r": (2, None, H * N + 1)}, "r: expected a width C that head_size = 8 divides"),
+    "width of r not known": ({"r": (2, None, None)}, "r: expected a width C"),
+    "u": ({"u": (H, N + 1)}, r"u: expected \[H, N\]"),
+    "u turned round": ({"u": (N, H)}, r"u: expected \[H, N\]"),
+    "states": ({"init_state": (2, H, N)}, r"initial_state: expected \[S, H, N, N\]"),
+    "number of states": ({"init_state": (3, H, N, N)}, "initial_state: 3 states for 2 sequences"),
+    "map alone": ({"state_map": (2,)}, "state_map: given without"),
+    "map's length": (
+        {"init_state": (3, H, N, N), "state_map": (3,)},
+        r"state_map: expected \[B\] = \(2,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SYMBOLIC)
+def test_a_symbolic_call_checks_what_a_call_does(case):
+    change, message = BAD_SYMBOLIC[case]
+    given = {
+        name: keras.KerasTensor(shape, dtype="int32" if name == "state_map" else "float32")
+        for name, shape in (SYMBOLIC | change).items()
+    }
+    with pytest.raises(ValueError, match=message):
+        RWKVKernelOperator(N)(**given)
+    if "state_map" in given:
+        given["state_map"] = [0] * change["state_map"][0]
+        with pytest.raises(ValueError, match=message):
+            RWKVKernelOperator(N)(**given)
+
+
+def test_a_symbolic_call_checks_dtypes_and_entries():
+    given = {name: keras.KerasTensor(shape) for name, shape in SYMBOLIC.items()}
+    states = keras.KerasTensor((3, H, N, N))
+    operator = RWKVKernelOperator(N)
+    with pytest.raises(TypeError, match="k: expected float32 beside r of float32, got float16"):
+        operator(**given | {"k": keras.KerasTensor((2, None, H * N), dtype="float16")})
+    with pytest.raises(ValueError, match=r"state_map: expected entries from 0 to 2 \(3 states\)"):
+        operator(**given, init_state=states, state_map=[0, 3])
+    with pytest.raises(TypeError, match=r"state_map: expected integers, got 0\.5 among them"):
+        operator(**given, init_state=states, state_map=[0, 0.5])
+    with pytest.raises(TypeError, match="with_state: expected True or False"):
+        operator(**given, with_state=states)
+
+
 @pytest.mark.skipif(BACKEND == "numpy", reason="keras has no such models on numpy")
 def test_a_functional_model_is_saved_and_loaded(tmp_path):
     inputs = [keras.Input((None, H * N), name=name) for name in "rkvw"]
@@ -177,6 +258,28 @@ def test_bad_input():
     given, _ = flat_inputs()
     with pytest.raises(ValueError, match="head_size: expected 1 to 256, got 0"):
         RWKVKernelOperator(0)
+    for size in ("64", 4.5, 64.0, True, None, [64]):
+        with pytest.raises(TypeError, match="head_size: expected an int, got"):
+            RWKVKernelOperator(size)
+        with pytest.raises(TypeError, match="head_size: expected an int, got"):
+            get_rwkv6_kernel(size)
+    with pytest.raises(TypeError, match="max_sequence_length: expected an int, got 'long'"):
+        RWKVKernelOperator(N, "long")
+    with pytest.raises(ValueError, match="max_sequence_length: expected at least 1, got -1"):
+        RWKVKernelOperator(N, -1)
+    with pytest.raises(TypeError, match="ops_loop: expected True or False, got 'no'"):
+        RWKVKernelOperator(N, ops_loop="no")
+    with pytest.raises(TypeError, match="high_level: expected True or False, got 1"):
+        RWKVKernelOperator(N, high_level=1)
+    operator = RWKVKernelOperator(np.int64(N))
+    with pytest.raises(TypeError, match="with_state: expected True or False, got"):
+        operator(*given, tensor(np.zeros((1, H, N, N), "float32")))
+    with pytest.raises(TypeError, match="output_final_state: expected True or False, got"):
+        get_rwkv6_kernel(N)(*given, output_final_state="yes")
+    for place, name in enumerate("rkvwu"):
+        for wrong in (None, "text", {}):
+            with pytest.raises(TypeError, match=f"{name}: expected a tensor, got"):
+                operator(*given[:place], wrong, *given[place + 1 :])
     operator = RWKVKernelOperator(N + 1)
     with pytest.raises(ValueError, match="head_size = 9 divides, got 16"):
         operator(*given)

@@ -9,10 +9,10 @@ import pytest
 import recurrence
 import tensorflow as tf
 from backend import relative_rms
-from samples import random_inputs
+from samples import flat, random_inputs
 
 import keras_adapter
-from keras_adapter import ops
+from keras_adapter import RWKVKernelOperator, ops
 from keras_adapter.backends import chunked
 from keras_adapter.backends import tensorflow as backend
 
@@ -119,6 +119,78 @@ def test_a_saved_model_with_the_native_path(tmp_path):
     loaded = tf.saved_model.load(str(tmp_path))
     x = random_inputs(2, 9, H, N, states=2)
     assert relative_rms(loaded(*x)[0], recurrence.wkv(*x)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [tf.int32, tf.int64])
+def test_an_unknown_number_of_states(implementation, dtype):
+    wkv = IMPLEMENTATIONS[implementation]
+    signature = [*SIGNATURE, tf.TensorSpec((None,), dtype)]
+    f = tf.function(lambda *x: wkv(*x), input_signature=signature)
+    for B, S, state_map in ((3, 2, [1, 0, 1]), (2, 5, [4, 2])):
+        x = random_inputs(B, 9, H, N)
+        x.append(random_inputs(S, 1, H, N, states=S)[5])
+        for a, b in zip(f(*x, tf.constant(state_map, dtype)), recurrence.wkv(*x, state_map)):
+            assert relative_rms(a, b) < 1e-6
+    wrong = [4, 5] if dtype == tf.int32 else [4, 2**32 + 1]
+    y, state = f(*x, tf.constant(wrong, dtype))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    assert np.isnan(state[1]).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_known_number_of_states_and_an_entry_that_32_bits_would_make_valid(implementation):
+    wkv = IMPLEMENTATIONS[implementation]
+    x = [tf.constant(a) for a in random_inputs(2, 3, H, N, states=2)]
+    f = tf.function(lambda m: wkv(*x, m))
+    wrong = tf.constant([0, 2**32 + 1], tf.int64)
+    if implementation == "native":
+        with pytest.raises(tf.errors.OpError, match=r"state_map: entry 1 is .*, expected 0 to 1"):
+            f(wrong)
+        return
+    y, _ = f(wrong)
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_gradient_of_states_through_a_map_is_dense(implementation):
+    x = [tf.constant(a) for a in random_inputs(3, 5, H, N, states=2)]
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y, _ = IMPLEMENTATIONS[implementation](*x, tf.constant([1, 0, 1]))
+    gradient = tape.gradient(y, x[5])
+    assert isinstance(gradient, tf.Tensor)
+    sent = [np.ones(y.shape), np.zeros((3, H, N, N))]
+    expected = recurrence.gradients(*sent, *(a.numpy() for a in x), [1, 0, 1])
+    assert relative_rms(gradient, expected[5]) < 5e-6
+
+
+def test_a_saved_model_of_the_operator(tmp_path):
+    """The recipe of README.md: any batch and length, and nothing of ours to run it."""
+    operator = RWKVKernelOperator(N)
+    module = tf.Module()
+    tokens = tf.TensorSpec((None, None, H * N), tf.float32)
+    u = tf.TensorSpec((H, N), tf.float32)
+
+    @tf.function(input_signature=[tokens, tokens, tokens, tokens, u])
+    def run(r, k, v, w, u):
+        y, state = operator(r, k, v, w, u, with_state=True)
+        return {"y": y, "state": state}
+
+    module.run = run
+    tf.saved_model.save(module, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    for B, T in ((2, 9), (1, 40)):
+        x = random_inputs(B, T, H, N)
+        found = loaded.run(*map(tf.constant, map(flat, x[:4])), tf.constant(x[4]))
+        y, state = recurrence.wkv(*x)
+        assert relative_rms(found["y"], flat(y)) < 1e-6
+        assert relative_rms(found["state"], state) < 1e-6
+    if backend._SETTING is None:
+        operations = {op.type for op in run.get_concrete_function().graph.get_operations()}
+        assert "XlaCallModule" not in operations
 
 
 def test_compile_time_does_not_grow_with_the_length():

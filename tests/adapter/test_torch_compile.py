@@ -1,10 +1,15 @@
 """The operator inside torch.compile: one graph, around the registered operator."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import recurrence
 import torch
 from backend import array, relative_rms, tensor
-from samples import flat, random_inputs
+from samples import flat, random_grads, random_inputs
 
 import keras_adapter
 from keras_adapter import RWKVKernelOperator
@@ -45,3 +50,62 @@ def test_inductor_and_gradients():
     expected = torch.autograd.grad(loss(*leaves), leaves)
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_length_that_is_open_with_the_high_level_implementation():
+    """One graph for every length, with gradients."""
+    operator = RWKVKernelOperator(8, high_level=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(*x):
+        return operator(*x[:5], with_state=True, init_state=x[5])
+
+    torch._dynamo.utils.counters.clear()
+    for T in (5, 40, 70):
+        x, grads = random_inputs(2, T, 2, 8, states=2), random_grads(2, T, 2, 8)
+        given = [tensor(flat(a)) for a in x[:4]] + [tensor(a) for a in x[4:]]
+        for a in given:
+            a.requires_grad_()
+        for a in given[:4]:
+            torch._dynamo.mark_dynamic(a, 1)
+        outputs = f(*given)
+        found = torch.autograd.grad(outputs, given, [tensor(flat(grads[0])), tensor(grads[1])])
+        expected = (*recurrence.wkv(*x), *recurrence.gradients(*grads, *x))
+        for a, b in zip((*outputs, *found), expected, strict=True):
+            assert relative_rms(array(a.detach()).reshape(b.shape), b) < 5e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("high_level", [False, True])
+def test_export_of_any_length(high_level, tmp_path):
+    """The recipe of README.md: torch.export to a .pt2 file and back."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.operator = RWKVKernelOperator(8, high_level=high_level)
+
+        def forward(self, r, k, v, w, u):
+            return self.operator(r, k, v, w, u, with_state=True)
+
+    def inputs(T):
+        x = random_inputs(2, T, 2, 8)
+        return x, (*(tensor(flat(a)) for a in x[:4]), tensor(x[4]))
+
+    length = torch.export.Dim("length", min=2)
+    shapes = (*({1: length},) * 4, None)
+    program = torch.export.export(Model(), inputs(40)[1], dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "wkv.pt2")
+    cases = {T: inputs(T) for T in (2, 33, 70)}
+    torch.save([given for _, given in cases.values()], tmp_path / "inputs.pt")
+    code = (
+        "import torch, keras_adapter\n"
+        "f = torch.export.load('wkv.pt2').module()\n"
+        "torch.save([f(*x) for x in torch.load('inputs.pt')], 'outputs.pt')\n"
+    )
+    root = str(Path(keras_adapter.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    for (x, _), outputs in zip(cases.values(), torch.load(tmp_path / "outputs.pt"), strict=True):
+        for a, b in zip(outputs, recurrence.wkv(*x), strict=True):
+            assert relative_rms(array(a).reshape(b.shape), b) < 1e-6

@@ -114,6 +114,35 @@ def test_compiled(high_level):
     check(random_inputs(2, 33, 2, 8, states=2), high_level=high_level, wrap=compiled)
 
 
+@pytest.mark.parametrize("w", ["-9 to -5", "-9"])
+def test_slow_decays(w):
+    """keras.ops: each decay is close to 1 and rounded, which must not add up over the tokens."""
+    T, N = 4096, 16
+    x = random_inputs(1, T, 1, N, states=1, extreme=False)
+    x[3][:] = -9 if w == "-9" else np.random.default_rng(2).uniform(-9, -5, x[3].shape)
+    f, tensors, grads = operator(True), [tensor(a) for a in x], random_grads(1, T, 1, N)
+    expected = recurrence.wkv(*x)
+    if DIFFERENTIABLE:
+        found, found_grads = gradients(f, tensors, [tensor(g) for g in grads])
+        found, expected = (*found, *found_grads), (*expected, *recurrence.gradients(*grads, *x))
+    else:
+        found = f(*tensors)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_rms(array(a), b) <= 2e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_slow_decays_in_pieces(tokens):
+    """keras.ops, decoding: the state is handed over hundreds of times."""
+    x = random_inputs(1, 300 * tokens, 1, 4, states=1, extreme=False)
+    x[3][:] = -9
+    x[1][:, tokens:] = 0  # what the state was decays, and nothing is added that would hide it
+    f, state = quick(operator(True)), tensor(x[5])
+    for t in range(0, 300 * tokens, tokens):
+        _, state = f(*(tensor(a[:, t : t + tokens]) for a in x[:4]), tensor(x[4]), state)
+    assert relative_rms(array(state), recurrence.wkv(*x)[1]) <= 2e-6
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("value", [-np.inf, -1e9, 80.0, 90.0, 1e9, np.inf])
 def test_any_decay_is_finite(value, high_level):
@@ -186,6 +215,11 @@ BAD = {
         ValueError,
         "r: expected a head size N from 1 to 256, got 300",
     ),
+    "no heads": (
+        {n: float32(1, 1, 0, 4) for n in "rkvw"} | {"u": float32(0, 4)},
+        ValueError,
+        "r: expected a number of heads H from 1",
+    ),
     "k's shape": ({"k": float32(2, 4, 2, 4)}, ValueError, r"k: expected the shape of r = \(2, 3"),
     "v's dtype": (
         {"v": RKVW["v"].astype(ml_dtypes.bfloat16)},
@@ -218,8 +252,49 @@ BAD = {
     "map's values": (
         {"initial_state": float32(2, 2, 4, 4), "state_map": [0, 2]},
         ValueError,
-        r"state_map: expected entries from 0 to 1 \(2 states\), got \[0, 2\]",
+        r"state_map: expected entries from 0 to 1 \(2 states\), got \[2\]",
     ),
+    "an entry that 32 bits would make 1": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [0, 2**32 + 1]},
+        ValueError,
+        r"state_map: expected entries from 0 to 1 \(2 states\), got \[4294967297\]",
+    ),
+    "such an entry in an array": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": np.array([0, 2**32 + 1])},
+        ValueError,
+        r"state_map: expected entries from 0 to 1 \(2 states\), got \[4294967297\]",
+    ),
+    "an entry of more than 64 bits": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [0, 2**64]},
+        ValueError,
+        "state_map: expected integers of 64 bits",
+    ),
+    "many wrong entries": (
+        {n: float32(100, 1, 1, 1) for n in "rkvw"}
+        | {"u": float32(1, 1), "initial_state": float32(2, 1, 1, 1), "state_map": [7] * 100},
+        ValueError,
+        r"got \[7, 7, 7, 7, 7, 7, 7, 7, \.\.\.\]$",
+    ),
+    "floats in the map": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [0.7, 1.2]},
+        TypeError,
+        "state_map: expected integers, got 0.7 among them",
+    ),
+    "bools in the map": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": [True, False]},
+        TypeError,
+        "state_map: expected integers, got True among them",
+    ),
+    "a bool map": (
+        {"initial_state": float32(2, 2, 4, 4), "state_map": np.array([True, False])},
+        TypeError,
+        "state_map: expected int32 or int64, got bool",
+    ),
+    "no tensor": ({"k": None}, TypeError, "k: expected a tensor, got None"),
+    "a string": ({"v": "v"}, TypeError, "v: expected a tensor, got 'v'"),
+    "a mapping": ({"u": {}}, TypeError, r"u: expected a tensor, got \{\}"),
+    "a string as state": ({"initial_state": "s"}, TypeError, "initial_state: expected a tensor"),
+    "high_level": ({"high_level": 1}, TypeError, "high_level: expected True or False, got 1"),
     "a negative entry": (
         {"initial_state": float32(2, 2, 4, 4), "state_map": [-1, 0]},
         ValueError,
@@ -231,6 +306,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_names_the_argument(case):
     change, error, message = BAD[case]
-    given = {n: x if isinstance(x, list) else tensor(x) for n, x in (RKVW | change).items()}
+    given = RKVW | change
+    for name, x in given.items():  # state_map as it is: NumPy's is taken, too
+        if isinstance(x, np.ndarray) and name != "state_map":
+            given[name] = tensor(x)
     with pytest.raises(error, match=message):
         wkv(**given)
