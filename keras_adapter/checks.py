@@ -5,6 +5,7 @@ Sizes that are None (not known yet) fit everything.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import keras
@@ -15,6 +16,24 @@ INDEX_DTYPES = ("int32", "int64")
 MAX_HEAD_SIZE = 256
 
 Shape = tuple[Any, ...]  # int, or None
+
+
+def flag(name: str, x: Any) -> bool:
+    """x as a bool. Raises TypeError for all but True and False."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {_described(x)}")
+    return bool(x)
+
+
+def number(name: str, x: Any, largest: int | None = None) -> int:
+    """x as an int, at least 1. Raises TypeError for what is no integer, ValueError out of range."""
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {_described(x)}")
+    value = operator.index(x)
+    if value < 1 or (largest is not None and value > largest):
+        wanted = "at least 1" if largest is None else f"1 to {largest}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return value
 
 
 def check_wkv(
@@ -79,6 +98,12 @@ def dtype_of(x: Any) -> str:
 def state_dtype(r: Any) -> str:
     """The dtype of the state that belongs to inputs of r's dtype."""
     return "float64" if dtype_of(r) == "float64" else "float32"
+
+
+def _described(x: Any) -> str:
+    """A value as a message shows it: itself where that is short, or its type."""
+    text = repr(x)
+    return text if len(text) <= 40 and "\n" not in text else f"a {type(x).__name__}"
 
 
 def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...], beside: str = "") -> None:

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adapter.layers.mix import Mix, given_mask, input_width, integer
+from keras_adapter.checks import number
+from keras_adapter.layers.mix import Mix, given_mask, input_width
 
 __all__ = ["RWKV6ChannelMix"]
 
@@ -49,7 +50,7 @@ class RWKV6ChannelMix(Mix):
         **kwargs: Any,
     ) -> None:
         super().__init__(layer_id, n_layer, return_state, **kwargs)
-        self.n_ffn = None if n_ffn is None else integer("n_ffn", n_ffn)
+        self.n_ffn = None if n_ffn is None else number("n_ffn", n_ffn)
 
     def build(self, input_shape: Any) -> None:
         self.width = width = input_width(input_shape)
@@ -96,7 +97,7 @@ class RWKV6ChannelMix(Mix):
         x, xx, shift = self._shift(x, shift, given_mask(mask, x_mask))
         maa_k, maa_r = self._cast(self.time_maa_k, self.time_maa_r)
         k = ops.square(ops.relu(self.key(x + xx * maa_k)))  # [B, T, F]
-        y = ops.sigmoid(self.receptance(x + xx * maa_r)) * self.value(k)
+        (y,) = self._cast(ops.sigmoid(self.receptance(x + xx * maa_r)) * self.value(k))
         return (y, shift) if self.return_state else y
 
     def get_config(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +9,19 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adapter.checks import FLOAT_DTYPES, _check_shape, dtype_of
+from keras_adapter.checks import (
+    FLOAT_DTYPES,
+    _check_dtype,
+    _check_shape,
+    _described,
+    dtype_of,
+    flag,
+    number,
+)
 
 Weights = Mapping[str, np.ndarray[Any, Any]]
 
-_MASK_DTYPES = (
-    *("bool", "int8", "int16", "int32", "int64"),
-    *("uint8", "uint16", "uint32", "uint64"),
-)
+_MASK_DTYPES = ("bool", "int8", "uint8", "int32", "int64")
 
 
 class Mix(keras.layers.Layer):
@@ -34,10 +38,12 @@ class Mix(keras.layers.Layer):
     def __init__(self, layer_id: int, n_layer: int, return_state: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.autocast = False
-        self.n_layer = integer("n_layer", n_layer)
-        self.layer_id = integer("layer_id", layer_id, least=None)
-        if not 0 <= self.layer_id < self.n_layer:
+        self.n_layer = number("n_layer", n_layer)
+        if isinstance(layer_id, bool) or not hasattr(layer_id, "__index__"):
+            raise TypeError(f"layer_id: expected an int, got {_described(layer_id)}")
+        if not 0 <= layer_id < n_layer:
             raise ValueError(f"layer_id: expected 0 to n_layer - 1 = {n_layer - 1}, got {layer_id}")
+        self.layer_id = int(layer_id)
         self.return_state = flag("return_state", return_state)
         self.supports_masking = True
 
@@ -81,13 +87,10 @@ class Mix(keras.layers.Layer):
             raise ValueError(f"x: expected the width D = {self.width}, got shape {tuple(x.shape)}")
         batch, tokens, _ = x.shape
         if shift is not None:
-            check_float("shift", shift)
-            _check_shape("shift", shift, (batch, width), "[B, D]")
+            check_tensor("shift", shift, FLOAT_DTYPES, (batch, width), "[B, D]")
         for name, given in (("mask", mask), ("x_mask", x_mask)):
             if given is not None:
-                if dtype_of(given) not in _MASK_DTYPES:
-                    raise TypeError(f"{name}: expected bool or integers, got {dtype_of(given)}")
-                _check_shape(name, given, (batch, tokens), "[B, T]")
+                check_tensor(name, given, _MASK_DTYPES, (batch, tokens), "[B, T]")
 
     # Weights under their official names
 
@@ -187,6 +190,7 @@ class Mix(keras.layers.Layer):
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _cast(self, *tensors: Any) -> list[Any]:
+        """In the compute dtype; keras.ops' products of float64 are float32 on some backends."""
         return [ops.cast(x, self.compute_dtype) for x in tensors]
 
     def _shift(
@@ -245,18 +249,26 @@ def _matrix(name: str, dense: Any) -> np.ndarray[Any, Any]:  # [in, out]
             f"{name}: is quantized as {dense.quantization_mode!r} and cannot be given back; get the "
             "official weights before"
         )
+    matrix = _dequantized(dense)
+    if not dense.lora_enabled:
+        return matrix
+    a, b = (_array(x).astype("float64") for x in (dense.lora_kernel_a, dense.lora_kernel_b))
+    merged: np.ndarray[Any, Any] = matrix + dense.lora_alpha / dense.lora_rank * (a @ b)
+    return merged.astype(matrix.dtype)
+
+
+def _dequantized(dense: Any) -> np.ndarray[Any, Any]:  # [in, out]
+    """The kernel of a Dense layer without its LoRA."""
     variables = {variable.name: variable for variable in dense.weights}
-    if dense.quantization_mode in (None, "float8"):  # the kernel itself is not quantized
-        kernel = _array(variables["kernel"])
-        if not dense.lora_enabled:
-            return kernel
-        a, b = (_array(variables[f"lora_kernel_{x}"]).astype("float64") for x in "ab")
-        return (kernel + dense.lora_alpha / dense.lora_rank * (a @ b)).astype(kernel.dtype)
+    if dense.quantization_mode in (None, "float8"):  # float8 rounds when it computes
+        return _array(variables["kernel"])
     # how integers are packed and scaled is Keras's own; a copy of the layer in float32 applies them
     # to the unit vectors
-    config = dense.get_config()
+    config = {**dense.get_config(), "kernel_initializer": "zeros"}
     config["dtype"] = f"{dense.dtype_policy.name.split('_from_')[0]}_from_float32"
-    copy = keras.layers.Dense.from_config({**config, "kernel_initializer": "zeros"})
+    config.pop("lora_rank", None)
+    config.pop("lora_alpha", None)
+    copy = keras.layers.Dense.from_config(config)
     width_in = dense.input_spec.axes[-1]
     copy.build((None, width_in))
     for variable in copy.weights:
@@ -283,29 +295,14 @@ def input_width(shape: Any) -> int:
     return int(shape[2])
 
 
-def check_float(name: str, x: Any) -> None:
-    if dtype_of(x) not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {dtype_of(x)}")
-
-
-def integer(name: str, value: Any, least: int | None = 1) -> int:
-    """An option that is an integer, NumPy's included, of at least `least`."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
-    return number
-
-
-def flag(name: str, value: Any) -> bool:
-    """An option that is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
-    return bool(value)
+def check_tensor(
+    name: str, x: Any, dtypes: tuple[str, ...], shape: tuple[Any, ...], description: str
+) -> None:
+    """Raises TypeError or ValueError for an argument that does not fit."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: expected a tensor, got {_described(x)}")
+    _check_dtype(name, x, dtypes)
+    _check_shape(name, x, shape, description)
 
 
 def epsilon(name: str, value: Any) -> float:

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adapter.checks import MAX_HEAD_SIZE, _check_shape
-from keras_adapter.layers.mix import Mix, check_float, epsilon, flag, given_mask, input_width, integer
+from keras_adapter.checks import FLOAT_DTYPES, MAX_HEAD_SIZE, flag, number
+from keras_adapter.layers.mix import Mix, check_tensor, epsilon, given_mask, input_width
 from keras_adapter.ops import wkv
 
 __all__ = ["RWKV6TimeMix"]
@@ -65,11 +65,9 @@ class RWKV6TimeMix(Mix):
         **kwargs: Any,
     ) -> None:
         super().__init__(layer_id, n_layer, return_state, **kwargs)
-        self.head_size = integer("head_size", head_size)
-        if self.head_size > MAX_HEAD_SIZE:
-            raise ValueError(f"head_size: expected 1 to {MAX_HEAD_SIZE}, got {head_size}")
-        self.lora_mix = None if lora_mix is None else integer("lora_mix", lora_mix)
-        self.lora_decay = None if lora_decay is None else integer("lora_decay", lora_decay)
+        self.head_size = number("head_size", head_size, MAX_HEAD_SIZE)
+        self.lora_mix = None if lora_mix is None else number("lora_mix", lora_mix)
+        self.lora_decay = None if lora_decay is None else number("lora_decay", lora_decay)
         self.ln_x_eps = epsilon("ln_x_eps", ln_x_eps)
         self.high_level = None if high_level is None else flag("high_level", high_level)
 
@@ -161,6 +159,7 @@ class RWKV6TimeMix(Mix):
         maa_w1, maa_w2 = self._cast(self.time_maa_w1, self.time_maa_w2)
         lora = ops.tanh(ops.matmul(x + xx * maa_x, maa_w1))
         lora = ops.reshape(lora, (batch, tokens, 5, lora.shape[2] // 5))
+        (lora,) = self._cast(lora)
         lora = ops.einsum("btqm,qmd->qbtd", lora, maa_w2)  # [5, B, T, D]
         xw, xk, xv, xr, xg = (x + xx * (a + mix) for a, mix in zip(maa, ops.unstack(lora, 5)))
 
@@ -168,25 +167,30 @@ class RWKV6TimeMix(Mix):
         decay_w1, decay_w2 = self._cast(self.time_decay_w1, self.time_decay_w2)
         w = ops.matmul(ops.tanh(ops.matmul(xw, decay_w1)), decay_w2)
         w = ops.cast(self.time_decay, self.wide_dtype) + ops.cast(w, self.wide_dtype)
-        r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
+        r, k, v, g = self._cast(self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg))
         if mask is not None:
             real = ops.expand_dims(mask, -1)
             k, v = (ops.where(real, a, ops.zeros_like(a)) for a in (k, v))
             w = ops.where(real, w, ops.full_like(w, -1e9))
+        if self.compute_dtype == "float16":  # has no room for y, which the norm brings to size
+            r, k, v = (ops.cast(a, self.wide_dtype) for a in (r, k, v))
         u = ops.cast(self.time_faaaa, self.wide_dtype)
         state = None if state is None else ops.cast(state, self.wide_dtype)
         r, k, v, w = (ops.reshape(a, heads) for a in (r, k, v, w))
         y, state = wkv(r, k, v, w, u, state, high_level=self.high_level)
         y = ops.reshape(self._norm(y), (batch, tokens, width))
         weight, bias = self._cast(self.ln_x_weight, self.ln_x_bias)
-        y = self.output_map((y * weight + bias) * ops.silu(g))
+        (y,) = self._cast(self.output_map((y * weight + bias) * ops.silu(g)))
         return (y, shift, state) if self.return_state else y
 
     def _norm(self, y: Any) -> Any:  # [B, T, H, N]
         """GroupNorm of each token, a group per head, in at least float32; before its weights."""
         groups = ops.cast(y, self.wide_dtype)
-        mean, variance = ops.moments(groups, axes=-1, keepdims=True)
-        return ops.cast((groups - mean) * ops.rsqrt(variance + self.ln_x_eps), y.dtype)
+        # not ops.moments: its difference of squares may be negative
+        groups = groups - ops.mean(groups, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(groups), axis=-1, keepdims=True)
+        (normed,) = self._cast(groups * ops.rsqrt(variance + self.ln_x_eps))
+        return normed
 
     def _outputs(self, shape: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], str]]:
         batch, _, width = shape
@@ -204,11 +208,11 @@ class RWKV6TimeMix(Mix):
         super()._check(x, shift, mask, x_mask)
         if state is None:
             return
-        check_float("state", state)
-        rows = (1,) if len(state.shape) == 4 and state.shape[0] == 1 else (x.shape[0],)
-        heads = self.width // self.head_size
-        shape = (*rows, heads, self.head_size, self.head_size)
-        _check_shape("state", state, shape, "[B, H, N, N]")
+        width = x.shape[2]
+        shape = (x.shape[0], width // self.head_size, self.head_size, self.head_size)
+        if tuple(getattr(state, "shape", ()))[:1] == (1,):
+            shape = (1, *shape[1:])  # one for all
+        check_tensor("state", state, FLOAT_DTYPES, shape, "[B, H, N, N]")
 
     def get_config(self) -> dict[str, Any]:
         names = ("head_size", "lora_mix", "lora_decay", "ln_x_eps", "high_level")
