@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -32,13 +33,15 @@ class RWKV6ChannelMix(Mix):
         ValueError: layer_id not below n_layer, or a hidden width below 1.
     """
 
-    official = {
+    official: ClassVar[Mapping[str, str]] = {
         "time_maa_k": "time_maa_k",
         "time_maa_r": "time_maa_r",
         "key.weight": "key",
         "receptance.weight": "receptance",
         "value.weight": "value",
     }
+
+    _check = Mix._check_tokens
 
     def __init__(
         self,
@@ -57,8 +60,8 @@ class RWKV6ChannelMix(Mix):
         hidden = int(3.5 * width) // 32 * 32 if self.n_ffn is None else self.n_ffn
         if hidden < 1:
             raise ValueError(
-                f"n_ffn: int(3.5 * D) // 32 * 32 is 0 for an x of width D = {width}; from D = 10 it "
-                "is at least 32, below pass n_ffn"
+                f"n_ffn: int(3.5 * D) // 32 * 32 is 0 for an x of width D = {width}; from D = 10 "
+                "it is at least 32, below pass n_ffn"
             )
         maa = 1 - (np.arange(width) / width) ** ((1 - self.layer_id / self.n_layer) ** 3)
         self.time_maa_k = self._add("time_maa_k", (width,), maa)

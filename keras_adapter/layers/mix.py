@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -33,7 +33,8 @@ class Mix(keras.layers.Layer):
     """
 
     # official name: attribute; a weight, or a Dense layer whose transposed kernel it is
-    official: Mapping[str, str] = {}
+    official: ClassVar[Mapping[str, str]]
+    _check: Callable[..., None]  # raises TypeError or ValueError for arguments of `call`
 
     def __init__(self, layer_id: int, n_layer: int, return_state: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -46,10 +47,28 @@ class Mix(keras.layers.Layer):
         self.layer_id = int(layer_id)
         self.return_state = flag("return_state", return_state)
         self.supports_masking = True
+        self._map_policies: dict[str, Any] = {}  # of maps that are quantized, by layer name
 
     def get_config(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("layer_id", "n_layer", "return_state")}
         return {**super().get_config(), **own}
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """For saving: also which maps are quantized and how, so that loading builds them so."""
+        config: dict[str, Any] | None = super().get_build_config()
+        if config is None or not self.built:
+            return config
+        maps = [x for x in self._attributes().values() if isinstance(x, keras.layers.Dense)]
+        policies = {x.name: x.dtype_policy.name for x in maps if x.quantization_mode is not None}
+        return {**config, "map_policies": policies}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        self._map_policies = config.get("map_policies", {})
+        super().build_from_config({k: v for k, v in config.items() if k != "map_policies"})
+
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Under a policy such as "int8_from_float32" it is the maps that are quantized."""
+        return self.call(*args, **kwargs)
 
     # Shapes and dtypes of the outputs, the same for tensors and for KerasTensors
 
@@ -74,7 +93,7 @@ class Mix(keras.layers.Layer):
         batch, _, width = shape
         return [(shape, self.compute_dtype), ((batch, width), self.compute_dtype)]
 
-    def _check(
+    def _check_tokens(
         self,
         x: Any,  # [B, T, D]
         shift: Any | None = None,  # [B, D]
@@ -177,7 +196,7 @@ class Mix(keras.layers.Layer):
             use_bias=False,
             kernel_initializer=_initializer(start),
             name=name,
-            dtype=self.dtype_policy,
+            dtype=self._map_policies.get(name, self.dtype_policy),
         )
         dense.build((None, None, width_in))
         return dense
@@ -246,8 +265,8 @@ def _matrix(name: str, dense: Any) -> np.ndarray[Any, Any]:  # [in, out]
         return _array(dense.kernel)
     if dense.quantization_mode not in (None, "int8", "int4", "float8"):
         raise ValueError(
-            f"{name}: is quantized as {dense.quantization_mode!r} and cannot be given back; get the "
-            "official weights before"
+            f"{name}: is quantized as {dense.quantization_mode!r} and cannot be given back; get "
+            "the official weights before"
         )
     matrix = _dequantized(dense)
     if not dense.lora_enabled:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -39,7 +40,7 @@ class RWKV6TimeMix(Mix):
             that is not finite or below 0, or head_size not dividing D.
     """
 
-    official = {
+    official: ClassVar[Mapping[str, str]] = {
         **{f"time_maa_{x}": f"time_maa_{x}" for x in ("x", "w", "k", "v", "r", "g", "w1", "w2")},
         **{name: name for name in ("time_decay", "time_decay_w1", "time_decay_w2", "time_faaaa")},
         "ln_x.weight": "ln_x_weight",
@@ -205,7 +206,7 @@ class RWKV6TimeMix(Mix):
         mask: Any | None = None,  # [B, T]
         x_mask: Any | None = None,  # [B, T]
     ) -> None:
-        super()._check(x, shift, mask, x_mask)
+        self._check_tokens(x, shift, mask, x_mask)
         if state is None:
             return
         width = x.shape[2]

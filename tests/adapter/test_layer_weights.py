@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from backend import array, tensor
-from layers import KINDS, D, expected, make, tokens
+from backend import BACKEND, array, quick, tensor
+from layers import KINDS, LAYERS, OPTIONS, D, expected, make, tokens
 
 
 def with_lora(layer, name, rank=2):
@@ -34,7 +34,9 @@ def test_lora_is_merged(kind, policy):
         np.testing.assert_allclose(value, right, rtol=1e-6, atol=1e-6, err_msg=name)
     if policy == "float32":  # what the layer computes with
         right = expected(kind, layer, tokens())[0][0]
-        np.testing.assert_allclose(array(layer(tensor(tokens()))), right, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(
+            array(quick(layer)(tensor(tokens()))), right, rtol=1e-3, atol=2e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_quantization_that_cannot_be_undone_is_refused():
     layer = make("time")
     config = keras.quantizers.GPTQConfig(dataset=["text"], tokenizer=str.split)
     layer.key.quantize("gptq", config=config)
-    with pytest.raises(ValueError, match="key.weight: is quantized as 'gptq'"):
+    with pytest.raises(ValueError, match=r"key.weight: is quantized as 'gptq'"):
         layer.get_official_weights()
 
 
@@ -95,7 +97,7 @@ def test_maps_with_lora_and_quantized_ones_are_not_overwritten(kind):
 def test_values_that_are_no_numbers_are_refused():
     layer = make("time")
     weights = layer.get_official_weights()
-    with pytest.raises(ValueError, match="key.weight: expected real numbers"):
+    with pytest.raises(ValueError, match=r"key.weight: expected real numbers"):
         layer.set_official_weights({**weights, "key.weight": [["a"] * D] * D})
     for name, value in layer.get_official_weights().items():
         np.testing.assert_array_equal(value, weights[name])
@@ -112,3 +114,29 @@ def test_official_weights_are_arrays_that_torch_takes(kind, policy):
     layer.set_official_weights(weights)
     for name, value in layer.get_official_weights().items():
         np.testing.assert_array_equal(value, weights[name])
+
+
+@pytest.mark.skipif(BACKEND == "numpy", reason="keras has no models on numpy")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_model_is_saved_and_loaded(mode, policy, tmp_path):
+    x = keras.Input((None, D))
+    ours = keras.Model(x, make("channel", dtype=policy)(make("time", dtype=policy)(x)))
+    ours.quantize(mode)
+    before = array(ours(tensor(tokens())))
+    weights = [layer.get_official_weights() for layer in ours.layers[1:]]
+    ours.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(array(loaded(tensor(tokens()))), before)
+    for layer, right in zip(loaded.layers[1:], weights, strict=True):
+        for name, value in layer.get_official_weights().items():
+            np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+@KINDS
+def test_a_layer_under_a_quantized_policy(kind):
+    layer = LAYERS[kind](1, 3, **OPTIONS[kind], dtype="int8_from_float32")
+    assert tuple(layer(tensor(tokens())).shape) == tokens().shape
+    assert layer.key.quantization_mode == "int8"
+    again = LAYERS[kind].from_config(layer.get_config())
+    assert again.dtype_policy.name == "int8_from_float32"
