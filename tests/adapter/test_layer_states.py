@@ -168,10 +168,8 @@ def test_time_distributed(kind):
     wrapper = keras.layers.TimeDistributed(layer)
     found = array(quick(lambda x, mask: wrapper(x, mask=mask))(tensor(x), tensor(mask)))
     for i, length in ((0, 6), (1, 4)):
-        assert (
-            relative_rms(found[:, i, :length], array(quick(layer)(tensor(x[:, i, :length]))))
-            < limit
-        )
+        right = array(quick(layer)(tensor(x[:, i, :length])))
+        assert relative_rms(found[:, i, :length], right) < 1e-2
     assert wrapper.compute_output_shape((None, 2, 6, D)) == (None, 2, 6, D)
 
 
