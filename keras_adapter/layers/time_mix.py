@@ -129,7 +129,8 @@ class RWKV6TimeMix(Mix):
             shift: last token of the piece before, [B, D]; None is zeros.
             state: WKV state after the piece before, [B, H, N, N] or [1, H, N, N] for all, as
                 [key, value]; None is zeros. It is float32 (float64 in a float64 layer) and never
-                rounded to half precision.
+                rounded to half precision. (Keras rounds the arguments of a layer of your own around
+                this one, unless that has ``autocast=False``.)
             mask: [B, T], bool or integers; where False the token is padding: the others are mixed
                 as if it were not there, and its output means nothing.
             x_mask: the mask that comes with x, from an Embedding or Masking layer. Keras fills it
