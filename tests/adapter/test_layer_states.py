@@ -185,6 +185,7 @@ def test_output_shapes(kind):
 @pytest.mark.parametrize("policy", ["float64", "bfloat16", "float16"])
 def test_layers_of_every_dtype(kind, policy):
     layer, x = LAYERS[kind](1, 3, **OPTIONS[kind], dtype=policy, return_state=True), tokens()
+    layer.build((None, None, D))
     outputs = quick(layer)(tensor(x))
     right = make(kind)
     right.set_official_weights(layer.get_official_weights())
