@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_adapter.layers.mix import Mix, input_width
+from keras_adapter.checks import FLOAT_DTYPES, MAX_HEAD_SIZE, flag, number
+from keras_adapter.layers.mix import Mix, check_tensor, epsilon, given_mask, input_width
 from keras_adapter.ops import wkv
 
 __all__ = ["RWKV6TimeMix"]
@@ -29,10 +31,26 @@ class RWKV6TimeMix(Mix):
         lora_decay: rank of the data-dependent decay; None is 64, or 128 from D = 4096.
         ln_x_eps: epsilon of the GroupNorm. Official checkpoints have 64e-5.
         return_state: also return what the next piece of the sequence goes on from.
+        high_level: True computes WKV with keras.ops, False with the native kernels where this
+            backend has them; None is what the environment variable ``OPS_KERNEL`` says.
 
     Raises:
-        ValueError: layer_id not below n_layer, or head_size not dividing D.
+        TypeError: an option of another type.
+        ValueError: layer_id not below n_layer, a size below 1, a head size above 256, an epsilon
+            that is not finite or below 0, or head_size not dividing D.
     """
+
+    official: ClassVar[Mapping[str, str]] = {
+        **{f"time_maa_{x}": f"time_maa_{x}" for x in ("x", "w", "k", "v", "r", "g", "w1", "w2")},
+        **{name: name for name in ("time_decay", "time_decay_w1", "time_decay_w2", "time_faaaa")},
+        "ln_x.weight": "ln_x_weight",
+        "ln_x.bias": "ln_x_bias",
+        "receptance.weight": "receptance",
+        "key.weight": "key",
+        "value.weight": "value",
+        "gate.weight": "gate",
+        "output.weight": "output_map",
+    }
 
     def __init__(
         self,
@@ -44,15 +62,19 @@ class RWKV6TimeMix(Mix):
         lora_decay: int | None = None,
         ln_x_eps: float = 64e-5,
         return_state: bool = False,
+        high_level: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(layer_id, n_layer, return_state, **kwargs)
-        self.head_size, self.ln_x_eps = head_size, ln_x_eps
-        self.lora_mix, self.lora_decay = lora_mix, lora_decay
+        self.head_size = number("head_size", head_size, MAX_HEAD_SIZE)
+        self.lora_mix = None if lora_mix is None else number("lora_mix", lora_mix)
+        self.lora_decay = None if lora_decay is None else number("lora_decay", lora_decay)
+        self.ln_x_eps = epsilon("ln_x_eps", ln_x_eps)
+        self.high_level = None if high_level is None else flag("high_level", high_level)
 
     def build(self, input_shape: Any) -> None:
-        width = input_width(input_shape)
-        if self.head_size < 1 or width % self.head_size:
+        self.width = width = input_width(input_shape)
+        if width % self.head_size:
             raise ValueError(f"head_size: expected a divisor of {width}, got {self.head_size}")
         wide = width >= 4096
         mix = (64 if wide else 32) if self.lora_mix is None else self.lora_mix
@@ -73,12 +95,11 @@ class RWKV6TimeMix(Mix):
             ("time_maa_g", 1 - channel ** (0.5 * height)),
         ):
             setattr(self, name, self._add(name, (width,), value))
-        # mixed precision leaves the decay and the bonus as they are
         decay = -6 + 5 * ramp ** (0.7 + 1.3 * depth)
-        self.time_decay = self._add("time_decay", (width,), decay, autocast=False)
+        self.time_decay = self._add("time_decay", (width,), decay)
         bonus = depth * (1 - ramp) + ((n + 1) % 3 - 1) * 0.1
         heads = (width // self.head_size, self.head_size)
-        self.time_faaaa = self._add("time_faaaa", heads, bonus.reshape(heads), autocast=False)  # u
+        self.time_faaaa = self._add("time_faaaa", heads, bonus.reshape(heads))  # u
         self.time_maa_w1 = self._add("time_maa_w1", (width, 5 * mix), "zeros")
         self.time_maa_w2 = self._add("time_maa_w2", (5, mix, width), small)  # w, k, v, r, g
         self.time_decay_w1 = self._add("time_decay_w1", (width, lora_decay), "zeros")
@@ -99,6 +120,7 @@ class RWKV6TimeMix(Mix):
         shift: Any | None = None,  # [B, D]
         state: Any | None = None,  # [B, H, N, N], [key, value]
         mask: Any | None = None,  # [B, T]
+        x_mask: Any | None = None,  # [B, T]
     ) -> Any:  # [B, T, D]; with return_state also [B, D] and [B, H, N, N]
         """Mixes the tokens of every sequence, from the first to the last.
 
@@ -106,66 +128,94 @@ class RWKV6TimeMix(Mix):
             x: input, [B, T, D].
             shift: last token of the piece before, [B, D]; None is zeros.
             state: WKV state after the piece before, [B, H, N, N] or [1, H, N, N] for all, as
-                [key, value], float32; None is zeros.
-            mask: [B, T] bool; where False the token is padding: it counts as zeros and leaves the
-                state as it is.
+                [key, value]; None is zeros. It is float32 (float64 in a float64 layer) and never
+                rounded to half precision. (Keras rounds the arguments of a layer of your own around
+                this one, unless that has ``autocast=False``.)
+            mask: [B, T], bool or integers; where False the token is padding: the others are mixed
+                as if it were not there, and its output means nothing.
+            x_mask: the mask that comes with x, from an Embedding or Masking layer. Keras fills it
+                in; `mask` goes before it.
 
         Returns:
-            The output, [B, T, D]; with ``return_state`` also the last token of x, [B, D], and the
-            state after it, [B, H, N, N]: the ``shift`` and ``state`` of the next piece.
+            The output, [B, T, D] in the compute dtype; with ``return_state`` also the last token of
+            x that is no padding, [B, D], and the state after it, [B, H, N, N]: the ``shift`` and
+            ``state`` of the next piece. Without such a token they are those given.
+
+        Raises:
+            TypeError, ValueError: a dtype or shape not named above.
         """
+        self._check(x, shift, state, mask, x_mask)
+        mask = given_mask(mask, x_mask)
+        x, xx, shift = self._shift(x, shift, mask)
         batch, tokens, width = ops.shape(x)
         heads = (batch, tokens, width // self.head_size, self.head_size)
-        keep = None if mask is None else ops.expand_dims(mask, -1)
-        if keep is not None:
-            x = ops.where(keep, x, ops.zeros_like(x))
-        xx, shift = self._shift(x, shift)
 
-        lora = ops.tanh(ops.matmul(x + xx * self.time_maa_x, self.time_maa_w1))
-        lora = ops.reshape(lora, (batch, tokens, 5, lora.shape[2] // 5))
-        lora = ops.einsum("btqm,qmd->qbtd", lora, self.time_maa_w2)  # [5, B, T, D]
-        xw, xk, xv, xr, xg = (
-            x + xx * (maa + mix)
-            for maa, mix in zip(
-                (
-                    self.time_maa_w,
-                    self.time_maa_k,
-                    self.time_maa_v,
-                    self.time_maa_r,
-                    self.time_maa_g,
-                ),
-                ops.unstack(lora, 5),
-            )
+        maa_x, *maa = self._cast(
+            self.time_maa_x,
+            self.time_maa_w,
+            self.time_maa_k,
+            self.time_maa_v,
+            self.time_maa_r,
+            self.time_maa_g,
         )
+        maa_w1, maa_w2 = self._cast(self.time_maa_w1, self.time_maa_w2)
+        lora = ops.tanh(ops.matmul(x + xx * maa_x, maa_w1))
+        lora = ops.reshape(lora, (batch, tokens, 5, lora.shape[2] // 5))
+        (lora,) = self._cast(lora)
+        lora = ops.einsum("btqm,qmd->qbtd", lora, maa_w2)  # [5, B, T, D]
+        xw, xk, xv, xr, xg = (x + xx * (a + mix) for a, mix in zip(maa, ops.unstack(lora, 5)))
 
         # w goes through two exponentials: it is summed in at least float32, whatever x is
-        wide = "float64" if self.compute_dtype == "float64" else "float32"
-        w = ops.matmul(ops.tanh(ops.matmul(xw, self.time_decay_w1)), self.time_decay_w2)
-        w = ops.cast(self.time_decay, wide) + ops.cast(w, wide)
-        r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
-        if keep is not None:
-            k, v = (ops.where(keep, a, ops.zeros_like(a)) for a in (k, v))
-            w = ops.where(keep, w, -1e9)
-        u = ops.cast(self.time_faaaa, wide)
+        decay_w1, decay_w2 = self._cast(self.time_decay_w1, self.time_decay_w2)
+        w = ops.matmul(ops.tanh(ops.matmul(xw, decay_w1)), decay_w2)
+        w = ops.cast(self.time_decay, self.wide_dtype) + ops.cast(w, self.wide_dtype)
+        r, k, v, g = self._cast(self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg))
+        if mask is not None:
+            real = ops.expand_dims(mask, -1)
+            k, v = (ops.where(real, a, ops.zeros_like(a)) for a in (k, v))
+            w = ops.where(real, w, ops.full_like(w, -1e9))
+        if self.compute_dtype == "float16":  # has no room for y, which the norm brings to size
+            r, k, v = (ops.cast(a, self.wide_dtype) for a in (r, k, v))
+        u = ops.cast(self.time_faaaa, self.wide_dtype)
+        state = None if state is None else ops.cast(state, self.wide_dtype)
         r, k, v, w = (ops.reshape(a, heads) for a in (r, k, v, w))
-        y, state = wkv(r, k, v, w, u, state)
-        y = self._norm(ops.reshape(y, (batch, tokens, width)))
-        y = self.output_map(y * ops.silu(g))
+        y, state = wkv(r, k, v, w, u, state, high_level=self.high_level)
+        y = ops.reshape(self._norm(y), (batch, tokens, width))
+        weight, bias = self._cast(self.ln_x_weight, self.ln_x_bias)
+        (y,) = self._cast(self.output_map((y * weight + bias) * ops.silu(g)))
         return (y, shift, state) if self.return_state else y
 
-    def _norm(self, y: Any) -> Any:  # [B, T, D]
-        """GroupNorm of each token, a group per head, in at least float32."""
-        shape = ops.shape(y)
-        wide = "float64" if self.compute_dtype == "float64" else "float32"
-        groups = ops.cast(ops.reshape(y, (*shape[:2], -1, self.head_size)), wide)
-        mean, variance = ops.moments(groups, axes=-1, keepdims=True)
-        groups = (groups - mean) * ops.rsqrt(variance + self.ln_x_eps)
-        normed = ops.cast(ops.reshape(groups, shape), y.dtype)
-        return normed * self.ln_x_weight + self.ln_x_bias
+    def _norm(self, y: Any) -> Any:  # [B, T, H, N]
+        """GroupNorm of each token, a group per head, in at least float32; before its weights."""
+        groups = ops.cast(y, self.wide_dtype)
+        # not ops.moments: its difference of squares may be negative
+        groups = groups - ops.mean(groups, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(groups), axis=-1, keepdims=True)
+        (normed,) = self._cast(groups * ops.rsqrt(variance + self.ln_x_eps))
+        return normed
 
-    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        return (previous_mask, None, None) if self.return_state else previous_mask
+    def _outputs(self, shape: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], str]]:
+        batch, _, width = shape
+        state = (batch, width // self.head_size, self.head_size, self.head_size)
+        return [*super()._outputs(shape), (state, self.wide_dtype)]
+
+    def _check(
+        self,
+        x: Any,  # [B, T, D]
+        shift: Any | None = None,  # [B, D]
+        state: Any | None = None,  # [B, H, N, N]
+        mask: Any | None = None,  # [B, T]
+        x_mask: Any | None = None,  # [B, T]
+    ) -> None:
+        self._check_tokens(x, shift, mask, x_mask)
+        if state is None:
+            return
+        width = x.shape[2]
+        shape = (x.shape[0], width // self.head_size, self.head_size, self.head_size)
+        if tuple(getattr(state, "shape", ()))[:1] == (1,):
+            shape = (1, *shape[1:])  # one for all
+        check_tensor("state", state, FLOAT_DTYPES, shape, "[B, H, N, N]")
 
     def get_config(self) -> dict[str, Any]:
-        names = ("head_size", "lora_mix", "lora_decay", "ln_x_eps")
+        names = ("head_size", "lora_mix", "lora_decay", "ln_x_eps", "high_level")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

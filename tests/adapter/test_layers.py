@@ -4,45 +4,9 @@ import keras
 import numpy as np
 import pytest
 from backend import BACKEND, DIFFERENTIABLE, array, quick, tensor
+from layers import KINDS, LAYERS, OPTIONS, B, D, T, expected, make, tokens
 
 from keras_adapter import RWKV6ChannelMix, RWKV6TimeMix
-
-B, T, D, N = 3, 12, 16, 8
-OPTIONS = {"time": {"head_size": N, "lora_mix": 4, "lora_decay": 6}, "channel": {"n_ffn": 24}}
-LAYERS = {"time": RWKV6TimeMix, "channel": RWKV6ChannelMix}
-KINDS = pytest.mark.parametrize("kind", LAYERS)
-
-
-def make(kind, *, seed=0, **options):
-    """A layer with random weights: the official start has zeros that hide mistakes."""
-    layer = LAYERS[kind](1, 3, **OPTIONS[kind], **options)
-    layer.build((None, None, D))
-    g = np.random.default_rng(seed)
-    weights = layer.get_official_weights()
-    scale = {"time_decay": 1.0}
-    layer.set_official_weights(
-        {n: x + scale.get(n, 0.3) * g.standard_normal(x.shape) for n, x in weights.items()}
-    )
-    return layer
-
-
-def tokens(seed=1, length=T):
-    return np.random.default_rng(seed).standard_normal((B, length, D)).astype("float32")
-
-
-def expected(kind, layer, x):
-    """The layer of torch_rwkv6.nn with the same weights, in float64."""
-    torch = pytest.importorskip("torch")
-    from torch_rwkv6 import nn
-
-    if kind == "time":
-        module = nn.TimeMix(D, 1, 3, N, lora_mix=4, lora_decay=6)
-    else:
-        module = nn.ChannelMix(D, 1, 3, 24)
-    state = {n: torch.tensor(a) for n, a in layer.get_official_weights().items()}
-    module.load_state_dict(state, strict=True)
-    with torch.no_grad():
-        return [a.numpy() for a in module.double()(torch.tensor(x, dtype=torch.float64))], module
 
 
 @KINDS
@@ -151,7 +115,7 @@ def test_save_and_load(tmp_path):
 
 @KINDS
 def test_config(kind):
-    layer = make(kind, return_state=True, name="mix")
+    layer = make(kind, return_state=True, name="mix", dtype="mixed_bfloat16")
     again = LAYERS[kind].from_config(layer.get_config())
     assert again.get_config() == layer.get_config()
 
@@ -177,10 +141,64 @@ def test_fit_learns(policy, length, jit):
 
 @KINDS
 def test_bad_options_are_named(kind):
+    layer = LAYERS[kind]
     with pytest.raises(ValueError, match="layer_id: expected 0 to n_layer - 1 = 1, got 2"):
-        LAYERS[kind](2, 2)
+        layer(2, 2)
     with pytest.raises(ValueError, match="x: expected 3 dimensions"):
-        LAYERS[kind](0, 1)(tensor(np.zeros((2, D), "float32")))
-    option = {"time": {"head_size": 7}, "channel": {"n_ffn": 0}}[kind]
-    with pytest.raises(ValueError, match=next(iter(option))):
-        LAYERS[kind](0, 1, **option)(tensor(tokens()))
+        layer(0, 1)(tensor(np.zeros((2, D), "float32")))
+    with pytest.raises(TypeError, match="return_state: expected True or False, got"):
+        layer(0, 1, return_state=np.zeros((B, 1)))
+    integers = {"time": ("head_size", "lora_mix", "lora_decay"), "channel": ("n_ffn",)}[kind]
+    for value in (4.5, 4.0, "64", True):
+        for arguments in ({"layer_id": value, "n_layer": 99}, {"layer_id": 0, "n_layer": value}):
+            with pytest.raises(TypeError, match=r"(layer_id|n_layer): expected an int, got"):
+                layer(**arguments)
+        for name in integers:
+            with pytest.raises(TypeError, match=f"{name}: expected an int, got"):
+                layer(0, 1, **{name: value})
+    for name in integers:
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got 0"):
+            layer(0, 1, **{name: 0})
+        assert layer(0, 1, **{name: np.int64(4)}).get_config()[name] == 4
+
+
+def test_bad_options_of_the_time_mix_are_named():
+    with pytest.raises(ValueError, match="head_size: expected a divisor of 16, got 7"):
+        RWKV6TimeMix(0, 1, 7)(tensor(tokens()))
+    with pytest.raises(ValueError, match="head_size: expected 1 to 256, got 257"):
+        RWKV6TimeMix(0, 1, 257)
+    with pytest.raises(TypeError, match="ln_x_eps: expected a number, got 'small'"):
+        RWKV6TimeMix(0, 1, ln_x_eps="small")
+    for value in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ln_x_eps: expected a finite number"):
+            RWKV6TimeMix(0, 1, ln_x_eps=value)
+    with pytest.raises(TypeError, match="high_level: expected True or False, got 'yes'"):
+        RWKV6TimeMix(0, 1, high_level="yes")
+
+
+def test_a_channel_mix_too_narrow_for_the_official_hidden_width_asks_for_one():
+    x = tensor(np.ones((1, 2, 9), "float32"))
+    with pytest.raises(ValueError, match=r"n_ffn: .* is 0 for an x of width D = 9; .* pass n_ffn"):
+        RWKV6ChannelMix(0, 1)(x)
+    assert tuple(RWKV6ChannelMix(0, 1, 4)(x).shape) == (1, 2, 9)
+    wide = RWKV6ChannelMix(0, 1)
+    wide.build((1, 2, 10))
+    assert wide.get_official_weights()["key.weight"].shape == (32, 10)
+
+
+@pytest.mark.parametrize("high_level", [None, False, True])
+def test_high_level_chooses_what_computes_wkv(high_level):
+    layer = make("time", high_level=high_level)
+    assert layer.get_config()["high_level"] is high_level
+    right = expected("time", layer, tokens())[0][0]
+    np.testing.assert_allclose(array(quick(layer)(tensor(tokens()))), right, rtol=1e-4, atol=2e-4)
+
+
+def test_high_level_goes_to_the_operator(monkeypatch):
+    from keras_adapter.layers import time_mix
+
+    found, wkv = [], time_mix.wkv
+    monkeypatch.setattr(time_mix, "wkv", lambda *a, high_level: found.append(high_level) or wkv(*a))
+    for high_level in (None, False, True):
+        make("time", high_level=high_level)(tensor(tokens()))
+    assert found == [None, False, True]
