@@ -194,7 +194,7 @@ constexpr float kScaledExp2[6] = {-1.4426949f,    -1.00000846f,   -0.346468419f,
 #endif
 
 // x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be. change[t]
-// becomes 2^x[t] - 1 to full relative precision where x[t] is near 0.
+// becomes 2^x[t] - 1 where |x[t]| <= 1/2, with all digits also near 0, and below -1/2 for smaller x.
 template <int C>
 RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
@@ -213,9 +213,8 @@ RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C], Vec<float> (&change)[C]) {
 #endif
   polynomial(kExp2, x, p);
   RWKV6_UNROLLED (int t = 0; t < C; t++) {
-    change[t] = p[t] * x[t];
+    change[t] = fma(p[t], x[t], n[t]);
     x[t] = scale(fma(p[t], x[t], V(1.f)), n[t]);
-    change[t] = FloatLanes(n[t].x == V(0.f).x ? change[t].x : (x[t] - V(1.f)).x);
   }
 }
 template <int C>
@@ -224,13 +223,14 @@ RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
   exp2_lanes(x, change);
 }
 
-// Of one vector of w of each of C tokens: rate = exp(w), decay = exp(-exp(w)) and its complement
-// 1 - decay, which a decay near 1 has no digits left for. Every w is good: decay is 1 up to -17 and
-// 0 from 80 on at the latest, where also rate * decay, the derivative, is an exact 0. rate is
-// finite, for it does not grow beyond exp(80).
+// Of one vector of w of each of C tokens: rate = exp(w), decay = exp(-exp(w)) and, where that is
+// above 1/2, its change of the state, decay - 1, which a decay near 1 has no digits left for; where
+// it is not, change is anything below -1/2. Every w is good: decay is 1 up to -17 and 0 from 80 on
+// at the latest, where also rate * decay, the derivative, is an exact 0. rate is finite, for it does
+// not grow beyond exp(80).
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
-                              Vec<float> (&decay)[C], Vec<float> (&complement)[C]) {
+                              Vec<float> (&decay)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
 #ifdef RWKV6_SCALE_F32
   V p[C], y[C], rest[C];  // y = -log2(e) exp(w), whose scale() takes x as it is: 2^floor(x)
@@ -242,7 +242,7 @@ RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
     rate[t] = y[t] * V(-0.693147181f);
     decay[t] = y[t];
   }
-  exp2_lanes(decay, complement);
+  exp2_lanes(decay, change);
 #else
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     rate[t] = at_most(V(80.f), at_least(V(-87.f), w[t])) * V(1.44269504f);
@@ -252,48 +252,46 @@ RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
     decay[t] = rate[t] * V(-1.44269504f);
     bounded[t] = at_least(V(-126.f), decay[t]);
   }
-  exp2_lanes(bounded, complement);
+  exp2_lanes(bounded, change);
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     decay[t] = FloatLanes(decay[t].x < V(-126.f).x ? V(0.f).x : bounded[t].x);
 #endif
-  RWKV6_UNROLLED (int t = 0; t < C; t++) complement[t] = V(0.f) - complement[t];
 }
 
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<double> (&w)[C], Vec<double> (&rate)[C],
-                              Vec<double> (&decay)[C], Vec<double> (&complement)[C]) {
+                              Vec<double> (&decay)[C], Vec<double> (&change)[C]) {
   typedef Vec<double> V;
   for (int t = 0; t < C; t++) {
     for (int i = 0; i < V::W; i++) {
       rate[t].x[i] = std::exp(w[t].x[i] > 80 ? 80 : w[t].x[i]);
       decay[t].x[i] = std::exp(-rate[t].x[i]);
     }
-    V series(1.);  // (1 - exp(-rate)) / rate
-    for (int n = 7; n > 1; n--) series = V(1.) - rate[t] * series * V(1. / n);
-    const V small(0.01);
-    complement[t] = V(rate[t].x < small.x ? (rate[t] * series).x : (V(1.) - decay[t]).x);
+    const V x = V(0.) - rate[t];
+    V series(1. / 120);  // (exp(x) - 1) / x
+    for (double term : {1. / 24, 1. / 6, 1. / 2, 1.}) series = fma(series, x, V(term));
+    const V small(1. / 256);
+    change[t] = V(rate[t].x < small.x ? (x * series).x : (decay[t] - V(1.)).x);
   }
 }
 
-// A product of decays as high + low, where that says more than the product alone: the complement of
-// one near 1 has the digits that its rounding loses. low adds what is there already: what the
-// products before have lost, relative to themselves.
+// A product of decays in two parts, high + low, from what it changes the state by, product - 1, of
+// which one near 1 has lost digits. low comes with what the products before have lost, relative to
+// themselves, and leaves with what is lost now. (Where decays are fast, that is soon forgotten.)
 template <class T>
-RWKV6_INLINE void split_decay(Vec<T> product, Vec<T> complement, Vec<T>& high, Vec<T>& low) {
+RWKV6_INLINE void split_decay(Vec<T> product, Vec<T> change, Vec<T>& high, Vec<T>& low) {
   typedef Vec<T> V;
-  const V one(T(1)), zero(T(0)), half(T(0.5));
-  const V change = low - complement;
-  const V near = one + change;
-  const auto slow = complement.x < half.x;
+  const V one(T(1)), zero(T(0)), fast(T(-0.5));
+  const auto slow = change.x > fast.x;
+  const V exact = change + low, near = one + exact;
   high = V(slow ? near.x : product.x);
-  low = V(slow ? (change - (near - one)).x : zero.x);
+  low = V(slow ? (exact - (near - one)).x : zero.x);
 }
 
-// decay = exp(-exp(w)) and, where wanted, rate = exp(w) and complement = 1 - decay of a row of n
-// values, in whole vectors.
+// decay and, where wanted, rate and change of decay_lanes() of a row of n values, in whole vectors.
 template <class T>
 RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay, T* rate = nullptr,
-                            T* complement = nullptr) {
+                            T* change = nullptr) {
   typedef Vec<T> V;
   int64_t i = 0;
   const auto next = [&](auto count) {
@@ -304,7 +302,7 @@ RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay, T* rate = nullptr,
     RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       d[q].store(decay + i + q * V::W);
       if (rate) e[q].store(rate + i + q * V::W);
-      if (complement) c[q].store(complement + i + q * V::W);
+      if (change) c[q].store(change + i + q * V::W);
     }
     i += Q * V::W;
   };

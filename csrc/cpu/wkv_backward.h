@@ -57,22 +57,22 @@ void backward_decays(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   typedef Vec<T> V;
   constexpr int C = BackwardChunk<T>::C;
   for (int64_t i = 0; i < keys; i += V::W) {
-    V product(T(1)), complement(T(0));
+    V product(T(1)), change(T(0));
     for (int t0 = 0; t0 < C; t0 += 4) {
-      V w[4], rate[4], decay[4], rest[4];
+      V w[4], rate[4], decay[4], changes[4];
       RWKV6_UNROLLED (int t = 0; t < 4; t++) w[t] = V::load(c.all.row[t0 + t] + i);
-      decay_lanes(w, rate, decay, rest);
+      decay_lanes(w, rate, decay, changes);
       RWKV6_UNROLLED (int t = 0; t < 4; t++) {
         const bool there = t0 + t < tokens;
         const V d = there ? decay[t] : V(T(1));
-        complement = fma(product, there ? rest[t] : V(T(0)), complement);
+        change = fma(product, there ? changes[t] : V(T(0)), change);
         product = product * d;
         d.store(c.all.row[t0 + t] + i);
         rate[t].store(c.rate.row[t0 + t] + i);
       }
     }
     V low(T(0));
-    split_decay(product, complement, product, low);
+    split_decay(product, change, product, low);
     product.store(c.decay + i);
     low.store(c.decay_low + i);
   }

@@ -37,8 +37,10 @@ struct ForwardChunk {
   Rows r_copy, k_copy, v_copy, w_copy, y_copy;
   Rows R, K;                    // [C, N]
   alignas(64) T decay[kPitch];  // [N], of the whole chunk
-  alignas(64) T decay_low[kPitch];  // [N], what decay lacks
   alignas(64) T A[32];          // A[t][s] at pair(t, s)
+  // [N], what decay lacks: of a chunk of one token in decay_rest, else in the head's residuals
+  const T* decay_low;
+  alignas(64) T decay_rest[kPitch];
 
   static constexpr int pair(int t, int s) { return t * (t + 1) / 2 + s; }
 };
@@ -67,15 +69,27 @@ RWKV6_INLINE void weigh(int64_t N, const T* u, T* residual, ForwardChunk<T>& chu
   typedef ForwardChunk<T> Chunk;
   V A[Chunk::pair(C, 0)];
   zero(A, std::make_integer_sequence<int, Chunk::pair(C, 0)>());
-  if (C == 1) decay_row<T>(chunk.w[0], N, chunk.decay, nullptr, chunk.decay_low);
+  if (C == 1) decay_row<T>(chunk.w[0], N, chunk.decay, nullptr, chunk.decay_rest);
   for (int64_t i = 0; i < N; i += V::W) {
     V r[C], w[C], rate[C], d[C], c[C];
     RWKV6_UNROLLED (int t = 0; t < C; t++) w[t] = V::load(chunk.w[t] + i);
     if constexpr (C == 1)
-      d[0] = V::load(chunk.decay + i), c[0] = V::load(chunk.decay_low + i);
+      d[0] = V::load(chunk.decay + i), c[0] = V::load(chunk.decay_rest + i);
     else
       decay_lanes(w, rate, d, c);
     RWKV6_UNROLLED (int t = 0; t < C; t++) r[t] = load_as<T>(static_cast<const X*>(chunk.r[t]) + i);
+    V all = d[0], change = c[0];
+    r[0].store(chunk.R.row[0] + i);
+    RWKV6_UNROLLED (int t = 1; t < C; t++) {
+      (r[t] * all).store(chunk.R.row[t] + i);
+      change = fma(all, c[t], change);
+      all = all * d[t];
+    }
+    V low = V::load(residual + i);
+    split_decay(all, change, all, low);
+    all.store(chunk.decay + i);
+    if (C == 1) low.store(chunk.decay_rest + i);
+    (C == 1 ? V(T(0)) : low).store(residual + i);
     RWKV6_UNROLLED (int s = 0; s < C; s++) {
       V k = load_as<T>(static_cast<const X*>(chunk.k[s]) + i);
       A[Chunk::pair(s, s)] = fma(r[s], V::load(u + i) * k, A[Chunk::pair(s, s)]);
@@ -85,19 +99,8 @@ RWKV6_INLINE void weigh(int64_t N, const T* u, T* residual, ForwardChunk<T>& chu
       }
       k.store(chunk.K.row[s] + i);
     }
-    V all = d[0], complement = c[0];
-    r[0].store(chunk.R.row[0] + i);
-    RWKV6_UNROLLED (int t = 1; t < C; t++) {
-      (r[t] * all).store(chunk.R.row[t] + i);
-      complement = fma(all, c[t], complement);
-      all = all * d[t];
-    }
-    V low = V::load(residual + i);
-    split_decay(all, complement, all, low);
-    all.store(chunk.decay + i);
-    low.store(chunk.decay_low + i);
-    (chunk.settles ? V(T(0)) : low).store(residual + i);
   }
+  chunk.decay_low = C == 1 ? chunk.decay_rest : residual;
   store_sums<Chunk::pair(C, 0)>(A, chunk.A);
 }
 
@@ -124,7 +127,6 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
   // in registers: for all the compiler knows, stores to the state might change them
   const int64_t from_stride = state.from_stride, to_stride = state.to_stride;
   for (int64_t i = 0; i < N; i++) {
-    const V decay(chunk.decay[i]);
     V S[Q], next[Q];
     RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       S[q] = Partial ? V::load_first(from, columns) : V::load(from + q * V::W);
@@ -137,6 +139,7 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
         next[q] = t == 0 && !Settles ? k * v[t][q] : fma(k, v[t][q], next[q]);
       }
     }
+    const V decay(chunk.decay[i]);
     RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       next[q] = fma(decay, S[q], next[q]);
       Partial ? next[q].store_first(to, columns) : next[q].store(to + q * V::W);
@@ -208,11 +211,11 @@ template <class T>
 struct ForwardScratch {
   ForwardChunk<T> chunks[2];
   alignas(64) T u[ForwardChunk<T>::kPitch];
+  alignas(64) T aside[2][kAside];
   // of the heads that take turns. A chunk's decay is rounded to nearest, and what it loses goes to
   // the next one's, so that a state that lives for thousands of tokens never is off by more than one
   // rounding. The last chunk of a sequence settles what is left.
   alignas(64) T residuals[kHeadGroup][ForwardChunk<T>::kPitch];
-  alignas(64) T aside[2][kAside];
 };
 
 // The way through one sequence, heads [first, last) and the columns of one part: block after block,
