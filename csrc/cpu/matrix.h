@@ -71,8 +71,11 @@ RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, cons
     for (int64_t x = 0; x < m; x += R) {
       V M[R][Q];
       RWKV6_UNROLLED (int r = 0; r < R; r++)
-        RWKV6_UNROLLED (int q = 0; q < Q; q++)
-          M[r][q] = V::load(decay_low + i + q * V::W) * V::load(from + (x + r) * n + i + q * V::W);
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) {
+          const V old = V::load(from + (x + r) * n + i + q * V::W);
+          const V rest = V::load(decay_low + i + q * V::W) * old;
+          M[r][q] = fma(V::load(decay + i + q * V::W), old, rest);
+        }
       RWKV6_UNROLLED (int t = 0; t < C; t++) {
         V row[Q];
         RWKV6_UNROLLED (int q = 0; q < Q; q++) row[q] = V::load(b + t * pitch + i + q * V::W);
@@ -83,10 +86,7 @@ RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, cons
         fetch.line();
       }
       RWKV6_UNROLLED (int r = 0; r < R; r++)
-        RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-          const int64_t at = (x + r) * n + i + q * V::W;
-          fma(V::load(decay + i + q * V::W), V::load(from + at), M[r][q]).store(to + at);
-        }
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) M[r][q].store(to + (x + r) * n + i + q * V::W);
     }
   });
 }

@@ -193,8 +193,9 @@ constexpr float kScaledExp2[6] = {-1.4426949f,    -1.00000846f,   -0.346468419f,
                                   -0.0805403516f, -0.0129688764f, -0.00270877057f};
 #endif
 
-// x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be. change[t]
-// becomes 2^x[t] - 1 where |x[t]| <= 1/2, with all digits also near 0, and below -1/2 for smaller x.
+// x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be.
+// change[t] becomes 2^x[t] - 1 where |x[t]| <= 1/2, with all digits also near 0, and below -1/2 for
+// smaller x.
 template <int C>
 RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
@@ -226,8 +227,8 @@ RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
 // Of one vector of w of each of C tokens: rate = exp(w), decay = exp(-exp(w)) and, where that is
 // above 1/2, its change of the state, decay - 1, which a decay near 1 has no digits left for; where
 // it is not, change is anything below -1/2. Every w is good: decay is 1 up to -17 and 0 from 80 on
-// at the latest, where also rate * decay, the derivative, is an exact 0. rate is finite, for it does
-// not grow beyond exp(80).
+// at the latest, where also rate * decay, the derivative, is an exact 0. rate is finite, for it
+// does not grow beyond exp(80).
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
                               Vec<float> (&decay)[C], Vec<float> (&change)[C]) {

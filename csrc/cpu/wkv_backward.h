@@ -51,11 +51,13 @@ struct BackwardChunk {
 };
 
 // Decays of the chunk's tokens from w, in their place, and that of the whole chunk; all[t] becomes
-// the decay of token t.
+// the decay of token t, 1 behind the last of the `tokens` that are there.
 template <class T, class Length>
 void backward_decays(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   typedef Vec<T> V;
   constexpr int C = BackwardChunk<T>::C;
+  for (int64_t t = tokens; t < C; t++)
+    for (int64_t i = 0; i < keys; i += V::W) V(T(-1e9)).store(c.all.row[t] + i);
   for (int64_t i = 0; i < keys; i += V::W) {
     V product(T(1)), change(T(0));
     for (int t0 = 0; t0 < C; t0 += 4) {
@@ -63,11 +65,9 @@ void backward_decays(Length keys, int64_t tokens, BackwardChunk<T>& c) {
       RWKV6_UNROLLED (int t = 0; t < 4; t++) w[t] = V::load(c.all.row[t0 + t] + i);
       decay_lanes(w, rate, decay, changes);
       RWKV6_UNROLLED (int t = 0; t < 4; t++) {
-        const bool there = t0 + t < tokens;
-        const V d = there ? decay[t] : V(T(1));
-        change = fma(product, there ? changes[t] : V(T(0)), change);
-        product = product * d;
-        d.store(c.all.row[t0 + t] + i);
+        change = fma(product, changes[t], change);
+        product = product * decay[t];
+        decay[t].store(c.all.row[t0 + t] + i);
         rate[t].store(c.rate.row[t0 + t] + i);
       }
     }

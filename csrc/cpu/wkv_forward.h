@@ -61,8 +61,8 @@ RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
   ((v[i] = V(0)), ...);
 }
 
-// R, K, A and the decay of the whole chunk. u [N], residual [N]: what the decays of the head's chunks
-// so far have lost, relative to their product.
+// R, K, A and the decay of the whole chunk. u [N], residual [N]: what the decays of the head's
+// chunks so far have lost, relative to their product.
 template <class T, class X, int C>
 RWKV6_INLINE void weigh(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;
@@ -126,26 +126,42 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
   T* to = state.to + j;
   // in registers: for all the compiler knows, stores to the state might change them
   const int64_t from_stride = state.from_stride, to_stride = state.to_stride;
+  const T* const decay_low = chunk.decay_low;
+  const auto load = [&](int q) {
+    return Partial ? V::load_first(from, columns) : V::load(from + q * V::W);
+  };
+  const auto store = [&](V next, int q) {
+    Partial ? next.store_first(to, columns) : next.store(to + q * V::W);
+  };
   for (int64_t i = 0; i < N; i++) {
-    V S[Q], next[Q];
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      S[q] = Partial ? V::load_first(from, columns) : V::load(from + q * V::W);
-      if (Settles) next[q] = V(chunk.decay_low[i]) * S[q];
-    }
-    RWKV6_UNROLLED (int t = 0; t < C; t++) {
-      const V r(chunk.R.row[t][i]), k(chunk.K.row[t][i]);
+    if constexpr (C == 1) {
+      const V r(chunk.R.row[0][i]), k(chunk.K.row[0][i]);
+      const V decay(chunk.decay[i]), low(decay_low[i]);
       RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-        y[t][q] = fma(r, S[q], y[t][q]);
-        next[q] = t == 0 && !Settles ? k * v[t][q] : fma(k, v[t][q], next[q]);
+        const V S = load(q);
+        y[0][q] = fma(r, S, y[0][q]);
+        store(fma(decay, S, fma(low, S, k * v[0][q])), q);
       }
-    }
-    const V decay(chunk.decay[i]);
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      next[q] = fma(decay, S[q], next[q]);
-      Partial ? next[q].store_first(to, columns) : next[q].store(to + q * V::W);
+    } else {
+      V S[Q], next[Q];
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) S[q] = load(q);
+      RWKV6_UNROLLED (int t = 0; t < C; t++) {
+        const V r(chunk.R.row[t][i]), k(chunk.K.row[t][i]);
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) {
+          y[t][q] = fma(r, S[q], y[t][q]);
+          next[q] = t == 0 ? k * v[t][q] : fma(k, v[t][q], next[q]);
+        }
+      }
+      if constexpr (Settles) {
+        const V low(decay_low[i]);
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) next[q] = fma(low, S[q], next[q]);
+      }
+      const V decay(chunk.decay[i]);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) store(fma(decay, S[q], next[q]), q);
     }
     if constexpr (C == 1)  // the state itself is what there is to read
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) __builtin_prefetch(from + 16 * from_stride + q * V::W);
+      RWKV6_UNROLLED (int64_t j = 0; j < Q * V::W; j += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(from + 16 * from_stride + j);
     else
       fetch.line();
     from += from_stride, to += to_stride;
@@ -213,8 +229,8 @@ struct ForwardScratch {
   alignas(64) T u[ForwardChunk<T>::kPitch];
   alignas(64) T aside[2][kAside];
   // of the heads that take turns. A chunk's decay is rounded to nearest, and what it loses goes to
-  // the next one's, so that a state that lives for thousands of tokens never is off by more than one
-  // rounding. The last chunk of a sequence settles what is left.
+  // the next one's, so that a state that lives for thousands of tokens never is off by more than
+  // one rounding. The last chunk of a sequence settles what is left.
   alignas(64) T residuals[kHeadGroup][ForwardChunk<T>::kPitch];
 };
 
@@ -226,7 +242,7 @@ struct ForwardWalk {
   const Sequence& sequence;
   const int64_t first, last;
   const Columns part;
-  T* const u;  // [N], of head h
+  T* const u;                                     // [N], of head h
   T (*const residuals)[ForwardChunk<T>::kPitch];  // [last - first, N]
   // [2][kAside], or nullptr: where the states of the first and the last head are meanwhile. Their
   // neighbours in memory are other threads', and the prefetchers of two that rewrite lines side by
@@ -360,9 +376,14 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
     return;
   }
   const bool aside = !alone && L >= kAsideTokens && job.N * columns <= kAside;
-  ForwardWalk<T, X> walk{
-      job,       sequence,          first, last, part,
-      scratch.u, scratch.residuals, aside ? scratch.aside[0] : nullptr};
+  ForwardWalk<T, X> walk{job,
+                         sequence,
+                         first,
+                         last,
+                         part,
+                         scratch.u,
+                         scratch.residuals,
+                         aside ? scratch.aside[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
       StateMove<T> state = walk.state_of(h);
