@@ -231,9 +231,13 @@ def _grad_initial_state(
         return torch.empty(0, dtype=torch.float32, device=grad.device)
     rows = initial_state.shape[0]
     if state_map is not None:
-        # a matrix of 0 and 1 adds in a fixed order on every device, index_add does not
-        chosen = (state_map[:, None] == torch.arange(rows, device=grad.device)).to(grad.dtype)
-        grad = torch.einsum("bs,bhij->shij", chosen, grad)
+        # one sequence after the other adds in a fixed order on every device, index_add does not;
+        # chosen, not multiplied by 0 and 1, for 0 times NaN is NaN
+        numbers = torch.arange(rows, device=grad.device)[:, None, None, None]
+        total = torch.zeros(rows, *grad.shape[1:], dtype=grad.dtype, device=grad.device)
+        for row, sequence in zip(state_map.split(1), grad.split(1), strict=True):
+            total = total + torch.where(numbers == row, sequence, 0.0)
+        grad = total
     elif rows != grad.shape[0]:
         grad = grad.sum(0, keepdim=True)
     return grad.to(initial_state.dtype)
