@@ -105,6 +105,16 @@ def random_call(
     return call
 
 
+SLOW_DECAYS = ("w = -9", "w from -9 to -5")
+
+
+def slow_call(decays: str) -> Call:
+    """4096 tokens whose states live for thousands of them; a rounding at each would add up."""
+    call = random_call(B=1, T=4096, H=2, N=16, states=1)
+    call.w.uniform_(-9, -5 if decays == "w from -9 to -5" else -9)
+    return call
+
+
 def sample_inputs(dtype: torch.dtype = torch.float32, N: int = 4, T: int = 5) -> dict[str, Call]:
     """One call for each combination of the optional arguments."""
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import FLOAT_DTYPES, Call, random_call, relative_rms, sample_inputs
+from samples import (
+    FLOAT_DTYPES,
+    SLOW_DECAYS,
+    Call,
+    random_call,
+    relative_rms,
+    sample_inputs,
+    slow_call,
+)
 
 from torch_rwkv6 import reference, wkv
 
@@ -51,6 +59,11 @@ def test_accuracy_with_extreme_decays(dtype, N, T):
 
 def test_accuracy_at_4096_tokens():
     check(random_call(B=1, T=4096, H=1, N=64, extreme=True, states=1))
+
+
+@pytest.mark.parametrize("decays", SLOW_DECAYS)
+def test_slow_decays(decays):
+    check(slow_call(decays))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from samples import random_call, relative_rms, sample_inputs
+from samples import SLOW_DECAYS, random_call, relative_rms, sample_inputs, slow_call
 
 from torch_rwkv6 import reference
 
@@ -45,6 +45,18 @@ def test_backward_equals_autograd(name):
     for a, b in zip(found, expected, strict=False):
         assert relative_rms(a, b) < 1e-12
     assert (found[5].numel() == 0) == (call.initial_state is None)
+
+
+@pytest.mark.parametrize("decays", SLOW_DECAYS)
+def test_slow_decays_in_float32(decays):
+    call = slow_call(decays)
+    grads = call.grad_outputs()
+    double = call.double().args()
+    found = (*reference.wkv(*call.args()), *reference.wkv_backward(*grads, *call.args()))
+    grads = [x.double() for x in grads]
+    expected = (*reference.wkv(*double), *reference.wkv_backward(*grads, *double))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_rms(a, b) <= 2e-6
 
 
 def test_infinite_decays_have_finite_derivatives():

@@ -14,9 +14,21 @@ from torch import Tensor
 __all__ = ["recurrence", "recurrence_backward", "wkv", "wkv_backward"]
 
 
-def _decay(w: Tensor) -> Tensor:
-    """exp(-exp(w)), differentiable. w, result: [...]."""
-    return torch.exp(-_rate(w))
+def _decay(w: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(-exp(w)), differentiable, and what its rounding loses. w, results: [...].
+
+    A decay near 1 has few digits left for what it takes from a state at every one of thousands of
+    tokens. Fast decays lose nothing that would last.
+    """
+    rate = _rate(w)
+    decay = torch.exp(-rate)
+    lost = (1 - decay.detach()) + torch.expm1(-rate.detach())
+    return decay, torch.where(decay.detach() > 0.5, lost, 0.0)
+
+
+def _decayed(state: Tensor, decay: Tensor, lost: Tensor, added: Tensor) -> Tensor:
+    """decay state + added, rounded once. state, added, result: [B, H, N, N]; others [B, H, N]."""
+    return decay[..., None] * state + (lost[..., None] * state + added)
 
 
 def _rate(w: Tensor) -> Tensor:
@@ -35,12 +47,12 @@ def recurrence(
     state: Tensor,  # [B, H, N, N], [key, value]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B, H, N, N]
     """y_t = r_t (S + u k_t v_t),  S = exp(-exp(w_t)) S + k_t v_t.  All tensors of one dtype."""
-    decay = _decay(w)
+    decay, lost = _decay(w)
     y = []
     for t in range(r.shape[1]):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, N, N]
         y.append((r[:, t, :, :, None] * (state + u[:, :, None] * kv)).sum(-2))
-        state = decay[:, t, :, :, None] * state + kv
+        state = _decayed(state, decay[:, t], lost[:, t], kv)
     return (torch.stack(y, 1) if y else r.clone()), state  # no token, no value
 
 
@@ -59,12 +71,12 @@ def recurrence_backward(
     The adjoint G of the state runs back in time, G = decay_t G + r_t grad_y_t, beside the states
     of the forward pass; the gradient of w is -exp(w) decay * sum_j S[i][j] G[i][j].
     """
-    decay = _decay(w)
+    decay, lost = _decay(w)
     slope = -_rate(w) * decay  # d decay / d w
     states = [state]
     for t in range(r.shape[1] - 1):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
-        states.append(decay[:, t, :, :, None] * states[-1] + kv)
+        states.append(_decayed(states[-1], decay[:, t], lost[:, t], kv))
     grads: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     grad_u = torch.zeros_like(u)
     for t in reversed(range(r.shape[1])):
@@ -80,7 +92,8 @@ def recurrence_backward(
             )
         )
         grad_u = grad_u + (r_t * k_t * vg).sum(0)
-        grad_state = decay[:, t, :, :, None] * grad_state + r_t[..., None] * g_t[:, :, None, :]
+        rg = r_t[..., None] * g_t[:, :, None, :]
+        grad_state = _decayed(grad_state, decay[:, t], lost[:, t], rg)
     if grads:
         gr, gk, gv, gw = (torch.stack(g, 1) for g in zip(*reversed(grads), strict=True))
     else:
@@ -218,9 +231,13 @@ def _grad_initial_state(
         return torch.empty(0, dtype=torch.float32, device=grad.device)
     rows = initial_state.shape[0]
     if state_map is not None:
-        # a matrix of 0 and 1 adds in a fixed order on every device, index_add does not
-        chosen = (state_map[:, None] == torch.arange(rows, device=grad.device)).to(grad.dtype)
-        grad = torch.einsum("bs,bhij->shij", chosen, grad)
+        # one sequence after the other adds in a fixed order on every device, index_add does not;
+        # chosen, not multiplied by 0 and 1, for 0 times NaN is NaN
+        numbers = torch.arange(rows, device=grad.device)[:, None, None, None]
+        total = torch.zeros(rows, *grad.shape[1:], dtype=grad.dtype, device=grad.device)
+        for row, sequence in zip(state_map.split(1), grad.split(1), strict=True):
+            total = total + torch.where(numbers == row, sequence, 0.0)
+        grad = total
     elif rows != grad.shape[0]:
         grad = grad.sum(0, keepdim=True)
     return grad.to(initial_state.dtype)

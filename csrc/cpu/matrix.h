@@ -59,10 +59,11 @@ RWKV6_INLINE void multiply(Length m, Length n, int64_t pitch, const T* a, const 
   });
 }
 
-// to[x][i] = decay[i] from[x][i] + sum_t a[t][x] b[t][i] for x < m, i < n and C tokens t.
+// to[x][i] = (decay[i] + decay_low[i]) from[x][i] + sum_t a[t][x] b[t][i] for x < m, i < n and C
+// tokens t.
 template <int C, class T, class Length>
-RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, const T* a, const T* b,
-                         const T* from, T* to, Fetch& fetch) {
+RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, const T* decay_low,
+                         const T* a, const T* b, const T* from, T* to, Fetch& fetch) {
   typedef Vec<T> V;
   constexpr int R = RWKV6_TILE_ROWS < V::W ? RWKV6_TILE_ROWS : V::W;  // m is whole vectors
   for_columns<2, T>(n, [&](auto q_count, int64_t i) {
@@ -70,8 +71,11 @@ RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, cons
     for (int64_t x = 0; x < m; x += R) {
       V M[R][Q];
       RWKV6_UNROLLED (int r = 0; r < R; r++)
-        RWKV6_UNROLLED (int q = 0; q < Q; q++)
-          M[r][q] = V::load(decay + i + q * V::W) * V::load(from + (x + r) * n + i + q * V::W);
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) {
+          const V old = V::load(from + (x + r) * n + i + q * V::W);
+          const V rest = V::load(decay_low + i + q * V::W) * old;
+          M[r][q] = fma(V::load(decay + i + q * V::W), old, rest);
+        }
       RWKV6_UNROLLED (int t = 0; t < C; t++) {
         V row[Q];
         RWKV6_UNROLLED (int q = 0; q < Q; q++) row[q] = V::load(b + t * pitch + i + q * V::W);

@@ -174,18 +174,19 @@ RWKV6_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {
 #endif
 }
 
-// p[t] = c[0] + c[1] x[t] + ... + c[5] x[t]^5. The C chains of dependent instructions are
+// p[t] = c[0] + c[1] x[t] + c[2] x[t]^2 + ... The C chains of dependent instructions are
 // interleaved, since one alone would wait at every step.
-template <int C>
-RWKV6_INLINE void polynomial(const float (&c)[6], const Vec<float> (&x)[C], Vec<float> (&p)[C]) {
-  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = Vec<float>(c[5]);
-  RWKV6_UNROLLED (int n = 4; n >= 0; n--)
+template <int terms, int C>
+RWKV6_INLINE void polynomial(const float (&c)[terms], const Vec<float> (&x)[C],
+                             Vec<float> (&p)[C]) {
+  RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = Vec<float>(c[terms - 1]);
+  RWKV6_UNROLLED (int n = terms - 2; n >= 0; n--)
     RWKV6_UNROLLED (int t = 0; t < C; t++) p[t] = fma(p[t], x[t], Vec<float>(c[n]));
 }
 
-// 2^x, minimax over |x| <= 1/2 with value 1 at 0: relative error 9.1e-8
-constexpr float kExp2[6] = {1.f,           0.693147004f,   0.240222424f,
-                            0.0555073358f, 0.00967151299f, 0.00132647273f};
+// (2^x - 1) / x, so that 2^x is minimax over |x| <= 1/2 with value 1 at 0: relative error 9.1e-8
+constexpr float kExp2[5] = {0.693147004f, 0.240222424f, 0.0555073358f, 0.00967151299f,
+                            0.00132647273f};
 #ifdef RWKV6_SCALE_F32
 // -log2(e) 2^x, minimax over 0 <= x < 1: relative error 7.5e-8
 constexpr float kScaledExp2[6] = {-1.4426949f,    -1.00000846f,   -0.346468419f,
@@ -193,8 +194,10 @@ constexpr float kScaledExp2[6] = {-1.4426949f,    -1.00000846f,   -0.346468419f,
 #endif
 
 // x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be.
+// change[t] becomes 2^x[t] - 1 where |x[t]| <= 1/2, with all digits also near 0, and below -1/2 for
+// smaller x.
 template <int C>
-RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
+RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
   V n[C], p[C];
 #ifdef RWKV6_SCALE_F32
@@ -210,15 +213,25 @@ RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
   RWKV6_UNROLLED (int t = 0; t < C; t++) x[t] = x[t] - n[t];
 #endif
   polynomial(kExp2, x, p);
-  RWKV6_UNROLLED (int t = 0; t < C; t++) x[t] = scale(p[t], n[t]);
+  RWKV6_UNROLLED (int t = 0; t < C; t++) {
+    change[t] = fma(p[t], x[t], n[t]);
+    x[t] = scale(fma(p[t], x[t], V(1.f)), n[t]);
+  }
+}
+template <int C>
+RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
+  Vec<float> change[C];
+  exp2_lanes(x, change);
 }
 
-// rate = exp(w) and decay = exp(-exp(w)) of one vector of each of C tokens. Every w is good: decay
-// is 1 up to -17 and 0 from 80 on at the latest, where also rate * decay, the derivative, is an
-// exact 0. rate is finite, for it does not grow beyond exp(80).
+// Of one vector of w of each of C tokens: rate = exp(w), decay = exp(-exp(w)) and, where that is
+// above 1/2, its change of the state, decay - 1, which a decay near 1 has no digits left for; where
+// it is not, change is anything below -1/2. Every w is good: decay is 1 up to -17 and 0 from 80 on
+// at the latest, where also rate * decay, the derivative, is an exact 0. rate is finite, for it
+// does not grow beyond exp(80).
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
-                              Vec<float> (&decay)[C]) {
+                              Vec<float> (&decay)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
 #ifdef RWKV6_SCALE_F32
   V p[C], y[C], rest[C];  // y = -log2(e) exp(w), whose scale() takes x as it is: 2^floor(x)
@@ -230,7 +243,7 @@ RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
     rate[t] = y[t] * V(-0.693147181f);
     decay[t] = y[t];
   }
-  exp2_lanes(decay);
+  exp2_lanes(decay, change);
 #else
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     rate[t] = at_most(V(80.f), at_least(V(-87.f), w[t])) * V(1.44269504f);
@@ -240,7 +253,7 @@ RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
     decay[t] = rate[t] * V(-1.44269504f);
     bounded[t] = at_least(V(-126.f), decay[t]);
   }
-  exp2_lanes(bounded);
+  exp2_lanes(bounded, change);
   RWKV6_UNROLLED (int t = 0; t < C; t++)
     decay[t] = FloatLanes(decay[t].x < V(-126.f).x ? V(0.f).x : bounded[t].x);
 #endif
@@ -248,27 +261,49 @@ RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
 
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<double> (&w)[C], Vec<double> (&rate)[C],
-                              Vec<double> (&decay)[C]) {
-  for (int t = 0; t < C; t++)
-    for (int i = 0; i < Vec<double>::W; i++) {
+                              Vec<double> (&decay)[C], Vec<double> (&change)[C]) {
+  typedef Vec<double> V;
+  for (int t = 0; t < C; t++) {
+    for (int i = 0; i < V::W; i++) {
       rate[t].x[i] = std::exp(w[t].x[i] > 80 ? 80 : w[t].x[i]);
       decay[t].x[i] = std::exp(-rate[t].x[i]);
     }
+    const V x = V(0.) - rate[t];
+    V series(1. / 120);  // (exp(x) - 1) / x
+    for (double term : {1. / 24, 1. / 6, 1. / 2, 1.}) series = fma(series, x, V(term));
+    const V small(1. / 256);
+    change[t] = V(rate[t].x < small.x ? (x * series).x : (decay[t] - V(1.)).x);
+  }
 }
 
-// decay = exp(-exp(w)) and, where wanted, rate = exp(w) of a row of n values, in whole vectors.
+// A product of decays in two parts, high + low, from what it changes the state by, product - 1, of
+// which one near 1 has lost digits. low comes with what the products before have lost, relative to
+// themselves, and leaves with what is lost now. (Where decays are fast, that is soon forgotten.)
 template <class T>
-RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay, T* rate = nullptr) {
+RWKV6_INLINE void split_decay(Vec<T> product, Vec<T> change, Vec<T>& high, Vec<T>& low) {
+  typedef Vec<T> V;
+  const V one(T(1)), zero(T(0)), fast(T(-0.5));
+  const auto slow = change.x > fast.x;
+  const V exact = change + low, near = one + exact;
+  high = V(slow ? near.x : product.x);
+  low = V(slow ? (exact - (near - one)).x : zero.x);
+}
+
+// decay and, where wanted, rate and change of decay_lanes() of a row of n values, in whole vectors.
+template <class T>
+RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay, T* rate = nullptr,
+                            T* change = nullptr) {
   typedef Vec<T> V;
   int64_t i = 0;
   const auto next = [&](auto count) {
     constexpr int Q = count;
-    V x[Q], e[Q], d[Q];
+    V x[Q], e[Q], d[Q], c[Q];
     RWKV6_UNROLLED (int q = 0; q < Q; q++) x[q] = V::load(w + i + q * V::W);
-    decay_lanes(x, e, d);
+    decay_lanes(x, e, d, c);
     RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       d[q].store(decay + i + q * V::W);
       if (rate) e[q].store(rate + i + q * V::W);
+      if (change) c[q].store(change + i + q * V::W);
     }
     i += Q * V::W;
   };

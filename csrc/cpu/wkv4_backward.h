@@ -99,10 +99,13 @@ void wkv4_backward(const Wkv4Job& job, int64_t begin, int64_t end) {
           const V grad_decay =
               g.add(old, now, k_j, v_j, V::load(channels.decay + j), grad_k, grad_v);
           (V::load(grad_w + j) + grad_decay).store(grad_w + j);
-          const V grad_uk =
-              g.y(old, k_j, v_j, V::load(channels.u + j), V::load(grad_y + j), grad_v);
-          (V::load(grad_u + j) + grad_uk).store(grad_u + j);
-          (grad_k + grad_uk).store(k + j);  // the gradients take the places of k and v
+          if (job.grad_y.data) {
+            const V grad_uk =
+                g.y(old, k_j, v_j, V::load(channels.u + j), V::load(grad_y + j), grad_v);
+            (V::load(grad_u + j) + grad_uk).store(grad_u + j);
+            grad_k = grad_k + grad_uk;
+          }
+          grad_k.store(k + j);  // the gradients take the places of k and v
           grad_v.store(v + j);
           g.a.store(grad + j), g.b.store(grad + C + j), g.p.store(grad + 2 * C + j);
         }
@@ -115,7 +118,7 @@ void wkv4_backward(const Wkv4Job& job, int64_t begin, int64_t end) {
     T* const out_w = static_cast<T*>(job.grad_w) + b * job.D + channels.first;
     T* const out_u = static_cast<T*>(job.grad_u) + b * job.D + channels.first;
     for (int64_t i = 0; i < channels.n; i++) {
-      out_w[i] = w[i] >= T(80) ? T(0) : grad_w[i] * channels.decay[i];  // bounded there
+      out_w[i] = grad_w[i] * (w[i] >= T(80) ? T(0) : channels.decay[i]);  // bounded there
       out_u[i] = grad_u[i];
     }
     if (!job.grad_initial.data) return;

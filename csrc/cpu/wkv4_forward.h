@@ -21,15 +21,24 @@ RWKV6_INLINE Vec<double> exp_of_negative(Vec<double> x) {
   return Vec<double>::load(lanes);
 }
 
+// The larger of two exponents; NaN if one of them is.
+template <class T>
+RWKV6_INLINE Vec<T> larger(Vec<T> x, Vec<T> y) {
+  const auto other = x.x > y.x ? x.x : (x + y).x;
+  return Vec<T>(x.x <= y.x ? y.x : other);
+}
+
 // The factors of two terms with exponents x and y, relative to the larger: e^(x - max), e^(y -
-// max).
+// max). An infinite exponent has no factor: NaN.
 template <class T>
 struct Factors {
   Vec<T> of_x, of_y;
 
   RWKV6_INLINE Factors(Vec<T> x, Vec<T> y) {
     const auto difference = x.x - y.x, minus = y.x - x.x;
-    const auto zero = Vec<T>(T(0)).x, one = Vec<T>(T(1)).x;
+    const auto zero = Vec<T>(T(0)).x;
+    const Vec<T> max = larger(x, y);
+    const auto one = (Vec<T>(T(1)) + (max - max)).x;
     const auto smaller = exp_of_negative(Vec<T>(difference > zero ? minus : difference)).x;
     of_x.x = difference > zero ? one : smaller;
     of_y.x = difference > zero ? smaller : one;
@@ -53,7 +62,7 @@ struct Average {
     const Factors<T> f(kept, k);
     a = fma(f.of_x, a, f.of_y * v);
     b = fma(f.of_x, b, f.of_y);
-    p = Vec<T>(kept.x > k.x ? kept.x : k.x);
+    p = larger(kept, k);
   }
 };
 

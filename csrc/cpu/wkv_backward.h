@@ -44,27 +44,38 @@ struct BackwardChunk {
   // is the product over the block that starts at b.
   Rows R, K, F, G, all, rate;  // rate = exp(w)
   Rows grad_r, grad_k, q, sums;
-  // [t][s]: the weight of v_s in y_t, zero for s > t; dy_t . v_s
-  alignas(64) T A[C][C] = {}, M[C][C];
+  // [t][s] for s <= t: the weight of v_s in y_t; dy_t . v_s
+  alignas(64) T A[C][C], M[C][C];
   alignas(64) T u[kPitch], grad_u[kPitch];
+  alignas(64) T decay[kPitch], decay_low[kPitch];  // of the whole chunk, in two parts
 };
 
-// Decays of the chunk's tokens from w, in their place; all[t] becomes the decay of token t.
+// Decays of the chunk's tokens from w, in their place, and that of the whole chunk; all[t] becomes
+// the decay of token t, 1 behind the last of the `tokens` that are there.
 template <class T, class Length>
 void backward_decays(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   typedef Vec<T> V;
   constexpr int C = BackwardChunk<T>::C;
-  for (int64_t i = 0; i < keys; i += V::W)
+  for (int64_t t = tokens; t < C; t++)
+    for (int64_t i = 0; i < keys; i += V::W) V(T(-1e9)).store(c.all.row[t] + i);
+  for (int64_t i = 0; i < keys; i += V::W) {
+    V product(T(1)), change(T(0));
     for (int t0 = 0; t0 < C; t0 += 4) {
-      V w[4], rate[4], decay[4];
+      V w[4], rate[4], decay[4], changes[4];
       RWKV6_UNROLLED (int t = 0; t < 4; t++) w[t] = V::load(c.all.row[t0 + t] + i);
-      decay_lanes(w, rate, decay);
+      decay_lanes(w, rate, decay, changes);
       RWKV6_UNROLLED (int t = 0; t < 4; t++) {
-        const bool there = t0 + t < tokens;
-        (there ? decay[t] : V(T(1))).store(c.all.row[t0 + t] + i);
+        change = fma(product, changes[t], change);
+        product = product * decay[t];
+        decay[t].store(c.all.row[t0 + t] + i);
         rate[t].store(c.rate.row[t0 + t] + i);
       }
     }
+    V low(T(0));
+    split_decay(product, change, product, low);
+    product.store(c.decay + i);
+    low.store(c.decay_low + i);
+  }
 }
 
 // Pairs of a token with itself, weighted with u.
@@ -181,7 +192,11 @@ void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S,
     for (int s0 = 0; s0 < C; s0 += 4) {
       V sum[4];
       for (V& x : sum) x = V(T(0));
-      for (int t = s0; t < C; t++) {
+      RWKV6_UNROLLED (int t = 0; t < 4; t++) {
+        const V dy = V::load(c.grad_y.row[s0 + t] + j);
+        RWKV6_UNROLLED (int s = 0; s <= t; s++) sum[s] = fma(V(c.A[s0 + t][s0 + s]), dy, sum[s]);
+      }
+      for (int t = s0 + 4; t < C; t++) {
         const V dy = V::load(c.grad_y.row[t] + j);
         RWKV6_UNROLLED (int s = 0; s < 4; s++) sum[s] = fma(V(c.A[t][s0 + s]), dy, sum[s]);
       }
@@ -218,7 +233,7 @@ void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S,
       earlier = fma(V::load(c.K.row[t] + i), sum, earlier);
     }
   }
-  update<C>(values, keys, kPitch, c.all.row[0], c.grad_y.row[0], c.R.row[0], G, G, fetch);
+  update<C>(values, keys, kPitch, c.decay, c.decay_low, c.grad_y.row[0], c.R.row[0], G, G, fetch);
 }
 
 // What one thread works with.
@@ -320,9 +335,9 @@ struct BackwardWalk {
         (V::load(c.K.row[t] + i) * all).store(c.K.row[t] + i);
         all = all * V::load(c.all.row[t] + i);
       }
-      all.store(c.all.row[0] + i);
     }
-    update<C>(values, keys, c.kPitch, c.all.row[0], c.v.row[0], c.K.row[0], S, to, scratch.fetch);
+    update<C>(values, keys, c.kPitch, c.decay, c.decay_low, c.v.row[0], c.K.row[0], S, to,
+              scratch.fetch);
   }
 
   void walk_back(int64_t h, int64_t chunk) const {

@@ -28,6 +28,7 @@ struct ForwardChunk {
     alignas(64) T row[kChunk][kPitch];
   };
   int64_t h, step, tokens;  // head, first token, number of tokens: kChunk or 1
+  bool settles;             // whether its decay is exact: see ForwardScratch::residuals
   // [C, N], v and y [C, columns of the part], in the tensors' dtype: rows of the tensors
   // themselves, where these are whole vectors, or else of padded copies
   const void *r[kChunk], *k[kChunk], *v[kChunk];
@@ -37,6 +38,9 @@ struct ForwardChunk {
   Rows R, K;                    // [C, N]
   alignas(64) T decay[kPitch];  // [N], of the whole chunk
   alignas(64) T A[32];          // A[t][s] at pair(t, s)
+  // [N], what decay lacks: of a chunk of one token in decay_rest, else in the head's residuals
+  const T* decay_low;
+  alignas(64) T decay_rest[kPitch];
 
   static constexpr int pair(int t, int s) { return t * (t + 1) / 2 + s; }
 };
@@ -57,22 +61,35 @@ RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
   ((v[i] = V(0)), ...);
 }
 
-// R, K, A and the decay of the whole chunk. u [N].
+// R, K, A and the decay of the whole chunk. u [N], residual [N]: what the decays of the head's
+// chunks so far have lost, relative to their product.
 template <class T, class X, int C>
-RWKV6_INLINE void weigh(int64_t N, const T* u, ForwardChunk<T>& chunk) {
+RWKV6_INLINE void weigh(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;
   typedef ForwardChunk<T> Chunk;
   V A[Chunk::pair(C, 0)];
   zero(A, std::make_integer_sequence<int, Chunk::pair(C, 0)>());
-  if (C == 1) decay_row(chunk.w[0], N, chunk.decay);
+  if (C == 1) decay_row<T>(chunk.w[0], N, chunk.decay, nullptr, chunk.decay_rest);
   for (int64_t i = 0; i < N; i += V::W) {
-    V r[C], w[C], rate[C], d[C];
+    V r[C], w[C], rate[C], d[C], c[C];
     RWKV6_UNROLLED (int t = 0; t < C; t++) w[t] = V::load(chunk.w[t] + i);
     if constexpr (C == 1)
-      d[0] = V::load(chunk.decay + i);
+      d[0] = V::load(chunk.decay + i), c[0] = V::load(chunk.decay_rest + i);
     else
-      decay_lanes(w, rate, d);
+      decay_lanes(w, rate, d, c);
     RWKV6_UNROLLED (int t = 0; t < C; t++) r[t] = load_as<T>(static_cast<const X*>(chunk.r[t]) + i);
+    V all = d[0], change = c[0];
+    r[0].store(chunk.R.row[0] + i);
+    RWKV6_UNROLLED (int t = 1; t < C; t++) {
+      (r[t] * all).store(chunk.R.row[t] + i);
+      change = fma(all, c[t], change);
+      all = all * d[t];
+    }
+    V low = V::load(residual + i);
+    split_decay(all, change, all, low);
+    all.store(chunk.decay + i);
+    if (C == 1) low.store(chunk.decay_rest + i);
+    (C == 1 ? V(T(0)) : low).store(residual + i);
     RWKV6_UNROLLED (int s = 0; s < C; s++) {
       V k = load_as<T>(static_cast<const X*>(chunk.k[s]) + i);
       A[Chunk::pair(s, s)] = fma(r[s], V::load(u + i) * k, A[Chunk::pair(s, s)]);
@@ -82,20 +99,15 @@ RWKV6_INLINE void weigh(int64_t N, const T* u, ForwardChunk<T>& chunk) {
       }
       k.store(chunk.K.row[s] + i);
     }
-    V all = d[0];
-    r[0].store(chunk.R.row[0] + i);
-    RWKV6_UNROLLED (int t = 1; t < C; t++) {
-      (r[t] * all).store(chunk.R.row[t] + i);
-      all = all * d[t];
-    }
-    all.store(chunk.decay + i);
   }
+  chunk.decay_low = C == 1 ? chunk.decay_rest : residual;
   store_sums<Chunk::pair(C, 0)>(A, chunk.A);
 }
 
 // Q vectors of columns of y and of the state through the chunk. Partial: of the one vector only
-// the first `columns` are there.
-template <class T, class X, int C, int Q, bool Partial>
+// the first `columns` are there. The old state comes to the sum last: all that is added to a state
+// many times as large is rounded once.
+template <class T, class X, int C, bool Settles, int Q, bool Partial>
 RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
                                const StateMove<T>& state, int64_t columns, Fetch& fetch) {
   typedef Vec<T> V;
@@ -114,24 +126,42 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
   T* to = state.to + j;
   // in registers: for all the compiler knows, stores to the state might change them
   const int64_t from_stride = state.from_stride, to_stride = state.to_stride;
+  const T* const decay_low = chunk.decay_low;
+  const auto load = [&](int q) {
+    return Partial ? V::load_first(from, columns) : V::load(from + q * V::W);
+  };
+  const auto store = [&](V next, int q) {
+    Partial ? next.store_first(to, columns) : next.store(to + q * V::W);
+  };
   for (int64_t i = 0; i < N; i++) {
-    const V decay(chunk.decay[i]);
-    V S[Q], next[Q];
-    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-      S[q] = Partial ? V::load_first(from, columns) : V::load(from + q * V::W);
-      next[q] = decay * S[q];
-    }
-    RWKV6_UNROLLED (int t = 0; t < C; t++) {
-      const V r(chunk.R.row[t][i]), k(chunk.K.row[t][i]);
+    if constexpr (C == 1) {
+      const V r(chunk.R.row[0][i]), k(chunk.K.row[0][i]);
+      const V decay(chunk.decay[i]), low(decay_low[i]);
       RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-        y[t][q] = fma(r, S[q], y[t][q]);
-        next[q] = fma(k, v[t][q], next[q]);
+        const V S = load(q);
+        y[0][q] = fma(r, S, y[0][q]);
+        store(fma(decay, S, fma(low, S, k * v[0][q])), q);
       }
+    } else {
+      V S[Q], next[Q];
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) S[q] = load(q);
+      RWKV6_UNROLLED (int t = 0; t < C; t++) {
+        const V r(chunk.R.row[t][i]), k(chunk.K.row[t][i]);
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) {
+          y[t][q] = fma(r, S[q], y[t][q]);
+          next[q] = t == 0 ? k * v[t][q] : fma(k, v[t][q], next[q]);
+        }
+      }
+      if constexpr (Settles) {
+        const V low(decay_low[i]);
+        RWKV6_UNROLLED (int q = 0; q < Q; q++) next[q] = fma(low, S[q], next[q]);
+      }
+      const V decay(chunk.decay[i]);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) store(fma(decay, S[q], next[q]), q);
     }
-    RWKV6_UNROLLED (int q = 0; q < Q; q++)
-      Partial ? next[q].store_first(to, columns) : next[q].store(to + q * V::W);
     if constexpr (C == 1)  // the state itself is what there is to read
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) __builtin_prefetch(from + 16 * from_stride + q * V::W);
+      RWKV6_UNROLLED (int64_t j = 0; j < Q * V::W; j += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(from + 16 * from_stride + j);
     else
       fetch.line();
     from += from_stride, to += to_stride;
@@ -142,21 +172,21 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
 }
 
 // One head's y and state through the chunk.
-template <class T, class X, int C>
+template <class T, class X, int C, bool Settles>
 void forward_tiles(ForwardChunk<T>& chunk, int64_t N, int64_t columns, const StateMove<T>& state,
                    Fetch& fetch) {
   typedef Vec<T> V;
   constexpr int Q = C == 1 ? 4 : RWKV6_TILE_VECTORS;
   int64_t j = 0;
   for (; j + Q * V::W <= columns; j += Q * V::W)
-    forward_tile<T, X, C, Q, false>(chunk, N, j, state, 0, fetch);
+    forward_tile<T, X, C, Settles, Q, false>(chunk, N, j, state, 0, fetch);
   if (j + 2 * V::W <= columns) {
-    forward_tile<T, X, C, 2, false>(chunk, N, j, state, 0, fetch);
+    forward_tile<T, X, C, Settles, 2, false>(chunk, N, j, state, 0, fetch);
     j += 2 * V::W;
   }
   for (; j + V::W <= columns; j += V::W)
-    forward_tile<T, X, C, 1, false>(chunk, N, j, state, 0, fetch);
-  if (j < columns) forward_tile<T, X, C, 1, true>(chunk, N, j, state, columns - j, fetch);
+    forward_tile<T, X, C, Settles, 1, false>(chunk, N, j, state, 0, fetch);
+  if (j < columns) forward_tile<T, X, C, Settles, 1, true>(chunk, N, j, state, columns - j, fetch);
 }
 
 // Moves to y what could not be written there at once.
@@ -198,6 +228,10 @@ struct ForwardScratch {
   ForwardChunk<T> chunks[2];
   alignas(64) T u[ForwardChunk<T>::kPitch];
   alignas(64) T aside[2][kAside];
+  // of the heads that take turns. A chunk's decay is rounded to nearest, and what it loses goes to
+  // the next one's, so that a state that lives for thousands of tokens never is off by more than
+  // one rounding. The last chunk of a sequence settles what is left.
+  alignas(64) T residuals[kHeadGroup][ForwardChunk<T>::kPitch];
 };
 
 // The way through one sequence, heads [first, last) and the columns of one part: block after block,
@@ -208,7 +242,8 @@ struct ForwardWalk {
   const Sequence& sequence;
   const int64_t first, last;
   const Columns part;
-  T* const u;  // [N], of head h
+  T* const u;                                     // [N], of head h
+  T (*const residuals)[ForwardChunk<T>::kPitch];  // [last - first, N]
   // [2][kAside], or nullptr: where the states of the first and the last head are meanwhile. Their
   // neighbours in memory are other threads', and the prefetchers of two that rewrite lines side by
   // side keep taking these from each other.
@@ -275,13 +310,15 @@ struct ForwardWalk {
       chunk.y[t] = columns % Vec<T>::W ? static_cast<void*>(chunk.y_copy.row[t]) : y;
       y += job.y.stride_t * int64_t(sizeof(X));
     }
-    weigh<T, X, C>(N, u, chunk);
+    weigh<T, X, C>(N, u, residuals[h - first], chunk);
   }
 
   void unpack_next(ForwardChunk<T>& chunk) {
     if (step == block) begin_turn();
+    if (step == 0) memset(residuals[h - first], 0, sizeof *residuals);
     chunk.h = h, chunk.step = step;
     chunk.tokens = step + kChunk <= block_end() ? kChunk : 1;
+    chunk.settles = chunk.tokens == 1 || step + kChunk == sequence.length;
     if (chunk.tokens == kChunk)
       unpack<kChunk>(chunk);
     else
@@ -295,10 +332,12 @@ struct ForwardWalk {
   void compute(ForwardChunk<T>& chunk) {
     StateMove<T> state = state_of(chunk.h);
     if (chunk.step == 0) start(job, sequence, chunk.h, part, state);
-    if (chunk.tokens == kChunk)
-      forward_tiles<T, X, kChunk>(chunk, job.N, columns, state, fetch);
+    if (chunk.tokens == 1)
+      forward_tiles<T, X, 1, true>(chunk, job.N, columns, state, fetch);
+    else if (chunk.settles)
+      forward_tiles<T, X, kChunk, true>(chunk, job.N, columns, state, fetch);
     else
-      forward_tiles<T, X, 1>(chunk, job.N, columns, state, fetch);
+      forward_tiles<T, X, kChunk, false>(chunk, job.N, columns, state, fetch);
     pack(job, sequence, part, chunk);
   }
 
@@ -337,8 +376,14 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
     return;
   }
   const bool aside = !alone && L >= kAsideTokens && job.N * columns <= kAside;
-  ForwardWalk<T, X> walk{
-      job, sequence, first, last, part, scratch.u, aside ? scratch.aside[0] : nullptr};
+  ForwardWalk<T, X> walk{job,
+                         sequence,
+                         first,
+                         last,
+                         part,
+                         scratch.u,
+                         scratch.residuals,
+                         aside ? scratch.aside[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
       StateMove<T> state = walk.state_of(h);

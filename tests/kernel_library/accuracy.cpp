@@ -1,5 +1,6 @@
 // Forward, backward and in-place against the oracle: every dtype, many sizes, every option.
 #include <optional>
+#include <utility>
 
 #include "check.h"
 #include "inputs.h"
@@ -131,6 +132,96 @@ struct Checker {
   }
 };
 
+// A state whose decays lie near 1 lives for thousands of tokens, in which no rounding may add up:
+// w = -9, and w uniform in -9 to -5.
+void slow_decays(Report& report) {
+  const Form form = {.name = "slow decays", .batch = 1, .states = StateUse::each};
+  for (DType dtype : {DType::f32, DType::bf16})
+    for (double spread : {0., 4.}) {
+      const int64_t N = 16, T = 4096;
+      Inputs in(form, dtype, N, T);
+      std::vector<double> w(size_t(in.w.elements()));
+      for (double& value : w) value = -9 + spread * in.random.percent() / 100;
+      in.w.fill(w);
+      in.exact.w = in.w.values();
+      Checker checker{report, form, in, where_of(form, N, T), ""};
+      checker.forward();
+      checker.backward();
+      checker.inplace();
+    }
+}
+
+// One element at a time of one tensor at a time is no number: the same elements of every result are
+// none as in the oracle.
+void non_finite_values(Report& report) {
+  const Form form = {.name = "non-finite", .batch = 2, .states = StateUse::each, .extreme = false};
+  for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16})
+    for (int64_t N : {5, 32, 64})
+      for (int64_t T : {1, 3, 4, 18, 67}) {
+        if (T == 67 && dtype != DType::f32) continue;
+        Inputs in(form, dtype, N, T);
+        in.H = 1;  // the oracle's time
+        Tensor grad_y = in.normal(dtype, in.tokens());
+        Tensor grad_final = in.normal(in.acc, in.states(in.sequences()));
+        for (Tensor* x : {&in.r, &in.k, &in.v, &in.w}) *x = in.normal(dtype, in.tokens(), -1);
+        in.u = in.normal(dtype, {in.H, N});
+        in.initial = in.normal(in.acc, in.states(2));
+        in.exact = {in.B,
+                    T,
+                    in.H,
+                    N,
+                    in.r.values(),
+                    in.k.values(),
+                    in.v.values(),
+                    in.w.values(),
+                    in.u.values(),
+                    in.initial->values(),
+                    {{0, 0, T, 0}, {1, 0, T, 1}}};
+        std::vector<double> exact_y = grad_y.values(), exact_final = grad_final.values();
+        const std::pair<Tensor*, std::vector<double>*> inputs[] = {
+            {&in.r, &in.exact.r}, {&in.k, &in.exact.k},
+            {&in.v, &in.exact.v}, {&in.w, &in.exact.w},
+            {&in.u, &in.exact.u}, {&*in.initial, &in.exact.initial_state},
+            {&grad_y, &exact_y},  {&grad_final, &exact_final}};
+        for (size_t input = 0; input < std::size(inputs); input++)
+          for (double value : {double(NAN), double(INFINITY), -double(INFINITY)}) {
+            const auto& [tensor, exact] = inputs[input];
+            const size_t place = in.random.below(exact->size());
+            const double before = std::exchange((*exact)[place], value);
+            tensor->fill(*exact);
+            Tensor y(dtype, in.tokens()), final_state(in.acc, in.states(2));
+            Tensor r = y, k = y, v = y, w = y, u(dtype, {in.H, N}), initial = final_state;
+            report.check(
+                !rwkv6_wkv_forward(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
+                                   in.initial->dl(), nullptr, nullptr, y.dl(), final_state.dl()),
+                "forward of a non-finite value");
+            report.check(
+                !rwkv6_wkv_backward(nullptr, grad_y.dl(), grad_final.dl(), in.r.dl(), in.k.dl(),
+                                    in.v.dl(), in.w.dl(), in.u.dl(), in.initial->dl(), nullptr,
+                                    nullptr, r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), initial.dl()),
+                "backward of a non-finite value");
+            const Outputs out = wkv(in.exact);
+            const Gradients g = wkv_backward(in.exact, exact_y, exact_final);
+            const std::pair<const Tensor*, const std::vector<double>*> results[] = {
+                {&y, &out.y}, {&final_state, &out.final_state},
+                {&r, &g.r},   {&k, &g.k},
+                {&v, &g.v},   {&w, &g.w},
+                {&u, &g.u},   {&initial, &g.initial_state}};
+            for (size_t result = 0; result < std::size(results); result++) {
+              const std::vector<double> found = results[result].first->values();
+              bool same = true;
+              for (size_t i = 0; i < found.size(); i++)
+                same &= std::isfinite(found[i]) == std::isfinite((*results[result].second)[i]);
+              report.check(same, std::to_string(value) + " in input " + std::to_string(input) +
+                                     ", result " + std::to_string(result) + ", " + name_of(dtype) +
+                                     ", " + where_of(form, N, T));
+            }
+            (*exact)[place] = before;
+            tensor->fill(*exact);
+          }
+      }
+}
+
 // The oracle's gradients are the slopes of the oracle's outputs.
 void test_oracle(Report& report) {
   Inputs in(kForms[2], DType::f64, 3, 5);
@@ -169,6 +260,10 @@ void test_oracle(Report& report) {
 // Each size meets some of the forms in turn, each dtype and head size all of them.
 void test_accuracy(Report& report) {
   test_oracle(report);
+  slow_decays(report);
+  report.passed_by("slow decays");
+  non_finite_values(report);
+  report.passed_by("non-finite values");
   const size_t forms = std::size(kForms);
   size_t turn = 0;
   for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {

@@ -1,6 +1,7 @@
 // Random numbers that are the same with every standard library, and cheap in an emulator.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <random>
 
@@ -10,8 +11,8 @@ class Random {
  public:
   explicit Random(uint64_t seed) : bits_(seed) {}
 
-  uint64_t bits() { return bits_(); }
-  int percent() { return int(bits_() % 100); }
+  size_t below(size_t n) { return size_t(bits_() % n); }
+  int percent() { return int(below(100)); }
 
   // Mean 0, variance 1, close to normal: the sum of four uniform numbers of 16 bits.
   double normal() {

@@ -17,7 +17,7 @@ using Shape = std::vector<int64_t>;
 Random numbers(3);
 
 int64_t between(int64_t low, int64_t high) {
-  return low + int64_t(numbers.bits() % uint64_t(high - low + 1));
+  return low + int64_t(numbers.below(size_t(high - low + 1)));
 }
 template <class T>
 T one_of(std::initializer_list<T> choices) {
