@@ -20,7 +20,13 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 MISTAKES = (
-    FloatingPointError, ImportError, IndexError, OSError, OverflowError, RuntimeError, TypeError,
+    FloatingPointError,
+    ImportError,
+    IndexError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
     ValueError,
 )
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT

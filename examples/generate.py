@@ -42,7 +42,9 @@ def device(text: str) -> torch.device:
         torch.zeros(1, device=text).item()
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"expected a device that is here, got {text!r}: {reason}") from error
+        raise argparse.ArgumentTypeError(
+            f"expected a device that is here, got {text!r}: {reason}"
+        ) from error
     return torch.device(text)
 
 

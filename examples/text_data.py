@@ -91,7 +91,7 @@ class TextData(lightning.LightningDataModule):
         self.val_lanes = max(1, min(16, len(self.val_text) // 256))
         if len(self.train_text) < 2 * batch_size or len(self.val_text) < 2:
             raise ValueError(
-                f"the text has {len(text)} bytes: too few for {batch_size} lanes of training and "
+                f"the text has {count(text)}: too few for {batch_size} lanes of training and "
                 f"{val_fraction:.0%} of validation"
             )
 

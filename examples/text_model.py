@@ -31,9 +31,7 @@ from torch_rwkv6.nn import RWKV6
 CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "rwkv6-kjv.pth"
 
 
-def training_parser(
-    doc: str | None, lr: float, steps: int, batch_size: int = 16
-) -> cli.Parser:
+def training_parser(doc: str | None, lr: float, steps: int, batch_size: int = 16) -> cli.Parser:
     """The options of every training example; ``doc`` is its docstring."""
     parser = cli.parser(doc)
     parser.add_argument(
