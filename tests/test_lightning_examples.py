@@ -217,7 +217,7 @@ def test_a_world_model_is_trained_on_world_tokens(
         pytest.importorskip("peft", reason="the example needs torch_rwkv6[examples]")
     tokenizer = pytest.importorskip("rwkv.rwkv_tokenizer", reason="needs torch_rwkv6[text]")
     trained = []
-    monkeypatch.setitem(main.__globals__, "finetune", lambda *x: trained.append(x[1]) and None)
+    monkeypatch.setattr(sys.modules[main.__module__], "finetune", lambda *x: trained.append(x[1]))
     out = world.with_name("out.pth")
     arguments = ["--checkpoint", str(world), "--data", str(text), "--out", str(out)]
     assert main([*arguments, "--steps", "1"]) == 0
