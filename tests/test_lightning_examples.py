@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,18 @@ pytest.importorskip("lightning", reason="the examples need torch_rwkv6[examples]
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as running a script does
+import corpus  # noqa: E402
 import ddp  # noqa: E402
+import generate  # noqa: E402
 import infctx  # noqa: E402
 import lora  # noqa: E402
 import state_tuning  # noqa: E402
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 
+from torch_rwkv6 import models  # noqa: E402
 from torch_rwkv6.models import load, save  # noqa: E402
+from torch_rwkv6.models.tokenizers import WorldTokenizer  # noqa: E402
 from torch_rwkv6.nn import RWKV6  # noqa: E402
 
 
@@ -201,28 +206,33 @@ def test_errors_are_one_line_and_exit_code_2(
     assert message in line
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    """A checkpoint of the World vocabulary, small."""
-    model = RWKV6(65536, 1, 16, 16, lora_mix=4, lora_decay=4)
-    save(model, tmp_path / "world.pth")
-    return tmp_path / "world.pth"
+@pytest.fixture(scope="module")
+def world() -> WorldTokenizer:
+    pytest.importorskip("rwkv", reason="the World vocabulary needs torch_rwkv6[text]")
+    return WorldTokenizer()
 
 
 @pytest.mark.parametrize("main", [lora.main, state_tuning.main], ids=lambda x: x.__module__)
 def test_a_world_model_is_trained_on_world_tokens(
-    main, world: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    main,
+    world: WorldTokenizer,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if main is lora.main:
         pytest.importorskip("peft", reason="the example needs torch_rwkv6[examples]")
-    tokenizer = pytest.importorskip("rwkv.rwkv_tokenizer", reason="needs torch_rwkv6[text]")
     trained = []
-    monkeypatch.setattr(sys.modules[main.__module__], "finetune", lambda *x: trained.append(x[1]))
-    out = world.with_name("out.pth")
-    arguments = ["--checkpoint", str(world), "--data", str(text), "--out", str(out)]
-    assert main([*arguments, "--steps", "1"]) == 0
-    vocabulary = Path(tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
-    ids = tokenizer.TRIE_TOKENIZER(str(vocabulary)).encode(text.read_text())
+    script = sys.modules[main.__module__]
+    monkeypatch.setattr(script, "finetune", lambda model, tokens, _: trained.append(tokens))
+    monkeypatch.setattr(script, "bits_per_token", lambda *_: 0.0)  # of 65,536 logits, that is long
+    monkeypatch.setattr(models, "load_tokenizer", {"world": world}.__getitem__)
+    save(RWKV6(65536, 1, 16, 16, lora_mix=4, lora_decay=4), tmp_path / "world.pth")
+    arguments = ["--checkpoint", str(tmp_path / "world.pth"), "--data", str(text)]
+    arguments += ["--out", str(tmp_path / "out.pth")]
+    assert main(arguments) == 0
+    ids = world.encode(text.read_text())
     assert trained == [ids[: len(ids) - len(ids) // 10]]
     assert "bits per token" in capsys.readouterr().out
     text.write_bytes(b"caf\xe9 " * 500)
@@ -230,15 +240,32 @@ def test_a_world_model_is_trained_on_world_tokens(
     assert "--data: expected text in UTF-8" in capsys.readouterr().err
 
 
+def test_the_vocabulary_chooses_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_tokenizer(name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, vocab_size=256)
+
+    monkeypatch.setattr(models, "load_tokenizer", load_tokenizer)
+    for size, name in ((256, "bytes"), (65529, "world"), (65530, "world"), (65536, "world")):
+        assert corpus.tokenizer_of(size).name == name
+    for size in (255, 300, 50277, 65528, 65537):
+        with pytest.raises(ValueError, match="--tokenizer: needed for a vocabulary of"):
+            corpus.tokenizer_of(size)
+    assert corpus.tokenizer_of(300, "bytes").name == "bytes"
+    for size, name in ((255, "bytes"), (50277, "world")):
+        with pytest.raises(ValueError, match=f"--tokenizer: expected one of at most {size} tokens"):
+            corpus.tokenizer_of(size, name)
+
+
+@pytest.mark.parametrize("main", [state_tuning.main, generate.main], ids=lambda x: x.__module__)
 def test_a_vocabulary_that_decides_nothing_is_refused(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(RWKV6(300, 1, 16, 16, lora_mix=4, lora_decay=4), tmp_path / "model.pth")
-    arguments = ["--checkpoint", str(tmp_path / "model.pth"), "--data", str(text)]
-    arguments += ["--out", str(tmp_path / "out.pth"), "--steps", "1"]
-    assert state_tuning.main(arguments) == 2
+    monkeypatch.chdir(tmp_path)
+    save(RWKV6(300, 1, 16, 16, lora_mix=4, lora_decay=4), "model.pth")
+    Path("text").write_text("some text " * 50)
+    generating = main is generate.main
+    assert main(["model.pth"] if generating else ["--checkpoint=model.pth", "--data=text"]) == 2
     assert "--tokenizer: needed for a vocabulary of 300 tokens" in capsys.readouterr().err
-    assert state_tuning.main([*arguments, "--tokenizer", "bytes"]) == 0
 
 
 def test_ctrl_c_keeps_what_was_learnt(
