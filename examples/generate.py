@@ -43,7 +43,7 @@ def device(text: str) -> torch.device:
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(
-            f"expected a device that is here, got {text!r}: {reason}"
+            f"expected a device of this machine, got {text!r}: {reason}"
         ) from error
     return torch.device(text)
 
