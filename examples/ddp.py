@@ -13,9 +13,11 @@ that has used several threads would hang.
 from __future__ import annotations
 
 import os
+import sys
 
+import cli
 import torch
-from cli import positive, run
+from cli import positive
 from corpus import read_text
 from lightning.pytorch.strategies import DDPStrategy
 from text_data import Lanes
@@ -53,6 +55,7 @@ def train(text: bytes, args, **options: object) -> list[float]:
     return module.losses
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = training_parser(__doc__, lr=6e-3, steps=50)
     parser.add_argument("--processes", type=positive, default=2, help="on this machine")
@@ -83,4 +86,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(main())

@@ -13,7 +13,11 @@ import argparse
 import sys
 import time
 
-from torch_rwkv6.models import generate_text, load, load_tokenizer
+import cli
+import torch
+from corpus import tokenizer_of
+
+from torch_rwkv6.models import generate_text, load
 from torch_rwkv6.models.checkpoint import read
 from torch_rwkv6.nn import RWKV
 
@@ -32,28 +36,37 @@ def load_model(path: str) -> RWKV:
     return load({name.removeprefix("model."): x for name, x in tensors.items()}).eval()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def device(text: str) -> torch.device:
+    """An argparse type: a device that this torch can compute on."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device of this machine, got {text!r}: {reason}"
+        ) from error
+    return torch.device(text)
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
     parser.add_argument("model", help="a checkpoint, or a Lightning .ckpt of train_lm.py")
     parser.add_argument("--prompt", default="\n", help="text to go on from")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, world or a .json file")
-    parser.add_argument("--length", type=int, default=500, help="number of tokens to write")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    parser.add_argument("--top-p", type=float, default=0.9, help="share of the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--tokenizer", help=cli.TOKENIZER)
+    parser.add_argument("--length", type=cli.positive, default=500, help="tokens to write")
+    parser.add_argument(
+        "--temperature", type=cli.number(least=0), default=0.8, help="0 takes the likeliest"
+    )
+    parser.add_argument(
+        "--top-p", type=cli.share, default=0.9, help="share of the likeliest tokens"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
     args = parser.parse_args(argv)
-    try:
-        model = load_model(args.model).to(args.device)
-        settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-        tokenizer = load_tokenizer(args.tokenizer)
-        text = generate_text(model, tokenizer, args.prompt, args.length, **settings)
-    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"generate.py: error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-        return 2
+    model = load_model(args.model).to(args.device)
+    tokenizer = tokenizer_of(model.vocab_size, args.tokenizer)
+    settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    text = generate_text(model, tokenizer, args.prompt, args.length, **settings)
 
     print(args.prompt, end="", flush=True)
     start = time.perf_counter()
@@ -68,7 +81,6 @@ def main(argv: list[str] | None = None) -> int:
         f" memory: parameters {parameters:,.0f} KiB, state {state:,.1f} KiB at every length",
         file=sys.stderr,
     )
-    return 0
 
 
 if __name__ == "__main__":

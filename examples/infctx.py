@@ -16,11 +16,14 @@ Before training, gradient and memory are compared with backpropagation through t
 
 from __future__ import annotations
 
+import sys
+
+import cli
 import torch
-from cli import positive, run
+from cli import positive
 from corpus import read_text
 from text_data import Lanes
-from text_model import TextModel, loss_of, peak_memory, trainer, training_parser
+from text_model import TextModel, fit, loss_of, peak_memory, trainer, training_parser
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -100,6 +103,7 @@ def compare(model: RWKV6, batch: tuple[Tensor, Tensor], chunk: int, window: int)
     return lines
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = training_parser(__doc__, lr=6e-3, steps=40, batch_size=4)
     parser.add_argument("--document", type=positive, default=2048, help="bytes in a step and lane")
@@ -112,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     model = RWKV6(256, 2, 64, 32, lora_mix=8, lora_decay=8)
 
     module = InfctxModel(model, args.lr, args.steps, args.chunk, args.window)
-    trainer(args.steps).fit(module, DataLoader(lanes, batch_size=None))
+    if fit(trainer(args.steps), module, DataLoader(lanes, batch_size=None)):
+        raise KeyboardInterrupt
     print(
         f"loss: {module.losses[0]:.3f} at the first document, {module.losses[-1]:.3f} at the last"
     )
@@ -121,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(main())

@@ -6,12 +6,13 @@ dimension of their own, (devices, batch, T, C), and merged into the batch, (devi
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +22,14 @@ from jax.sharding import PartitionSpec as P
 from keras_adapter import RWKVKernelOperator
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=2, help="of each device")
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--seq-length", type=int, default=128)
-    options = parser.parse_args()
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--batch-size", type=cli.positive, default=2, help="of each device")
+    parser.add_argument("--num-heads", type=cli.positive, default=4, help="heads")
+    parser.add_argument("--head-size", type=cli.positive, default=64, help="width of a head")
+    parser.add_argument("--seq-length", type=cli.positive, default=128, help="tokens")
+    options = parser.parse_args(argv)
     heads, head_size = options.num_heads, options.head_size
     hidden = heads * head_size
 
@@ -44,7 +46,7 @@ def main() -> None:
             return y[None], state[None]
         return operator(r, k, v, w, u[0], with_state=True)
 
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(options.seed), 5)
     shape = (devices, options.batch_size, options.seq_length, hidden)
     r, k, v, w = (jax.random.normal(key, shape) for key in keys[:4])
     u = jnp.broadcast_to(jax.random.normal(keys[4], (hidden,)), (devices, hidden))
@@ -66,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

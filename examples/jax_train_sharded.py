@@ -7,14 +7,15 @@ Eight virtual CPU devices unless XLA_FLAGS says otherwise.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
+import sys
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,19 +70,27 @@ def batch(seed: int, size: int, length: int) -> np.ndarray:
     return text[starts + np.arange(length + 1)].astype("int32")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    options = parser.parse_args()
-    model = 2 if jax.device_count() % 2 == 0 else 1
-    mesh = jax.make_mesh(
-        (jax.device_count() // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    longest = len(Path(__file__).read_bytes()) - 1
+    parser = cli.parser(__doc__)
+    parser.add_argument("--steps", type=cli.positive, default=300, help="optimiser steps")
+    parser.add_argument("--batch-size", type=cli.positive, default=16, help="of all devices")
+    parser.add_argument(
+        "--length", type=cli.integer(1, longest), default=64, help="bytes, of this program's source"
     )
+    options = parser.parse_args(argv)
+    model = 2 if jax.device_count() % 2 == 0 else 1
+    rows = jax.device_count() // model
+    if options.batch_size % rows:
+        raise ValueError(
+            f"--batch-size: expected a multiple of {rows}, the mesh's devices along the batch, "
+            f"got {options.batch_size}"
+        )
+    mesh = jax.make_mesh((rows, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     weights = {
         name: jax.device_put(x, NamedSharding(mesh, LAYOUT[name]))
-        for name, x in initial(jax.random.key(0)).items()
+        for name, x in initial(jax.random.key(options.seed)).items()
     }
     optimizer = optax.adam(1e-2)
     state = optimizer.init(weights)
@@ -110,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

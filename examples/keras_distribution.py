@@ -6,10 +6,12 @@ Eight virtual CPU devices unless XLA_FLAGS says otherwise. Prints the losses, wh
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import cli
 import keras
 import numpy as np
 
@@ -18,8 +20,8 @@ from keras_adapter import RWKV6ChannelMix, RWKV6TimeMix
 WIDTH, HEAD_SIZE, LENGTH, BATCH = 64, 16, 32, 16
 
 
-def build() -> keras.Model:
-    keras.utils.set_random_seed(0)
+def build(seed: int) -> keras.Model:
+    keras.utils.set_random_seed(seed)
     x = inputs = keras.Input((LENGTH, WIDTH))
     mix = RWKV6TimeMix(0, 1, HEAD_SIZE, lora_mix=8, lora_decay=8, name="time_mix")
     x = x + mix(keras.layers.LayerNormalization()(x))
@@ -30,19 +32,21 @@ def build() -> keras.Model:
     return model
 
 
-def losses(distribution: keras.distribution.Distribution | None) -> list[float]:
+def losses(distribution: keras.distribution.Distribution | None, seed: int) -> list[float]:
     keras.distribution.set_distribution(distribution)
     try:
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(seed)
         x = random.standard_normal((BATCH, LENGTH, WIDTH)).astype("float32")
         y = np.cumsum(x, 1)[..., :8] * 0.1
-        history = build().fit(x, y, batch_size=BATCH, epochs=4, verbose=0)
+        history = build(seed).fit(x, y, batch_size=BATCH, epochs=4, verbose=0)
         return [float(loss) for loss in history.history["loss"]]
     finally:
         keras.distribution.set_distribution(None)
 
 
-def main() -> None:
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    seed = cli.parser(__doc__).parse_args(argv).seed
     devices = keras.distribution.list_devices()
     print(f"{len(devices)} devices")
     # heads are cut where the projections' output channels are; `output` takes them as its input
@@ -60,7 +64,7 @@ def main() -> None:
             layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False
         ),
     }
-    found = {name: losses(distribution) for name, distribution in runs.items()}
+    found = {name: losses(distribution, seed) for name, distribution in runs.items()}
     for name, values in found.items():
         print(f"{name:14}", "  ".join(f"{loss:.5f}" for loss in values))
     for values in found.values():
@@ -68,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

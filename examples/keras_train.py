@@ -8,7 +8,6 @@ weights of the first, so that the picture <out>/loss.png holds curves that can b
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import cli
 import keras
 import matplotlib
 import numpy as np
@@ -67,33 +67,32 @@ def draw(out: Path) -> None:
     figure.savefig(out / "loss.png", dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data", help="a text; default: the King James Bible, where installed")
-    parser.add_argument("--out", type=Path, default=Path("runs/keras"))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=30, help="of an epoch")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--n-layer", type=int, default=2)
-    parser.add_argument("--n-embd", type=int, default=64)
-    parser.add_argument("--head-size", type=int, default=32)
-    options = parser.parse_args(arguments)
-    try:
-        text = np.frombuffer(read_text(options.data), np.uint8).astype("int32")
-        cut = len(text) - max(len(text) // 50, 8 * options.length)
-        if cut <= options.length:
-            raise ValueError(f"the text has {len(text)} bytes: too few for --length")
-        model = build(options.n_layer, options.n_embd, options.head_size)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"keras_train.py: error: {error}", file=sys.stderr)
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=cli.input_file, help="a text; by default the King James Bible, if installed")
+    parser.add_output_folder("--out", default="runs/keras", help="folder for all results")
+    add("--epochs", type=cli.positive, default=10, help="between which the loss is noted")
+    add("--steps", type=cli.positive, default=30, help="of an epoch")
+    add("--batch-size", type=cli.positive, default=16, help="texts side by side")
+    add("--length", type=cli.positive, default=64, help="bytes of a text")
+    add("--n-layer", type=cli.positive, default=2, help="layers")
+    add("--n-embd", type=cli.positive, default=64, help="width")
+    add("--head-size", type=cli.positive, default=32, help="width of a head")
+    options = parser.parse_args(argv)
+    text = np.frombuffer(read_text(options.data), np.uint8).astype("int32")
+    cut = len(text) - max(len(text) // 50, 8 * options.length)
+    if cut <= options.length:
+        raise ValueError(f"the text has {len(text)} bytes: too few for --length {options.length}")
+    keras.utils.set_random_seed(options.seed)
+    model = build(options.n_layer, options.n_embd, options.head_size)
     start = options.out / "start.weights.h5"
     if start.exists():
-        model.load_weights(start)
+        try:
+            model.load_weights(start)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--out: {start} is of another model: {error}") from error
     else:
         model.save_weights(start)
 
@@ -120,7 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
     draw(options.out)
     bits = history.history["val_loss"][-1] / np.log(2)
     print(f"{backend}: {bits:.3f} bits per byte on unseen text; {options.out / 'loss.png'}")
-    return 0
 
 
 if __name__ == "__main__":

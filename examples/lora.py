@@ -12,45 +12,49 @@ any other, under the official names: for ``generate.py``, ``state_tuning.py`` or
 
 from __future__ import annotations
 
-import torch
-from cli import run
-from text_model import bits_per_byte, finetune, finetuning_parser, read_inputs
+import sys
 
-from torch_rwkv6.models import load
+import cli
+from text_model import bits_per_token, finetune, finetuning_parser, read_inputs
+
+from torch_rwkv6.models import load, save
 
 # of the time mixing, and of the channel mixing, which has key, value and receptance too
 LAYERS = ("receptance", "key", "value", "gate", "output")
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = finetuning_parser(__doc__, lr=1e-2, out="merged.pth")
-    parser.add_argument("--rank", type=int, default=8, help="of the additions")
-    parser.add_argument("--alpha", type=float, default=16, help="they are scaled by alpha / rank")
+    parser.add_argument("--rank", type=cli.positive, default=8, help="of the additions")
+    parser.add_argument(
+        "--alpha", type=cli.number(above=0), default=16, help="they are scaled by alpha / rank"
+    )
     args = parser.parse_args(argv)
-    if args.rank < 1:
-        raise ValueError(f"--rank: expected at least 1, got {args.rank}")
+    inputs = read_inputs(args)
     from peft import LoraConfig, get_peft_model  # seconds, as it imports transformers
 
-    weights, train_text, test_text = read_inputs(args)
-    base = load(weights)
+    base = load(inputs.weights)
     config = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=list(LAYERS))
     model = get_peft_model(base, config)
 
-    before = bits_per_byte(model, test_text, args.length)
-    finetune(model, train_text, args)
-    after = bits_per_byte(model, test_text, args.length)
+    before = bits_per_token(model, inputs.test_text, args.length)
+    interrupted = finetune(model, inputs.train_text, args)
+    after = bits_per_token(model, inputs.test_text, args.length)
     trained, of = model.get_nb_trainable_parameters()
 
     merged = model.merge_and_unload()
-    torch.save({name: x.detach() for name, x in merged.state_dict().items()}, args.out)
+    save(merged, args.out)
     print(
-        f"bits per byte of pieces of {args.length} bytes, not trained on\n"
+        f"bits per {inputs.token} of pieces of {args.length}, not trained on\n"
         f"  checkpoint: {before:.3f}\n"
         f"  with LoRA ({trained:,} numbers beside {of - trained:,}): {after:.3f}\n"
-        f"  merged: {bits_per_byte(merged, test_text, args.length):.3f}\n"
+        f"  merged: {bits_per_token(merged, inputs.test_text, args.length):.3f}\n"
         f"written to {args.out}, in the official layout"
     )
+    if interrupted:
+        raise KeyboardInterrupt(cli.EARLY)
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(main())

@@ -1,9 +1,9 @@
-"""Text as bytes: where it comes from, how it is fed, and what simple models make of it."""
+"""Text as tokens: how it is fed to a model, and what simple models make of its bytes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import lightning
 import numpy as np
@@ -12,16 +12,39 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 
+def tensor_of(text: bytes | Sequence[int]) -> Tensor:
+    """The tokens of a text, [T]: its bytes as they are, uint8, or ids, int32."""
+    if isinstance(text, bytes):
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return torch.tensor(text, dtype=torch.int32)
+
+
+def count(text: bytes | Sequence[int]) -> str:
+    """How long a text is, for a message."""
+    return f"{len(text)} {'bytes' if isinstance(text, bytes) else 'tokens'}"
+
+
 class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
     """Text cut into lanes that are read side by side: batch i goes on where batch i - 1 ended.
 
     So the state after a batch is the state before the next, and a model learns from a context far
     longer than a batch. Yields the tokens and the next tokens, int64 [lanes, up to length] each.
+
+    Raises:
+        ValueError: the text has not two tokens for every lane.
     """
 
-    def __init__(self, text: bytes, lanes: int, length: int, first: int = 0, endless: bool = False):
-        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self.data = data[: len(text) // lanes * lanes].view(lanes, -1)  # [lanes, characters]
+    def __init__(
+        self,
+        text: bytes | Sequence[int],
+        lanes: int,
+        length: int,
+        first: int = 0,
+        endless: bool = False,
+    ):
+        if len(text) < 2 * lanes:
+            raise ValueError(f"the text has {count(text)}: too few for {lanes} lanes")
+        self.data = tensor_of(text)[: len(text) // lanes * lanes].view(lanes, -1)  # [lanes, T]
         self.length, self.first, self.endless = length, first, endless
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -42,10 +65,10 @@ class Crops(IterableDataset[tuple[Tensor, Tensor]]):
         ValueError: the text is shorter than a piece.
     """
 
-    def __init__(self, text: bytes, size: int, length: int, seed: int = 0):
+    def __init__(self, text: bytes | Sequence[int], size: int, length: int, seed: int = 0):
         if len(text) <= length:
-            raise ValueError(f"the text has {len(text)} bytes: too few for pieces of {length}")
-        self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            raise ValueError(f"the text has {count(text)}: too few for pieces of {length}")
+        self.data = tensor_of(text)
         self.size, self.length, self.seed = size, length, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,7 +91,7 @@ class TextData(lightning.LightningDataModule):
         self.val_lanes = max(1, min(16, len(self.val_text) // 256))
         if len(self.train_text) < 2 * batch_size or len(self.val_text) < 2:
             raise ValueError(
-                f"the text has {len(text)} bytes: too few for {batch_size} lanes of training and "
+                f"the text has {count(text)}: too few for {batch_size} lanes of training and "
                 f"{val_fraction:.0%} of validation"
             )
 

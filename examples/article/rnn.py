@@ -12,9 +12,11 @@ the last marked input was. It is trained on 40 steps and tried on 160.
 
 from __future__ import annotations
 
+import sys
+
 import report
 import torch
-from report import plt
+from report import cli, plt
 from torch import Tensor, nn
 
 HIDDEN = 16
@@ -108,9 +110,10 @@ def gradient_by_distance(name: str, length: int = 60) -> Tensor:
     return gradient[0].norm(dim=1).flip(0)
 
 
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--iterations", type=report.positive, default=200, help="of training")
+    parser.add_argument("--iterations", type=cli.positive, default=200, help="of training")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
@@ -149,4 +152,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    report.run(main)
+    sys.exit(main())

@@ -13,16 +13,17 @@ information in the same room, and nothing that is exponentiated is ever above 0.
 
 from __future__ import annotations
 
-import codecs
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import report
 import torch  # only to read the file
+from corpus import tokenizer_of
 from numpy.typing import NDArray
-from report import plt
+from report import cli, plt
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
@@ -145,57 +146,27 @@ def sample(logits: Array, temperature: float, top_p: float, random: np.random.Ge
     return int(random.choice(len(p), p=p / p.sum()))
 
 
-def tokenizer(
-    path: str | None, vocabulary: int
-) -> tuple[Callable[[str], list[int]], Callable[[], Callable[[int], str]]]:
-    """encode(text) -> tokens, and streams: stream()(token) -> the text that is now complete."""
-    if path is None:
-        if vocabulary > 256:
-            raise ValueError(f"a vocabulary of {vocabulary} tokens needs --tokenizer")
-
-        def byte_stream() -> Callable[[int], str]:
-            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            return lambda token: decoder.decode(bytes([token]))
-
-        return lambda text: list(text.encode()), byte_stream
-
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import DecodeStream
-
-    try:
-        model = Tokenizer.from_file(path)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"--tokenizer: {path} is no tokenizer file: {error}") from error
-    if model.get_vocab_size() > vocabulary:
-        raise ValueError(
-            f"--tokenizer: {path} has {model.get_vocab_size()} tokens, the model {vocabulary}"
-        )
-
-    def stream() -> Callable[[int], str]:
-        decoder = DecodeStream()
-        return lambda token: decoder.step(model, token) or ""
-
-    return lambda text: model.encode(text).ids, stream
-
-
+@cli.command
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("checkpoint", help="an RWKV-4 .pth")
-    parser.add_argument("--tokenizer", help="a tokenizers JSON file; by default tokens are bytes")
+    parser.add_argument("--tokenizer", help=cli.TOKENIZER)
     parser.add_argument("--prompt", default="In the beginning ", help="to go on from")
-    parser.add_argument("--length", type=report.positive, default=200, help="tokens to write")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
-    parser.add_argument("--top-p", type=float, default=0.85, help="share of the likeliest tokens")
+    parser.add_argument("--length", type=cli.positive, default=200, help="tokens to write")
+    parser.add_argument(
+        "--temperature", type=cli.number(least=0), default=1.0, help="0 takes the likeliest"
+    )
+    parser.add_argument(
+        "--top-p", type=cli.share, default=0.85, help="share of the likeliest tokens"
+    )
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ValueError("--temperature must be >= 0, --top-p in (0, 1]")
     weights = load(args.checkpoint)
-    encode, stream = tokenizer(args.tokenizer, len(weights["head.weight"]))
-    prompt = encode(args.prompt)
+    tokenizer = tokenizer_of(len(weights["head.weight"]), args.tokenizer)
+    prompt = tokenizer.encode(args.prompt)
     if not prompt:
         raise ValueError("--prompt must not be empty")
 
-    random, complete = np.random.default_rng(args.seed), stream()
+    random, text = np.random.default_rng(args.seed), tokenizer.stream()
     state, states = initial_state(weights), []
     print(args.prompt, end="", flush=True)
     start = time.perf_counter()
@@ -204,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         states.append(state)
     for _ in range(args.length):
         token = sample(logits, args.temperature, args.top_p, random)
-        print(complete(token), end="", flush=True)
+        print(text.push(token), end="", flush=True)
         logits, state = step(weights, token, state)
         states.append(state)
     rate = len(states) / (time.perf_counter() - start)
@@ -232,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    report.run(main)
+    sys.exit(main())

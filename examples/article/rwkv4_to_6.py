@@ -12,14 +12,16 @@ RWKV-4: Peng et al., arXiv:2305.13048. RWKV-5 and 6: arXiv:2404.05892.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import aft
 import report
 import torch
+from corpus import tokenizer_of
 from generate import load_model
-from report import plt
+from report import cli, plt
 from torch import Tensor
 from torch.nn.functional import group_norm, silu
 
@@ -138,11 +140,11 @@ def matrix_weights(r: Tensor, k: Tensor, decay: Tensor, u: Tensor) -> Tensor:
     return weights
 
 
-def layer_input(model: RWKV6, layer: int, text: bytes) -> tuple[TimeMix, Tensor]:
+def layer_input(model: RWKV6, layer: int, tokens: list[int]) -> tuple[TimeMix, Tensor]:
     """A layer's time mixing and what it reads of the text, [T, D]."""
     att, seen = model.blocks[layer].att, []
     with att.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
-        model(torch.tensor([list(text)]))
+        model(torch.tensor([tokens]))
     return att, seen[0][0]
 
 
@@ -160,22 +162,26 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@cli.command
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--checkpoint", help="a byte-level RWKV-6 .pth; by default a random one")
-    parser.add_argument("--layer", type=int, default=0, help="whose time mixing")
+    parser.add_argument("--checkpoint", help="of RWKV-6; by default a random one")
+    parser.add_argument("--tokenizer", help=cli.TOKENIZER)
+    parser.add_argument("--layer", type=cli.integer(0), default=0, help="whose time mixing")
     parser.add_argument("--text", default="And God said, Let there be light: and there was light")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     model = random_model() if args.checkpoint is None else load_model(args.checkpoint)
-    if not 0 <= args.layer < model.n_layer:
+    if not isinstance(model, RWKV6):
+        raise ValueError(f"--checkpoint: expected RWKV-6, got RWKV-{model.version}")
+    if args.layer >= model.n_layer:
         raise ValueError(f"--layer: expected 0 to {model.n_layer - 1}, got {args.layer}")
-    text = args.text.encode()
-    if not text or max(text) >= model.vocab_size:
-        raise ValueError(f"--text: expected bytes below {model.vocab_size}, at least one")
+    tokens = tokenizer_of(model.vocab_size, args.tokenizer).encode(args.text)
+    if not tokens:
+        raise ValueError("--text: expected some text, got none")
 
-    att, x = layer_input(model.double(), args.layer, text)
+    att, x = layer_input(model.double(), args.layer, tokens)
     p = {name: y.detach() for name, y in att.named_parameters()}
     mixed = [mix(x, p, stage) for stage in STAGES]
     rows = []
@@ -204,4 +210,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    report.run(main)
+    sys.exit(main())

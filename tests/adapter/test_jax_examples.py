@@ -34,3 +34,22 @@ def test_keras_distribution(capsys):
         "DataParallel",
         "ModelParallel",
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("jax_train_sharded.py", ["--steps", "0"], "--steps: expected an integer of at least 1"),
+        ("jax_train_sharded.py", ["--length", "99999"], "--length: expected an integer of at most"),
+        ("jax_train_sharded.py", ["--batch-size", "3"], "--batch-size: expected a multiple of 4"),
+        ("jax_shard_map.py", ["--head-size", "-1"], "--head-size: expected an integer of at least"),
+        ("keras_distribution.py", ["--seed", "x"], "--seed: expected an integer of at least 0"),
+    ],
+)
+def test_errors_are_one_line(script, arguments, message, capsys):
+    if script == "jax_train_sharded.py":
+        pytest.importorskip("optax")
+    assert run(script, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script}: error: ")
+    assert message in line

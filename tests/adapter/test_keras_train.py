@@ -41,7 +41,22 @@ def test_it_learns_and_a_second_run_starts_from_the_same_weights(tmp_path, capsy
     assert (tmp_path / f"out/{BACKEND}.keras").exists()
 
 
-def test_errors_are_one_line(tmp_path, capsys):
-    assert run("keras_train.py", "--data", tmp_path / "none", "--out", tmp_path / "out") == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "none"], "--data: no such file: none"),
+        (["--data", "five"], "the text has 5 bytes: too few for --length 64"),
+        (["--epochs", "0"], "--epochs: expected an integer of at least 1, got '0'"),
+        (["--batch-size", "-1"], "--batch-size: expected an integer of at least 1, got '-1'"),
+        (["--n-embd", "nan"], "--n-embd: expected an integer of at least 1, got 'nan'"),
+        (["--seed", "-1"], "--seed: expected an integer of at least 0, got '-1'"),
+        (["--out", "five"], "--out: cannot be written"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "five").write_bytes(b"hello")
+    assert run("keras_train.py", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("keras_train.py: error: ")
+    assert message in line

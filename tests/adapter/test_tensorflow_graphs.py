@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -204,7 +203,5 @@ def test_compile_time_does_not_grow_with_the_length():
     assert operations(100_000) == operations(2_000)
     x = [tf.constant(a) for a in random_inputs(1, 20_000, 1, N, extreme=False)]
     f = tf.function(lambda *x: chunked.wkv(*x), jit_compile=True)
-    start = time.perf_counter()
     y, _ = f(*x)
     assert np.isfinite(y).all()
-    assert time.perf_counter() - start < 60
