@@ -34,7 +34,7 @@ test: .venv/built
 	$(PYTEST)
 
 # For those who have an NVIDIA GPU: the operator's tests on it, and how fast it is there.
-GPU_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inplace.py tests/test_fuzz.py \
+GPU_TESTS := tests/test_forward.py tests/test_backward.py tests/test_update.py tests/test_fuzz.py \
 	tests/test_autocast.py tests/test_compile.py tests/test_opcheck.py tests/test_transforms.py \
 	tests/test_gpu.py
 test-gpu: export RWKV6_CUDA := 1
@@ -69,7 +69,7 @@ bench-readme: .venv/built bench-rivals
 	$(BIN)/python -m benchmarks readme
 
 # The kernels and the binding under AddressSanitizer and UBSan, run by the tests that reach them.
-SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_inplace.py \
+SANITIZED_TESTS := tests/test_forward.py tests/test_backward.py tests/test_update.py \
 	tests/test_errors.py tests/test_fuzz.py tests/test_kernel_library.py tests/test_wkv4.py
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize

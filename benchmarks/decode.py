@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    about = "Decoding, `wkv_`: nanoseconds per head, whole calls; errors against float64."
+    about = "Decoding, `wkv_update`: nanoseconds per head, whole calls; errors against float64."
     report = Report("decode", about)
     threads = args.threads[:1] if args.short else args.threads
     with Stable(args.rivals) as stable:

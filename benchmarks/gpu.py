@@ -92,7 +92,7 @@ def _contenders(work: Work) -> dict[str, Function]:
 
 
 def _in_place(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Any:
-    return torch_rwkv6.wkv_(r, k, v, w, u, state), state
+    return torch_rwkv6.wkv_update(r, k, v, w, u, state), state
 
 
 def _forced(family: str) -> Function:

@@ -10,7 +10,7 @@ import torch
 from benchmarks import figure
 from benchmarks.report import Column, Report, Table, number
 from benchmarks.timing import interleave
-from torch_rwkv6 import wkv, wkv_
+from torch_rwkv6 import wkv, wkv_update
 
 CALLS = 1000
 
@@ -24,14 +24,14 @@ def run(args: argparse.Namespace) -> None:
     x = [torch.randn(1, 1, 1, 8) for _ in range(4)]  # r, k, v, w [B, T, H, N]
     u, state = torch.randn(1, 8), torch.zeros(1, 1, 8, 8)
     leaves = [a.clone().requires_grad_() for a in (*x, u)]
-    op, inplace = torch.ops.rwkv6.wkv.default, torch.ops.rwkv6.wkv_.default
+    op, update = torch.ops.rwkv6.wkv.default, torch.ops.rwkv6.wkv_update.default
     seconds = interleave(
         {
             "torch.add, inference mode": _inference(lambda: torch.add(u, u)),
             "torch.ops.rwkv6.wkv, inference mode": _inference(lambda: op(*x, u)),
-            "torch.ops.rwkv6.wkv_, inference mode": _inference(lambda: inplace(*x, u, state)),
+            "torch.ops.rwkv6.wkv_update, inference mode": _inference(lambda: update(*x, u, state)),
             "torch_rwkv6.wkv, inference mode": _inference(lambda: wkv(*x, u)),
-            "torch_rwkv6.wkv_, inference mode": _inference(lambda: wkv_(*x, u, state)),
+            "torch_rwkv6.wkv_update, inference mode": _inference(lambda: wkv_update(*x, u, state)),
             "torch.ops.rwkv6.wkv, autograd recording": _repeat(lambda: op(*leaves)),
             "torch_rwkv6.wkv, autograd recording": _repeat(lambda: wkv(*leaves)),
         },

@@ -101,17 +101,18 @@ void forward(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
   run_forward(context, in, walk, y_rows, initial, final);
 }
 
-void inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
-             const DLTensor* w, const DLTensor* u, DLTensor* state, const DLTensor* state_map,
-             const DLTensor* cu_seqlens, DLTensor* y) {
+void update(const rwkv6_context* context, const DLTensor* r, const DLTensor* k, const DLTensor* v,
+            const DLTensor* w, const DLTensor* u, DLTensor* state, const DLTensor* state_map,
+            const DLTensor* cu_seqlens, DLTensor* y) {
   const Inputs in(r, k, v, w, u);
   const States rows = states("state", state, -1, in.shape, in.acc, in.acc);
   const Walk walk(in.shape, state_map, cu_seqlens, StateUse::update, state);
   const Tokens y_rows = in.like_r("y", y);
   check_writable("y", y);
   check_writable("state", state);
-  for (const auto& [name, x] : {std::pair("r", r), {"k", k}, {"v", v}, {"w", w}, {"u", u}})
-    check_apart("state", state, name, x);
+  const std::pair<const char*, const DLTensor*> others[] = {{"r", r}, {"k", k}, {"v", v},
+                                                            {"w", w}, {"u", u}, {"y", y}};
+  for (const auto& [name, x] : others) check_apart("state", state, name, x);
   run_forward(context, in, walk, y_rows, rows, rows);
 }
 
@@ -268,12 +269,12 @@ const char* rwkv6_wkv_backward(const rwkv6_context* context, const DLTensor* gra
   });
 }
 
-const char* rwkv6_wkv_inplace(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
-                              const DLTensor* v, const DLTensor* w, const DLTensor* u,
-                              DLTensor* state, const DLTensor* state_map,
-                              const DLTensor* cu_seqlens, DLTensor* y) {
+const char* rwkv6_wkv_update(const rwkv6_context* context, const DLTensor* r, const DLTensor* k,
+                             const DLTensor* v, const DLTensor* w, const DLTensor* u,
+                             DLTensor* state, const DLTensor* state_map, const DLTensor* cu_seqlens,
+                             DLTensor* y) {
   return rwkv6::message_of(
-      [&] { rwkv6::inplace(context, r, k, v, w, u, state, state_map, cu_seqlens, y); });
+      [&] { rwkv6::update(context, r, k, v, w, u, state, state_map, cu_seqlens, y); });
 }
 
 const char* rwkv6_cuda_architectures(void) { return rwkv6::cuda::architectures(); }

@@ -6,8 +6,8 @@
 namespace rwkv6 {
 namespace {
 
-void layer_inplace(const rwkv6_context* context, const rwkv6_layer* from, const DLTensor* x,
-                   DLTensor* att_shift, DLTensor* wkv, DLTensor* ffn_shift, DLTensor* y) {
+void decode_layer(const rwkv6_context* context, const rwkv6_layer* from, const DLTensor* x,
+                  DLTensor* att_shift, DLTensor* wkv, DLTensor* ffn_shift, DLTensor* y) {
   const rwkv6_layer& p = *from;
   LayerJob job = {};
   const DType dtype = job.dtype = dtype_of("x", x);
@@ -64,9 +64,12 @@ void layer_inplace(const rwkv6_context* context, const rwkv6_layer* from, const 
   for (const auto& [name, written] :
        {std::pair("att_shift", att_shift), {"wkv", wkv}, {"ffn_shift", ffn_shift}, {"y", y}})
     check_writable(name, written);
-  check_apart("att_shift", att_shift, "x", x);
-  check_apart("ffn_shift", ffn_shift, "x", x);
+  for (const auto& [name, updated] :
+       {std::pair("att_shift", att_shift), {"wkv", wkv}, {"ffn_shift", ffn_shift}})
+    check_apart(name, updated, "x", x);
   check_apart("att_shift", att_shift, "ffn_shift", ffn_shift);
+  check_apart("wkv", wkv, "att_shift", att_shift);
+  check_apart("wkv", wkv, "ffn_shift", ffn_shift);
 
   if (!M) return;
   const std::vector<Sequence> steps =
@@ -82,9 +85,9 @@ void layer_inplace(const rwkv6_context* context, const rwkv6_layer* from, const 
 }  // namespace
 }  // namespace rwkv6
 
-const char* rwkv6_layer_inplace(const rwkv6_context* context, const rwkv6_layer* layer,
-                                const DLTensor* x, DLTensor* att_shift, DLTensor* wkv,
-                                DLTensor* ffn_shift, DLTensor* y) {
+const char* rwkv6_decode_layer(const rwkv6_context* context, const rwkv6_layer* layer,
+                               const DLTensor* x, DLTensor* att_shift, DLTensor* wkv,
+                               DLTensor* ffn_shift, DLTensor* y) {
   return rwkv6::message_of(
-      [&] { rwkv6::layer_inplace(context, layer, x, att_shift, wkv, ffn_shift, y); });
+      [&] { rwkv6::decode_layer(context, layer, x, att_shift, wkv, ffn_shift, y); });
 }

@@ -47,8 +47,8 @@ void forward4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v
   in.cut_and_run(context, kernels(in.dtype).wkv4_forward);
 }
 
-void inplace4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v, const DLTensor* w,
-              const DLTensor* u, DLTensor* state, DLTensor* y) {
+void update4(const rwkv6_context* context, const DLTensor* k, const DLTensor* v, const DLTensor* w,
+             const DLTensor* u, DLTensor* state, DLTensor* y) {
   Wkv4Inputs in(k, v, w, u);
   in.job.initial = in.job.final = channel_states("state", state, in.shape, in.acc);
   in.job.y = channel_tokens("y", y, in.shape, in.dtype);
@@ -122,7 +122,7 @@ const char* rwkv6_wkv4_backward(const rwkv6_context* context, const DLTensor* gr
   });
 }
 
-const char* rwkv6_wkv4_inplace(const rwkv6_context* context, const DLTensor* k, const DLTensor* v,
-                               const DLTensor* w, const DLTensor* u, DLTensor* state, DLTensor* y) {
-  return rwkv6::message_of([&] { rwkv6::inplace4(context, k, v, w, u, state, y); });
+const char* rwkv6_wkv4_update(const rwkv6_context* context, const DLTensor* k, const DLTensor* v,
+                              const DLTensor* w, const DLTensor* u, DLTensor* state, DLTensor* y) {
+  return rwkv6::message_of([&] { rwkv6::update4(context, k, v, w, u, state, y); });
 }

@@ -5,7 +5,7 @@ import torch
 from samples import random_call, relative_rms
 from torch.library import opcheck
 
-from torch_rwkv6 import wkv, wkv_
+from torch_rwkv6 import wkv, wkv_update
 
 DEVICE = torch.get_default_device().type
 LOW = [torch.bfloat16, torch.float16]
@@ -52,7 +52,7 @@ def test_inputs_of_different_dtypes_become_one():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         mixed = wkv(r.bfloat16(), k, v.half().float(), w.bfloat16(), u, state)
         same = wkv(r, k, v.half().float(), w.bfloat16().float(), u, state)
-        wkv_(r.bfloat16(), k, v, w, u, state)
+        wkv_update(r.bfloat16(), k, v, w, u, state)
     assert all(torch.equal(a, b) for a, b in zip(mixed, same, strict=True))
 
 
@@ -62,7 +62,7 @@ def test_bad_input_is_still_named():
         with pytest.raises(ValueError, match="k: expected the shape of r"):
             wkv(call.r, call.k[1:], call.v, call.w, call.u)
         with pytest.raises(TypeError, match="state: "):
-            wkv_(*call.floats()[:5], call.initial_state.bfloat16())
+            wkv_update(*call.floats()[:5], call.initial_state.bfloat16())
         with pytest.raises(TypeError, match=r"r: expected a torch\.Tensor"):
             wkv(None, call.k, call.v, call.w, call.u)
         with pytest.raises(TypeError, match=r"v: expected a torch\.Tensor, got NoneType"):
@@ -90,9 +90,9 @@ def test_inplace_writes_into_the_callers_state():
     *inputs, state = call.floats()
     other = state.clone()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        y = wkv_(*inputs, state)
+        y = wkv_update(*inputs, state)
     r, k, v, w, u = inputs
-    expected = wkv_(*(x.bfloat16() for x in (r, k, v)), w, u, other)
+    expected = wkv_update(*(x.bfloat16() for x in (r, k, v)), w, u, other)
     assert torch.equal(y, expected)
     assert torch.equal(state, other)
 

@@ -75,12 +75,12 @@ CALLS = {
     "wkv_backward": ("wkv_backward", wkv_backward),
     "wkv_backward mapped": ("wkv_backward", lambda: wkv_backward() | MAPPED),
     "wkv_backward packed": ("wkv_backward", lambda: wkv_backward(**PACKED)),
-    "wkv_": ("wkv_", wkv_in_place),
-    "wkv_ mapped": ("wkv_", lambda: wkv_in_place() | MAPPED),
-    "wkv_ packed": ("wkv_", lambda: wkv_in_place(**PACKED)),
+    "wkv_update": ("wkv_update", wkv_in_place),
+    "wkv_update mapped": ("wkv_update", lambda: wkv_in_place() | MAPPED),
+    "wkv_update packed": ("wkv_update", lambda: wkv_in_place(**PACKED)),
     "wkv4": ("wkv4", wkv4),
     "wkv4_backward": ("wkv4_backward", wkv4_backward),
-    "wkv4_": ("wkv4_", wkv4_in_place),
+    "wkv4_update": ("wkv4_update", wkv4_in_place),
     "matvec": ("matvec", matvec),
 }
 
@@ -165,13 +165,13 @@ def test_both_refuse_the_same_calls(case):
     assert accepted > 5
 
 
-@pytest.mark.parametrize("function", ["wkv", "wkv_backward", "wkv_"])
+@pytest.mark.parametrize("function", ["wkv", "wkv_backward", "wkv_update"])
 def test_messages_of_long_lists_are_short(function):
     """A wrong entry among 100,000 is named, the others are not listed."""
     M = 100_000
     call = random_call(B=M, T=1, H=1, N=1, states=2)
-    state_map = torch.arange(M) % 2 if function != "wkv_" else torch.arange(M)
-    state_map[7] = -5 if function != "wkv_" else 2
+    state_map = torch.arange(M) % 2 if function != "wkv_update" else torch.arange(M)
+    state_map[7] = -5 if function != "wkv_update" else 2
     gradients = call.grad_outputs() if function == "wkv_backward" else ()
     arguments = (*gradients, *call.floats(), state_map, None)
     for implementation in (getattr(torch.ops.rwkv6, function), getattr(fallback, function)):

@@ -12,7 +12,7 @@ from samples import random_call, sample_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_rwkv6
-from torch_rwkv6 import wkv, wkv_
+from torch_rwkv6 import wkv, wkv_update
 
 SAMPLES = list(sample_inputs())
 
@@ -87,8 +87,8 @@ def test_packed_offsets_computed_in_the_graph():
 
 def test_inplace_functionalises():
     def step(r, k, v, w, u, state):
-        y = wkv_(r, k, v, w, u, state)
-        return y + wkv_(r, k, v, w, u, state)  # sees the state of the first call
+        y = wkv_update(r, k, v, w, u, state)
+        return y + wkv_update(r, k, v, w, u, state)  # sees the state of the first call
 
     call = random_call(states=2)
     *inputs, state = call.floats()

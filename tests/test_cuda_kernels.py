@@ -124,7 +124,7 @@ def test_pool_of_states_in_place(gpu, force, family, dtype, N):
             B=1, T=40, states=5, cu_seqlens=[0, 17, 17, 19, 40], state_map=[3, 1, -1, 0], **options
         ),
     ):
-        y, state = gpu.inplace(call)
+        y, state = gpu.update(call)
         rows = list(range(call.sequences))
         if call.state_map is not None:
             rows = call.state_map.tolist()

@@ -81,8 +81,8 @@ def test_decoding_runs_it() -> None:
     with torch.profiler.profile() as profile:
         model.forward_(token, state)
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["rwkv6::layer_"] == model.n_layer
-    assert "rwkv6::wkv_" not in calls
+    assert calls["rwkv6::decode_layer"] == model.n_layer
+    assert "rwkv6::wkv_update" not in calls
     assert all(s._version > before for s, before in zip(state, versions, strict=True))
 
 
@@ -165,6 +165,6 @@ def test_errors_name_the_argument_and_leave_the_states() -> None:
     with pytest.raises(RuntimeError, match="wkv: expected shape"):
         decode_(block, x, states[0], states[1][:1], states[2])
     with pytest.raises(RuntimeError, match="expected 28 parameters, got 1"):
-        torch.ops.rwkv6.layer_(x[:, 0], *states, [x], 1e-5, 1e-5)
+        torch.ops.rwkv6.decode_layer(x[:, 0], *states, [x], 1e-5, 1e-5)
     for a, b in zip(states, before, strict=True):
         assert torch.equal(a, b)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import random_call
 
-from torch_rwkv6 import wkv, wkv_
+from torch_rwkv6 import wkv, wkv_update
 
 
 def good(**options):
@@ -82,15 +82,15 @@ INPLACE = [bad for bad in BAD if "is -1" not in bad[3]]
 
 
 @pytest.mark.parametrize(("name", "value", "error", "text"), INPLACE, ids=case_id)
-def test_wkv_inplace_names_what_is_wrong(name, value, error, text):
+def test_wkv_update_names_what_is_wrong(name, value, error, text):
     arguments = good() | {name: value}
     state = arguments.pop("initial_state")
     with pytest.raises(error, match=f"{name.replace('initial_', '')}: "):
-        wkv_(**arguments, state=state)
+        wkv_update(**arguments, state=state)
 
 
 @pytest.mark.parametrize(("value", "error", "text"), PACKED, ids=case_id)
-@pytest.mark.parametrize("function", [wkv, wkv_])
+@pytest.mark.parametrize("function", [wkv, wkv_update])
 def test_packed_offsets(function, value, error, text):
     call = random_call(B=1, T=5, states=1)
     if value.dim() == 1 and value.numel() > 2:  # so that the offsets alone are wrong
@@ -121,13 +121,13 @@ def test_backward_checks_its_gradients():
             op(bad_y, bad_state, *call.args())
 
 
-def test_state_of_wkv_inplace_must_have_a_contiguous_last_dimension():
+def test_state_of_wkv_update_must_have_a_contiguous_last_dimension():
     call = random_call(states=2)
     *inputs, state = call.floats()
     with pytest.raises(ValueError, match=r"state: .*last dimension must be contiguous"):
-        wkv_(*inputs, state.transpose(2, 3))
+        wkv_update(*inputs, state.transpose(2, 3))
     with pytest.raises(RuntimeError, match=r"state: .*last dimension must be contiguous"):
-        torch.ops.rwkv6.wkv_(*inputs, state.transpose(2, 3))
+        torch.ops.rwkv6.wkv_update(*inputs, state.transpose(2, 3))
 
 
 def test_messages_hold_no_build_paths():
@@ -143,7 +143,7 @@ def test_layouts_that_are_not_dense():
     with pytest.raises(TypeError, match=r"k: expected a dense tensor, got layout torch\.sparse"):
         wkv(call.r, call.k.to_sparse(), call.v, call.w, call.u)
     with pytest.raises(TypeError, match="state: expected a dense tensor"):
-        wkv_(*call.floats()[:5], call.initial_state.to_sparse())
+        wkv_update(*call.floats()[:5], call.initial_state.to_sparse())
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)

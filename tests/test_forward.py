@@ -12,7 +12,7 @@ from samples import (
 )
 
 import torch_rwkv6
-from torch_rwkv6 import reference, wkv, wkv_
+from torch_rwkv6 import reference, wkv, wkv_update
 
 # Against float64. bfloat16 and float16 are bounded by the rounding of the output: 1.66e-3 and
 # 2.1e-4 for the exact answer rounded.
@@ -167,7 +167,7 @@ def test_slow_decays_in_pieces(decays, piece):
     state, y = call.initial_state.clone(), []
     for t in range(0, call.r.shape[1], piece):
         tokens = (x[:, t : t + piece] for x in call.floats()[:4])
-        y.append(wkv_(*tokens, call.u, state))
+        y.append(wkv_update(*tokens, call.u, state))
     assert relative_rms(torch.cat(y, 1), expected_y) <= 2e-6
     assert relative_rms(state, expected_state) <= 2e-6
 

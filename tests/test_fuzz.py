@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import FLOAT_DTYPES, Call, random_call, relative_rms
 
-from torch_rwkv6 import reference, wkv, wkv_
+from torch_rwkv6 import reference, wkv, wkv_update
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 FUZZ = settings(
@@ -106,7 +106,7 @@ def test_inplace(data):
         cu_seqlens=call.cu_seqlens,
     )
     state = pool.clone()
-    y = wkv_(*call.floats()[:5], state, state_map=slots, cu_seqlens=call.cu_seqlens)
+    y = wkv_update(*call.floats()[:5], state, state_map=slots, cu_seqlens=call.cu_seqlens)
     used = slots >= 0
     assert torch.equal(state[slots[used]], expected_state[used])
     untouched = torch.ones(rows, dtype=torch.bool)
@@ -136,7 +136,7 @@ def test_arguments_of_any_shape_and_dtype_never_crash(data):
     for op, args in (
         (torch.ops.rwkv6.wkv, arguments[2:]),
         (torch.ops.rwkv6.wkv_backward, arguments),
-        (torch.ops.rwkv6.wkv_, arguments[2:]),
+        (torch.ops.rwkv6.wkv_update, arguments[2:]),
     ):
         message, outputs = "", None
         try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import random_call, relative_rms
 
-from torch_rwkv6 import reference, wkv, wkv_
+from torch_rwkv6 import reference, wkv, wkv_update
 
 pytestmark = pytest.mark.gpu
 
@@ -64,18 +64,18 @@ def test_capture_in_a_cuda_graph(T):
     *inputs, state = call.floats()
     start = state.clone()
     with torch.cuda.stream(torch.cuda.Stream()):  # warm-up, as capturing demands
-        wkv_(*inputs, state.clone())
+        wkv_update(*inputs, state.clone())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = wkv_(*inputs, state)
+        y = wkv_update(*inputs, state)
     other = large_call(T=T, states=4, seed=1)
     for x, new in zip(inputs, other.floats(), strict=False):
         x.copy_(new)
     state.copy_(start)
     graph.replay()
     expected_state = start.clone()
-    assert torch.equal(y, wkv_(*inputs, expected_state))
+    assert torch.equal(y, wkv_update(*inputs, expected_state))
     assert torch.equal(state, expected_state)
 
 

@@ -22,7 +22,7 @@ CODES = {"f": 2, "i": 0}
 @pytest.fixture(scope="module")
 def library():
     lib = ctypes.CDLL(str(LIBRARY))
-    for function in (lib.rwkv6_wkv_forward, lib.rwkv6_wkv_backward, lib.rwkv6_wkv_inplace):
+    for function in (lib.rwkv6_wkv_forward, lib.rwkv6_wkv_backward, lib.rwkv6_wkv_update):
         function.restype = ctypes.c_char_p
     lib.rwkv6_cpu_isa.restype = ctypes.c_char_p
     return lib

@@ -54,12 +54,12 @@ def test_wkv_backward(name, given, needs_grad):
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_wkv_inplace(name):
+def test_wkv_update(name):
     call = sample_inputs(T=2)[name]
     rows = 6
     call.initial_state = torch.randn(rows, 2, 4, 4)
     call.state_map = torch.randperm(rows)[: call.sequences]
-    torch.library.opcheck(torch.ops.rwkv6.wkv_.default, call.args())
+    torch.library.opcheck(torch.ops.rwkv6.wkv_update.default, call.args())
     call.initial_state = torch.randn(call.sequences, 2, 4, 4)
     call.state_map = None
-    torch.library.opcheck(torch.ops.rwkv6.wkv_.default, call.args())
+    torch.library.opcheck(torch.ops.rwkv6.wkv_update.default, call.args())

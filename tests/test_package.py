@@ -30,7 +30,7 @@ for part in ("_C.abi3.so does not exist", "pip install", "reference"):
 assert not torch_rwkv6.has_kernels
 
 import torch
-from torch_rwkv6 import reference, wkv, wkv_
+from torch_rwkv6 import reference, wkv, wkv_update
 torch.manual_seed(0)
 r, k, v, w = (torch.randn(2, 5, 2, 4, requires_grad=True) for _ in range(4))
 u, state = torch.randn(2, 4, requires_grad=True), torch.randn(2, 2, 4, 4, requires_grad=True)
@@ -45,12 +45,12 @@ for op, args in ((torch.ops.rwkv6.wkv, (*x, None, None)),):
 with torch.no_grad():
     pool = torch.randn(3, 2, 4, 4)
     before = pool.clone()
-    y = wkv_(r, k, v, w, u, pool, state_map=torch.tensor([2, -1]))
+    y = wkv_update(r, k, v, w, u, pool, state_map=torch.tensor([2, -1]))
     expected_y, expected_state = wkv(r[:1], k[:1], v[:1], w[:1], u, before[2:])
     torch.testing.assert_close(y[:1], expected_y)
     torch.testing.assert_close(pool[2:], expected_state)
     assert (y[1] == 0).all() and torch.equal(pool[:2], before[:2])
-    torch.library.opcheck(torch.ops.rwkv6.wkv_.default, (r.detach(), k.detach(), v.detach(),
+    torch.library.opcheck(torch.ops.rwkv6.wkv_update.default, (r.detach(), k.detach(), v.detach(),
         w.detach(), u.detach(), pool, torch.tensor([2, 0]), None))
 for bad in (torch.tensor([0, 3]), torch.tensor([-1, 0])):
     try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import random_call, relative_rms, sample_inputs
 
-from torch_rwkv6 import reference, wkv, wkv_
+from torch_rwkv6 import reference, wkv, wkv_update
 
 SAMPLES = list(sample_inputs())
 
@@ -174,40 +174,40 @@ def test_vmap_over_requires_grad_runs_backward():
         assert relative_rms(found[i], expected) < 1e-12
 
 
-def test_vmap_of_the_inplace_operator_updates_the_mapped_state():
+def test_vmap_of_wkv_update_updates_the_mapped_state():
     call = random_call(states=2)
     r = torch.randn(3, *call.r.shape)
     states = torch.randn(2, 3, 2, 4, 4)
     expected_states = states.clone()
-    f = lambda r, s: wkv_(r, call.k, call.v, call.w, call.u, s)  # noqa: E731
+    f = lambda r, s: wkv_update(r, call.k, call.v, call.w, call.u, s)  # noqa: E731
     y = torch.vmap(f, in_dims=(0, 1))(r, states)
     for i in range(3):
         assert torch.equal(y[i], f(r[i], expected_states[:, i]))
     assert torch.equal(states, expected_states)
 
 
-def test_vmap_of_the_inplace_operator_over_a_shared_state_is_refused():
+def test_vmap_of_wkv_update_over_a_shared_state_is_refused():
     call = random_call(states=2)
     r = torch.randn(3, *call.r.shape)
     with pytest.raises(RuntimeError, match="state that is not mapped"):
-        torch.vmap(lambda r: wkv_(r, *call.floats()[1:]))(r)
+        torch.vmap(lambda r: wkv_update(r, *call.floats()[1:]))(r)
 
 
 def reverse(r, call):
-    wkv_(r.requires_grad_(), *call.floats()[1:])
+    wkv_update(r.requires_grad_(), *call.floats()[1:])
 
 
 def forward(r, call):
     with torch.autograd.forward_ad.dual_level():
-        wkv_(torch.autograd.forward_ad.make_dual(r, torch.ones_like(r)), *call.floats()[1:])
+        wkv_update(torch.autograd.forward_ad.make_dual(r, torch.ones_like(r)), *call.floats()[1:])
 
 
 def functional(r, call):
-    torch.func.grad(lambda r: wkv_(r, *call.floats()[1:]).sum())(r)
+    torch.func.grad(lambda r: wkv_update(r, *call.floats()[1:]).sum())(r)
 
 
 @pytest.mark.parametrize("derivative", [reverse, forward, functional])
-def test_derivatives_of_the_inplace_operator_are_refused(derivative):
+def test_derivatives_of_wkv_update_are_refused(derivative):
     call = random_call(states=2)
     before = call.initial_state.clone()
     with pytest.raises(RuntimeError, match="has no derivative"):
@@ -221,7 +221,7 @@ def test_saved_tensors_overwritten_in_place_are_noticed():
     state = x * 1
     loss = (state * state).sum()
     with torch.no_grad():
-        wkv_(*call.floats()[:5], state)
+        wkv_update(*call.floats()[:5], state)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -289,26 +289,26 @@ def test_vmap_over_nothing(mapped):
     assert state.shape == (0, 2, 2, 4, 4)
 
 
-def test_vmap_of_the_inplace_operator_over_nothing():
+def test_vmap_of_wkv_update_over_nothing():
     *inputs, state = random_call(states=2).floats()
-    call = torch.vmap(lambda s: wkv_(*inputs, s))
+    call = torch.vmap(lambda s: wkv_update(*inputs, s))
     assert call(state.new_empty((0, *state.shape))).shape == (0, 2, 5, 2, 4)
     with pytest.raises(ValueError, match="state: expected"):
         call(state.new_empty((0, *state.shape[:-1], 7)))
 
 
 @pytest.mark.cpu
-def test_vmap_of_the_inplace_operator_changes_nothing_when_it_is_refused():
+def test_vmap_of_wkv_update_changes_nothing_when_it_is_refused():
     call = random_call(states=2)
     states = torch.zeros(3, 2, 2, 4, 4)
     maps = torch.tensor([[0, 1], [0, 7], [0, 1]])
     with pytest.raises(RuntimeError, match="state_map"):
-        torch.vmap(lambda s, m: wkv_(*call.floats()[:5], s, state_map=m))(states, maps)
+        torch.vmap(lambda s, m: wkv_update(*call.floats()[:5], s, state_map=m))(states, maps)
     assert (states == 0).all()
 
 
-def test_vmap_of_the_inplace_operator_over_an_expanded_state_is_refused():
+def test_vmap_of_wkv_update_over_an_expanded_state_is_refused():
     call = random_call(states=2)
     states = torch.zeros(1, 2, 2, 4, 4).expand(3, -1, -1, -1, -1)
     with pytest.raises(RuntimeError, match="expanded state"):
-        torch.vmap(lambda s: wkv_(*call.floats()[:5], s))(states)
+        torch.vmap(lambda s: wkv_update(*call.floats()[:5], s))(states)

@@ -8,7 +8,7 @@ import torch
 from samples import relative_rms
 from torch import Tensor
 
-from torch_rwkv6 import reference4, wkv4, wkv4_
+from torch_rwkv6 import reference4, wkv4, wkv4_update
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -114,7 +114,7 @@ def test_opcheck(state: bool) -> None:
     torch.library.opcheck(torch.ops.rwkv6.wkv4_backward.default, (None, None, *leaves))
     if s is not None:
         plain = [x.detach().clone() for x in (k, v, w, u, s)]
-        torch.library.opcheck(torch.ops.rwkv6.wkv4_.default, plain)
+        torch.library.opcheck(torch.ops.rwkv6.wkv4_update.default, plain)
     torch.library.opcheck(torch.ops.rwkv6.matvec.default, (torch.randn(2, 5), torch.randn(3, 5)))
 
 
@@ -138,18 +138,18 @@ def test_pieces_and_in_place() -> None:
     whole, last = wkv4(k, v, w, u, s)
     own, pieces = s.clone(), []
     for kp, vp in zip(k.split([4, 0, 1, 4], 1), v.split([4, 0, 1, 4], 1), strict=True):
-        pieces.append(wkv4_(kp, vp, w, u, own))
+        pieces.append(wkv4_update(kp, vp, w, u, own))
     assert torch.equal(torch.cat(pieces, 1), whole)
     assert torch.equal(own, last)
-    with pytest.raises(RuntimeError, match=r"wkv4_ overwrites its state.*use rwkv6::wkv4"):
-        wkv4_(k.clone().requires_grad_(), v, w, u, own)
+    with pytest.raises(RuntimeError, match=r"wkv4_update overwrites its state.*use rwkv6::wkv4"):
+        wkv4_update(k.clone().requires_grad_(), v, w, u, own)
     saved = s.clone().requires_grad_()
     product = (saved * 2).square()  # keeps saved * 2 for its backward
     assert product.requires_grad
     base = torch.randn(2, 3, 6, requires_grad=True)
     doubled = base * 2
     out = doubled.square().sum()
-    wkv4_(k, v, w, u, doubled.detach())
+    wkv4_update(k, v, w, u, doubled.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
     assert torch.equal(own, last)
@@ -178,7 +178,7 @@ def test_errors(
     inputs = call(2, 3, 4)
     for i, value in changes.items():
         inputs[i] = value
-    for op in (wkv4, wkv4_):
+    for op in (wkv4, wkv4_update):
         with pytest.raises(error, match=message), torch.autocast("cpu", enabled=autocast):
             op(*inputs)
 
@@ -186,17 +186,17 @@ def test_errors(
 def test_the_state_to_update_is_not_optional() -> None:
     *inputs, _ = call(2, 3, 4)
     with pytest.raises(TypeError, match=r"state: expected a torch\.Tensor, got NoneType"):
-        wkv4_(*inputs, None)
+        wkv4_update(*inputs, None)
 
 
 def test_states_that_cannot_be_updated_in_place() -> None:
     k, v, w, u, s = call(2, 3, 4)
     with pytest.raises(ValueError, match="expanded view"):
-        wkv4_(k, v, w, u, s[:1].expand(2, 3, 4))
+        wkv4_update(k, v, w, u, s[:1].expand(2, 3, 4))
     with pytest.raises(ValueError, match="last dimension must be contiguous"):
-        wkv4_(k, v, w, u, torch.zeros(2, 4, 3).transpose(1, 2))
+        wkv4_update(k, v, w, u, torch.zeros(2, 4, 3).transpose(1, 2))
     with pytest.raises(RuntimeError, match="shares memory with k"):
-        wkv4_(s, v, w, u, s)
+        wkv4_update(s, v, w, u, s)
 
 
 # ---- the product of a weight with a few vectors
@@ -253,4 +253,4 @@ def test_strided_and_expanded_vectors() -> None:
         torch.testing.assert_close(found[0][:, 0], of_column)
         torch.testing.assert_close(found[1], of_number.sum(0, keepdim=True))
         with torch.no_grad():
-            assert torch.equal(wkv4_(k, v, w, u, state.clone()), wkv4(k, v, *dense, state)[0])
+            assert torch.equal(wkv4_update(k, v, w, u, state.clone()), wkv4(k, v, *dense, state)[0])

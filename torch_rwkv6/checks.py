@@ -42,7 +42,7 @@ def check_wkv(
     return sequences
 
 
-def check_wkv_(
+def check_wkv_update(
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
     v: Tensor,  # [B, T, H, N]
@@ -98,7 +98,7 @@ def check_wkv4(
         _check_channel_state("initial_state", initial_state, k)
 
 
-def check_wkv4_(
+def check_wkv4_update(
     k: Tensor,  # [B, T, D]
     v: Tensor,  # [B, T, D]
     w: Tensor,  # [D]
@@ -152,8 +152,8 @@ def check_values(
     Args:
         tokens: T.
         rows: S, the number of states.
-        negative_skips: as in `wkv_`: negative entries of state_map are padding rows, the others
-            must be distinct.
+        negative_skips: as in `wkv_update`: negative entries of state_map are padding rows, the
+            others must be distinct.
     """
     offsets = _values(cu_seqlens) or []
     if len(offsets) == 1 and tokens:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv4_, check_wkv_
+from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv4_update, check_wkv_update
 from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
-__all__ = ["wkv", "wkv4", "wkv4_", "wkv_"]
+__all__ = ["wkv", "wkv4", "wkv4_update", "wkv_update"]
 
 
 def wkv(
@@ -68,7 +68,7 @@ def wkv(
     return _call(torch.ops.rwkv6.wkv.default, check_wkv, arguments, autocast_rule=True)
 
 
-def wkv_(
+def wkv_update(
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
     v: Tensor,  # [B, T, H, N]
@@ -100,7 +100,9 @@ def wkv_(
             record; state is then unchanged.
     """
     arguments = (r, k, v, w, u, state, state_map, cu_seqlens)
-    return _call(torch.ops.rwkv6.wkv_.default, check_wkv_, arguments, autocast_rule=True)
+    return _call(
+        torch.ops.rwkv6.wkv_update.default, check_wkv_update, arguments, autocast_rule=True
+    )
 
 
 def wkv4(
@@ -141,7 +143,7 @@ def wkv4(
     return _call(torch.ops.rwkv6.wkv4.default, check_wkv4, (k, v, w, u, initial_state))
 
 
-def wkv4_(
+def wkv4_update(
     k: Tensor,  # [B, T, D]
     v: Tensor,  # [B, T, D]
     w: Tensor,  # [D]
@@ -161,7 +163,7 @@ def wkv4_(
         TypeError, ValueError: as for `wkv4`; state is then unchanged.
         RuntimeError: a call that autograd would have to record; state is then unchanged.
     """
-    return _call(torch.ops.rwkv6.wkv4_.default, check_wkv4_, (k, v, w, u, state))
+    return _call(torch.ops.rwkv6.wkv4_update.default, check_wkv4_update, (k, v, w, u, state))
 
 
 def _call(

@@ -44,7 +44,7 @@ def prepare(work: Work, inputs: Arrays, threads: int) -> Job:
     if threads != 1:
         raise UnsupportedError("threads are the calling program's: measured on one")
     library = ctypes.CDLL(str(LIBRARY))
-    run = library.rwkv6_wkv_inplace
+    run = library.rwkv6_wkv_update
     run.restype = ctypes.c_char_p
     state, y = inputs["state"].copy(), np.empty_like(inputs["r"])
     held = [inputs[name] for name in ("r", "k", "v", "w", "u")]

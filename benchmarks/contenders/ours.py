@@ -1,4 +1,4 @@
-"""torch_rwkv6 as a user calls it: `wkv`, its autograd, and `wkv_` for decoding."""
+"""torch_rwkv6 as a user calls it: `wkv`, its autograd, and `wkv_update` for decoding."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def _decode(work: Work, inputs: Arrays, threads: int) -> Job:
 
     @torch.inference_mode()
     def call() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch_rwkv6.wkv_(*args, state), state
+        return torch_rwkv6.wkv_update(*args, state), state
 
     return Job(call, lambda results: to_arrays(work, results))

@@ -249,17 +249,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
   return {grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial};
 }
 
-Tensor wkv_(const Tensor& r,                     // [B, T, H, N]
-            const Tensor& k,                     // [B, T, H, N]
-            const Tensor& v,                     // [B, T, H, N]
-            const Tensor& w,                     // [B, T, H, N]
-            const Tensor& u,                     // [H, N]
-            const Tensor& state,                 // [S, H, N, N], updated in place
-            const OptionalTensor& state_map,     // [B] or [M]
-            const OptionalTensor& cu_seqlens) {  // [M + 1]
+Tensor wkv_update(const Tensor& r,                     // [B, T, H, N]
+                  const Tensor& k,                     // [B, T, H, N]
+                  const Tensor& v,                     // [B, T, H, N]
+                  const Tensor& w,                     // [B, T, H, N]
+                  const Tensor& u,                     // [H, N]
+                  const Tensor& state,                 // [S, H, N, N], updated in place
+                  const OptionalTensor& state_map,     // [B] or [M]
+                  const OptionalTensor& cu_seqlens) {  // [M + 1]
   const Tensor y = empty_for(r);
-  check(rwkv6_wkv_inplace(Context(r), View(r), View(k), View(v), View(w), heads(u),
-                          View::output(state), View(state_map), View(cu_seqlens), View::output(y)));
+  check(rwkv6_wkv_update(Context(r), View(r), View(k), View(v), View(w), heads(u),
+                         View::output(state), View(state_map), View(cu_seqlens), View::output(y)));
   return y;
 }
 
@@ -295,14 +295,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
   return {grad_k, grad_v, grad_w, grad_u, grad_initial};
 }
 
-Tensor wkv4_(const Tensor& k,        // [B, T, D]
-             const Tensor& v,        // [B, T, D]
-             const Tensor& w,        // [D]
-             const Tensor& u,        // [D]
-             const Tensor& state) {  // [B, 3, D], updated in place
+Tensor wkv4_update(const Tensor& k,        // [B, T, D]
+                   const Tensor& v,        // [B, T, D]
+                   const Tensor& w,        // [D]
+                   const Tensor& u,        // [D]
+                   const Tensor& state) {  // [B, 3, D], updated in place
   const Tensor y = empty_for(k);
-  check(rwkv6_wkv4_inplace(Context(k), View(k), View(v), View(w), View(u), View::output(state),
-                           View::output(y)));
+  check(rwkv6_wkv4_update(Context(k), View(k), View(v), View(w), View(u), View::output(state),
+                          View::output(y)));
   return y;
 }
 
@@ -314,11 +314,11 @@ Tensor matvec(const Tensor& x,                              // [M, K]
   return y;
 }
 
-Tensor layer_(const Tensor& x,          // [B, D]
-              const Tensor& att_shift,  // [B, D], updated in place
-              const Tensor& wkv,        // [B, H, N, N], updated in place
-              const Tensor& ffn_shift,  // [B, D], updated in place
-              const std::vector<Tensor>& parameters, double ln_eps, double ln_x_eps) {
+Tensor decode_layer(const Tensor& x,          // [B, D]
+                    const Tensor& att_shift,  // [B, D], updated in place
+                    const Tensor& wkv,        // [B, H, N, N], updated in place
+                    const Tensor& ffn_shift,  // [B, D], updated in place
+                    const std::vector<Tensor>& parameters, double ln_eps, double ln_x_eps) {
   rwkv6_layer layer = {};
   const DLTensor** const fields[] = {
       &layer.ln1_weight,        &layer.ln1_bias,        &layer.att_time_maa_x,
@@ -333,14 +333,14 @@ Tensor layer_(const Tensor& x,          // [B, D]
       &layer.ffn_value};
   constexpr size_t kFields = sizeof(fields) / sizeof(fields[0]);
   if (parameters.size() != kFields)
-    throw std::runtime_error("rwkv6::layer_: expected " + std::to_string(kFields) +
+    throw std::runtime_error("rwkv6::decode_layer: expected " + std::to_string(kFields) +
                              " parameters, got " + std::to_string(parameters.size()));
   std::vector<View> views(parameters.begin(), parameters.end());
   for (size_t i = 0; i < kFields; i++) *fields[i] = views[i];
   layer.ln_eps = ln_eps, layer.ln_x_eps = ln_x_eps;
   const Tensor y = empty_for(x);
-  check(rwkv6_layer_inplace(Context(x), &layer, View(x), View::output(att_shift), View::output(wkv),
-                            View::output(ffn_shift), View::output(y)));
+  check(rwkv6_decode_layer(Context(x), &layer, View(x), View::output(att_shift), View::output(wkv),
+                           View::output(ffn_shift), View::output(y)));
   return y;
 }
 
@@ -356,7 +356,7 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
       "Tensor w, Tensor u, Tensor? initial_state, Tensor? state_map, Tensor? cu_seqlens) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "wkv_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
+      "wkv_update(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
       "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor");
   m.def(
       "wkv4(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None) -> "
@@ -364,22 +364,22 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
   m.def(
       "wkv4_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor k, Tensor v, Tensor w, "
       "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("wkv4_(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor");
+  m.def("wkv4_update(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor");
   m.def("matvec(Tensor x, Tensor weight) -> Tensor");
   m.def(
-      "layer_(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
+      "decode_layer(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
       "Tensor[] parameters, float ln_eps, float ln_x_eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv", TORCH_BOX(&wkv));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
-  m.impl("wkv_", TORCH_BOX(&wkv_));
+  m.impl("wkv_update", TORCH_BOX(&wkv_update));
   m.impl("wkv4", TORCH_BOX(&wkv4));
   m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
-  m.impl("wkv4_", TORCH_BOX(&wkv4_));
+  m.impl("wkv4_update", TORCH_BOX(&wkv4_update));
   m.impl("matvec", TORCH_BOX(&matvec));
-  m.impl("layer_", TORCH_BOX(&layer_));
+  m.impl("decode_layer", TORCH_BOX(&decode_layer));
 }
 
 // A CUDA build of torch gets the CUDA kernels if the kernel library has them; the reference serves
@@ -388,5 +388,5 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CUDA, m) {
   if (!rwkv6_cuda_architectures() || !current_stream()) return;
   m.impl("wkv", TORCH_BOX(&wkv));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
-  m.impl("wkv_", TORCH_BOX(&wkv_));
+  m.impl("wkv_update", TORCH_BOX(&wkv_update));
 }

@@ -168,7 +168,7 @@ ffi::Error forward(ffi::ThreadPool threads,
     if (given.state) state.emplace(*given.state, b, n);
     const bool inplace = state && given.state->untyped_data() == final_state->untyped_data();
     const char* problem =
-        inplace ? rwkv6_wkv_inplace(&context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
+        inplace ? rwkv6_wkv_update(&context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
                 : rwkv6_wkv_forward(&context, r_, k_, v_, w_, u_,
                                     state ? static_cast<DLTensor*>(*state) : nullptr, nullptr,
                                     nullptr, y_, final_);
@@ -280,7 +280,7 @@ ffi::Error forward_cuda(void* stream, ffi::ScratchAllocator scratch,
   if (given) state.emplace(*given, gpu.device);
   const bool inplace = given && given->untyped_data() == final_state->untyped_data();
   const char* problem =
-      inplace ? rwkv6_wkv_inplace(&gpu.context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
+      inplace ? rwkv6_wkv_update(&gpu.context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
               : rwkv6_wkv_forward(&gpu.context, r_, k_, v_, w_, u_,
                                   state ? static_cast<DLTensor*>(*state) : nullptr, nullptr,
                                   nullptr, y_, final_);

@@ -84,7 +84,7 @@ RWKV6_API const char* rwkv6_wkv_backward(
 
 // As forward, but reads and writes rows of `state`. A negative entry of state_map is a padding row:
 // its y is zero and no state is touched. The other entries must be distinct.
-RWKV6_API const char* rwkv6_wkv_inplace(
+RWKV6_API const char* rwkv6_wkv_update(
     const rwkv6_context* context,
     const DLTensor* r,           // [B, T, H, N]
     const DLTensor* k,           // [B, T, H, N]
@@ -127,13 +127,13 @@ RWKV6_API const char* rwkv6_wkv4_backward(
     DLTensor* grad_initial_state);     // [B, 3, D] or NULL: not wanted
 
 // As forward, but reads and writes `state`.
-RWKV6_API const char* rwkv6_wkv4_inplace(const rwkv6_context* context,
-                                         const DLTensor* k,  // [B, T, D]
-                                         const DLTensor* v,  // [B, T, D]
-                                         const DLTensor* w,  // [D]
-                                         const DLTensor* u,  // [D]
-                                         DLTensor* state,    // [B, 3, D], f32 (f64 for f64)
-                                         DLTensor* y);       // [B, T, D]
+RWKV6_API const char* rwkv6_wkv4_update(const rwkv6_context* context,
+                                        const DLTensor* k,  // [B, T, D]
+                                        const DLTensor* v,  // [B, T, D]
+                                        const DLTensor* w,  // [D]
+                                        const DLTensor* u,  // [D]
+                                        DLTensor* state,    // [B, 3, D], f32 (f64 for f64)
+                                        DLTensor* y);       // [B, T, D]
 
 // y = x weight^T, for a few rows of x: at the speed that the weight can be read. 16-bit inputs are
 // summed in f32.
@@ -168,12 +168,12 @@ typedef struct {
 
 // One token of each of B sequences through one layer, time mixing and channel mixing: decoding, at
 // the speed that the weights can be read. Everything in between is f32 (f64 for f64).
-RWKV6_API const char* rwkv6_layer_inplace(const rwkv6_context* context, const rwkv6_layer* layer,
-                                          const DLTensor* x,    // [B, D], residual stream
-                                          DLTensor* att_shift,  // [B, D], updated
-                                          DLTensor* wkv,        // [B, H, N, N], f32 (f64 for f64)
-                                          DLTensor* ffn_shift,  // [B, D], updated
-                                          DLTensor* y);         // [B, D]
+RWKV6_API const char* rwkv6_decode_layer(const rwkv6_context* context, const rwkv6_layer* layer,
+                                         const DLTensor* x,    // [B, D], residual stream
+                                         DLTensor* att_shift,  // [B, D], updated
+                                         DLTensor* wkv,        // [B, H, N, N], f32 (f64 for f64)
+                                         DLTensor* ffn_shift,  // [B, D], updated
+                                         DLTensor* y);         // [B, D]
 
 // The instruction set the CPU kernels use in this process: "baseline", "avx2" or "avx512" on
 // x86-64, "neon" on AArch64, "baseline" elsewhere. The environment variable RWKV6_CPU_ISA forces

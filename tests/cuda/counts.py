@@ -43,7 +43,7 @@ def launches(call: Call, kind: str) -> dict[str, dict[str, float]]:
         if kind == "forward":
             device.forward(call)
         elif kind == "decode":
-            device.inplace(call)
+            device.update(call)
         else:
             device.backward(call, *call.grad_outputs())
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))

@@ -113,7 +113,7 @@ class Gpu:
     def __init__(self, library: Path):
         self.runtime = runtime.load()
         self.library = ctypes.CDLL(str(library))
-        for name in ("rwkv6_wkv_forward", "rwkv6_wkv_backward", "rwkv6_wkv_inplace"):
+        for name in ("rwkv6_wkv_forward", "rwkv6_wkv_backward", "rwkv6_wkv_update"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.context = Context(allocate=ALLOCATE(lambda pool, size: self.allocate(size)))
         self.device = 0
@@ -172,10 +172,10 @@ class Gpu:
         self.free()
         return outputs
 
-    def inplace(self, call: Call):
+    def update(self, call: Call):
         """y [B, T, H, N] and the updated state [S, H, N, N]."""
         y = _unwritten(call.r)
-        memory = self.run("inplace", *call.args(), y)
+        memory = self.run("update", *call.args(), y)
         outputs = memory[8].read(), memory[5].read()
         self.free()
         return outputs

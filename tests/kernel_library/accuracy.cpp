@@ -95,8 +95,8 @@ struct Checker {
   }
 
   // Rows 3 and 1 of a pool of five, and a padding row between them.
-  void inplace() {
-    entry = "inplace";
+  void update() {
+    entry = "update";
     const size_t M = in.exact.spans.size();
     std::vector<double> places = {3, -1, 1};
     places.resize(M);
@@ -106,8 +106,8 @@ struct Checker {
     Problem exact = in.exact;
     exact.initial_state = state.values();
     for (size_t m = 0; m < M; m++) exact.spans[m].initial = int64_t(places[m]);
-    if (!ran(rwkv6_wkv_inplace(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
-                               state.dl(), map.dl(), dl(in.offsets), y.dl())))
+    if (!ran(rwkv6_wkv_update(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
+                              state.dl(), map.dl(), dl(in.offsets), y.dl())))
       return;
     Outputs expected = wkv(exact);
     std::vector<double> pool = exact.initial_state;
@@ -128,7 +128,7 @@ struct Checker {
       report.check(std::equal(found.begin() + int64_t(unused * row),
                               found.begin() + int64_t((unused + 1) * row),
                               exact.initial_state.begin() + int64_t(unused * row)),
-                   "inplace, " + where + ": changed a row that no sequence names");
+                   "update, " + where + ": changed a row that no sequence names");
   }
 };
 
@@ -147,7 +147,7 @@ void slow_decays(Report& report) {
       Checker checker{report, form, in, where_of(form, N, T), ""};
       checker.forward();
       checker.backward();
-      checker.inplace();
+      checker.update();
     }
 }
 
@@ -276,7 +276,7 @@ void test_accuracy(Report& report) {
           Checker checker{report, form, in, where_of(form, N, T), ""};
           checker.forward();
           checker.backward();
-          checker.inplace();
+          checker.update();
         }
       }
     report.passed_by(name_of(dtype));

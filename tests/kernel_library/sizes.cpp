@@ -178,8 +178,8 @@ class Layer {
                                ln2_w_.dl(),     ln2_b_.dl(),   ffn_maa_k_.dl(),
                                ffn_maa_r_.dl(), ffn_key_.dl(), ffn_receptance_.dl(),
                                ffn_value_.dl(), kEps,          kHeadEps};
-    return rwkv6_layer_inplace(context, &layer, x_.dl(), att_shift_.dl(), wkv_.dl(),
-                               ffn_shift_.dl(), y_.dl());
+    return rwkv6_decode_layer(context, &layer, x_.dl(), att_shift_.dl(), wkv_.dl(), ffn_shift_.dl(),
+                              y_.dl());
   }
 
   void compare(Report& report, const rwkv6_context* context, const std::string& where) {
@@ -306,8 +306,8 @@ void updates(Report& report, int calls) {
       std::copy_n(out.final_state.begin() + int64_t(m) * H * N * N, H * N * N,
                   expected.begin() + problem.spans[m].initial * H * N * N);
 
-    const char* message = rwkv6_wkv_inplace(any_context(), r.dl(), k.dl(), v.dl(), w.dl(), u.dl(),
-                                            state.dl(), map.dl(), nullptr, y.dl());
+    const char* message = rwkv6_wkv_update(any_context(), r.dl(), k.dl(), v.dl(), w.dl(), u.dl(),
+                                           state.dl(), map.dl(), nullptr, y.dl());
     const std::string where = "B " + std::to_string(B) + ", T " + std::to_string(T) + ", H " +
                               std::to_string(H) + ", N " + std::to_string(N);
     report.check(!message, "update, " + where + ": " + (message ? message : ""));

@@ -78,7 +78,7 @@ def decode_(
     if type(wkv) is not Tensor or not wkv.is_cpu:
         return None
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        y = torch.ops.rwkv6.layer_.default(
+        y = torch.ops.rwkv6.decode_layer.default(
             x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
         )
     # lets autograd notice that a tensor saved for a backward pass was overwritten since

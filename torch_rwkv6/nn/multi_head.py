@@ -12,7 +12,7 @@ from torch_rwkv6.nn.carry import stateful
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
 from torch_rwkv6.nn.sharded import device_of, whole
-from torch_rwkv6.ops import wkv, wkv_
+from torch_rwkv6.ops import wkv, wkv_update
 
 __all__ = ["MultiHeadTimeMix"]
 
@@ -117,7 +117,7 @@ class MultiHeadTimeMix(nn.Module):
         """
         r, k, v, w, u, gate, last = self._inputs(x, shift)
         if update and shift is not None and state is not None:
-            y = wkv_(r, k, v, w, u, state)  # [B, T, H, N]
+            y = wkv_update(r, k, v, w, u, state)  # [B, T, H, N]
             return self._output(y, gate), shift.copy_(last), state
         if state is None and self.time_state is not None:
             state = self.initial_state()

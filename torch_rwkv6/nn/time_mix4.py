@@ -14,7 +14,7 @@ from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
 from torch_rwkv6.nn.sharded import device_of
 from torch_rwkv6.nn.token_shift import token_shift
-from torch_rwkv6.ops import wkv4, wkv4_
+from torch_rwkv6.ops import wkv4, wkv4_update
 
 __all__ = ["TimeMix4"]
 
@@ -107,7 +107,7 @@ class TimeMix4(nn.Module):
         """
         r, k, v, last = self._inputs(x, shift)
         if update and shift is not None and state is not None:
-            y = wkv4_(k, v, self.time_decay, self.time_first, state)
+            y = wkv4_update(k, v, self.time_decay, self.time_first, state)
             return linear(self.output, r * y), shift.copy_(last), state
         y, state = wkv4(k, v, self.time_decay, self.time_first, state)
         return linear(self.output, r * y), last, state

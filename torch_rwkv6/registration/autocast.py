@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv_
+from torch_rwkv6.checks import check_wkv, check_wkv_update
 from torch_rwkv6.registration.schema import library
 
 DEVICE_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -34,7 +34,7 @@ def _rule(op: Any, check: Callable[..., Any], device_type: str) -> Callable[...,
             r, k, v = (_cast(x, low) for x in (r, k, v))
             w, u = _cast(w, torch.float32), _cast(u, torch.float32)
             if check is check_wkv and state is not None:
-                state = _cast(state, torch.float32)  # wkv_ must write into the caller's own
+                state = _cast(state, torch.float32)  # wkv_update must write into the caller's own
             check(r, k, v, w, u, state, state_map, cu_seqlens)
             return op(r, k, v, w, u, state, state_map, cu_seqlens)
 
@@ -49,6 +49,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 for _device_type, _key in DEVICE_KEYS.items():
-    for _name, _check in (("wkv", check_wkv), ("wkv_", check_wkv_)):
+    for _name, _check in (("wkv", check_wkv), ("wkv_update", check_wkv_update)):
         _op = getattr(torch.ops.rwkv6, _name).default
         library.impl(_name, _rule(_op, _check, _device_type), _key)

@@ -20,10 +20,10 @@ from torch_rwkv6.registration.schema import library
 
 _wkv = torch.ops.rwkv6.wkv.default
 _wkv_backward = torch.ops.rwkv6.wkv_backward.default
-_wkv_ = torch.ops.rwkv6.wkv_.default
+_wkv_update = torch.ops.rwkv6.wkv_update.default
 _wkv4 = torch.ops.rwkv6.wkv4.default
 _wkv4_backward = torch.ops.rwkv6.wkv4_backward.default
-_wkv4_ = torch.ops.rwkv6.wkv4_.default
+_wkv4_update = torch.ops.rwkv6.wkv4_update.default
 _matvec = torch.ops.rwkv6.matvec.default
 
 
@@ -119,8 +119,8 @@ def _bump_version(op: Any, state_index: int) -> Any:
     return kernel
 
 
-_update_wkv = _bump_version(_wkv_, 5)
-_update_wkv4 = _bump_version(_wkv4_, 4)
+_update_wkv = _bump_version(_wkv_update, 5)
+_update_wkv4 = _bump_version(_wkv4_update, 4)
 
 
 def _resolve_negated(op: Any, state_index: int) -> Any:
@@ -140,12 +140,12 @@ def _resolve_negated(op: Any, state_index: int) -> Any:
 def _refuse_derivatives(inputs: tuple[Tensor | None, ...], name: str) -> None:
     if _needs_reference(inputs):
         raise RuntimeError(
-            f"rwkv6::{name}_ overwrites its state and has no derivative: inside forward-mode AD "
-            f"and torch.func transforms other than vmap use rwkv6::{name}"
+            f"rwkv6::{name}_update overwrites its state and has no derivative: inside forward-mode "
+            f"AD and torch.func transforms other than vmap use rwkv6::{name}"
         )
     if _needs_grad(inputs):
         raise RuntimeError(
-            f"rwkv6::{name}_ overwrites its state and has no derivative: call it under "
+            f"rwkv6::{name}_update overwrites its state and has no derivative: call it under "
             f"torch.no_grad() or torch.inference_mode(), or use rwkv6::{name}"
         )
 
@@ -190,7 +190,7 @@ def wkv_backward(
         return _wkv_backward(*inputs, state_map, cu_seqlens)
 
 
-def wkv_(
+def wkv_update(
     keyset: Any,
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
@@ -241,7 +241,7 @@ def wkv4_backward(
         return _wkv4_backward(*inputs)
 
 
-def wkv4_(
+def wkv4_update(
     keyset: Any,
     k: Tensor,  # [B, T, D]
     v: Tensor,  # [B, T, D]
@@ -268,8 +268,8 @@ def matvec(
 for _function in (wkv, wkv_backward, wkv4, wkv4_backward, matvec):
     library.impl(_function.__name__, _function, "Autograd")
 for _in_place, _update, _negated in (
-    (wkv_, _update_wkv, _resolve_negated(_wkv_, 5)),
-    (wkv4_, _update_wkv4, _resolve_negated(_wkv4_, 4)),
+    (wkv_update, _update_wkv, _resolve_negated(_wkv_update, 5)),
+    (wkv4_update, _update_wkv4, _resolve_negated(_wkv4_update, 4)),
 ):
     library.impl(_in_place.__name__, _in_place, "Autograd", with_keyset=True)
     # where the Autograd key is switched off, as in inference mode

@@ -9,10 +9,10 @@ from torch_rwkv6.checks import (
     check_matvec,
     check_wkv,
     check_wkv4,
-    check_wkv4_,
     check_wkv4_backward,
-    check_wkv_,
+    check_wkv4_update,
     check_wkv_backward,
+    check_wkv_update,
     state_dtype,
 )
 
@@ -56,8 +56,8 @@ def wkv_backward(
     return gr, gk, gv, gw, gu, initial_state.new_empty(initial_state.shape)
 
 
-@torch.library.register_fake("rwkv6::wkv_")
-def wkv_(
+@torch.library.register_fake("rwkv6::wkv_update")
+def wkv_update(
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
     v: Tensor,  # [B, T, H, N]
@@ -67,7 +67,7 @@ def wkv_(
     state_map: Tensor | None = None,  # [B] or [M]
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> Tensor:  # [B, T, H, N]
-    check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
+    check_wkv_update(r, k, v, w, u, state, state_map, cu_seqlens)
     return r.new_empty(r.shape)
 
 
@@ -101,15 +101,15 @@ def wkv4_backward(
     return gk, gv, gw, gu, initial_state.new_empty(initial_state.shape)
 
 
-@torch.library.register_fake("rwkv6::wkv4_")
-def wkv4_(
+@torch.library.register_fake("rwkv6::wkv4_update")
+def wkv4_update(
     k: Tensor,  # [B, T, D]
     v: Tensor,  # [B, T, D]
     w: Tensor,  # [D]
     u: Tensor,  # [D]
     state: Tensor,  # [B, 3, D]
 ) -> Tensor:  # [B, T, D]
-    check_wkv4_(k, v, w, u, state)
+    check_wkv4_update(k, v, w, u, state)
     return k.new_empty(k.shape)
 
 

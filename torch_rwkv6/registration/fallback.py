@@ -20,10 +20,10 @@ from torch_rwkv6.checks import (
     check_values,
     check_wkv,
     check_wkv4,
-    check_wkv4_,
     check_wkv4_backward,
-    check_wkv_,
+    check_wkv4_update,
     check_wkv_backward,
+    check_wkv_update,
 )
 from torch_rwkv6.registration.schema import library
 
@@ -63,7 +63,7 @@ def wkv_backward(
     return reference.wkv_backward(grad_y, grad_final_state, *inputs)
 
 
-def wkv_(
+def wkv_update(
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
     v: Tensor,  # [B, T, H, N]
@@ -73,7 +73,7 @@ def wkv_(
     state_map: Tensor | None = None,  # [B] or [M]
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> Tensor:  # [B, T, H, N]
-    check_wkv_(r, k, v, w, u, state, state_map, cu_seqlens)
+    check_wkv_update(r, k, v, w, u, state, state_map, cu_seqlens)
     check_values(r.shape[1], state.shape[0], state_map, cu_seqlens, negative_skips=True)
     check_memory(state)
     if state_map is None:
@@ -115,14 +115,14 @@ def wkv4_backward(
     return reference4.wkv4_backward(grad_y, grad_final_state, k, v, w, u, initial_state)
 
 
-def wkv4_(
+def wkv4_update(
     k: Tensor,  # [B, T, D]
     v: Tensor,  # [B, T, D]
     w: Tensor,  # [D]
     u: Tensor,  # [D]
     state: Tensor,  # [B, 3, D]
 ) -> Tensor:  # [B, T, D]
-    check_wkv4_(k, v, w, u, state)
+    check_wkv4_update(k, v, w, u, state)
     check_memory(state)
     y, final_state = reference4.wkv4(k, v, w, u, state)
     state.copy_(final_state)
@@ -160,8 +160,8 @@ def _say_what_is_missing() -> None:
     )
 
 
-for _function in (wkv, wkv_backward, wkv_, wkv4, wkv4_backward, wkv4_, matvec):
+for _function in (wkv, wkv_backward, wkv_update, wkv4, wkv4_backward, wkv4_update, matvec):
     library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
 if not torch_rwkv6.has_cuda_kernels:
-    for _function in (wkv, wkv_backward, wkv_):
+    for _function in (wkv, wkv_backward, wkv_update):
         library.impl(_function.__name__, slow_on_gpus(_function), "CUDA")

@@ -12,16 +12,16 @@ SCHEMAS = {
     "wkv_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor r, Tensor k, Tensor v, "
     "Tensor w, Tensor u, Tensor? initial_state, Tensor? state_map, Tensor? cu_seqlens) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "wkv_": "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
+    "wkv_update": "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
     "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor",
     "wkv4": "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None) -> "
     "(Tensor y, Tensor final_state)",
     "wkv4_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor k, Tensor v, Tensor w, "
     "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "wkv4_": "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor",
+    "wkv4_update": "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor",
     "matvec": "(Tensor x, Tensor weight) -> Tensor",
     # eager decoding on a CPU, and nothing else: see torch_rwkv6/nn/decode.py
-    "layer_": "(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
+    "decode_layer": "(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
     "Tensor[] parameters, float ln_eps, float ln_x_eps) -> Tensor",
 }
 

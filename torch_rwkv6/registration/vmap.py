@@ -119,23 +119,25 @@ def _wkv_rule(
 ) -> tuple[Tensor, int]:
     if in_dims[5] is None:
         raise RuntimeError(
-            "vmap over rwkv6::wkv_ with a state that is not mapped: all slices would update the "
-            "same state in place. Map the state as well, or use rwkv6::wkv"
+            "vmap over rwkv6::wkv_update with a state that is not mapped: all slices would update "
+            "the same state in place. Map the state as well, or use rwkv6::wkv"
         )
     if info.batch_size > 1 and state.stride(in_dims[5]) == 0:
         raise RuntimeError(
-            "vmap over rwkv6::wkv_ with an expanded state: all slices would update the same "
+            "vmap over rwkv6::wkv_update with an expanded state: all slices would update the same "
             "memory. Clone the state first"
         )
     if info.batch_size == 0:
         args = (r, k, v, w, u, state, *index)
-        (y,) = _empty(lambda *slices: (torch.ops.rwkv6.wkv_(*slices),), args, in_dims)
+        (y,) = _empty(lambda *slices: (torch.ops.rwkv6.wkv_update(*slices),), args, in_dims)
         return y, 0
     # On a copy, so that the state is untouched when a slice is refused.
     new = state.clone()
     args = (r, k, v, w, u, new, *index)
     slices = [
-        torch.ops.rwkv6.wkv_(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
+        torch.ops.rwkv6.wkv_update(
+            *(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True))
+        )
         for i in range(info.batch_size)
     ]
     state.copy_(new)
@@ -152,4 +154,4 @@ for _name, _in_heads, _out_heads in (
 ):
     _op = getattr(torch.ops.rwkv6, _name)
     torch.library.register_vmap(f"rwkv6::{_name}", _batched(_op, _in_heads, _out_heads))
-torch.library.register_vmap("rwkv6::wkv_", _wkv_rule)
+torch.library.register_vmap("rwkv6::wkv_update", _wkv_rule)

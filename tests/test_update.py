@@ -1,4 +1,4 @@
-"""wkv_: decode, prefill in pieces and state pools, in place; nothing else is touched."""
+"""wkv_update: decode, prefill in pieces and state pools, in place; nothing else is touched."""
 
 import collections
 import itertools
@@ -9,7 +9,7 @@ import pytest
 import torch
 from samples import FLOAT_DTYPES, random_call
 
-from torch_rwkv6 import wkv, wkv_
+from torch_rwkv6 import wkv, wkv_update
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -18,7 +18,7 @@ def test_equals_wkv(N, dtype):
     call = random_call(T=19, N=N, dtype=dtype, states=2, extreme=True)
     *inputs, state = call.floats()
     expected_y, expected_state = wkv(*inputs, state)
-    assert torch.equal(wkv_(*inputs, state), expected_y)
+    assert torch.equal(wkv_update(*inputs, state), expected_y)
     assert torch.equal(state, expected_state)
 
 
@@ -26,11 +26,11 @@ def test_any_split_gives_the_same_bits():
     call = random_call(B=2, T=70, H=3, N=24, states=2)
     r, k, v, w, u, start = call.floats()
     whole = start.clone()
-    expected = wkv_(r, k, v, w, u, whole)
+    expected = wkv_update(r, k, v, w, u, whole)
     for cuts in ([0, 70], [0, 1, 70], [0, 16, 32, 48, 70], [0, 5, 6, 40, 40, 70], range(71)):
         state = start.clone()
         y = [
-            wkv_(r[:, a:b], k[:, a:b], v[:, a:b], w[:, a:b], u, state)
+            wkv_update(r[:, a:b], k[:, a:b], v[:, a:b], w[:, a:b], u, state)
             for a, b in itertools.pairwise(cuts)
         ]
         torch.testing.assert_close(torch.cat(y, 1), expected, rtol=1e-5, atol=1e-5)
@@ -43,7 +43,7 @@ def test_pool_of_states(index_dtype):
     call = random_call(B=4, T=3, N=8, states=6, state_map=[4, -1, 0, -7], index_dtype=index_dtype)
     *inputs, pool = call.floats()
     before = pool.clone()
-    y = wkv_(*inputs, pool, state_map=call.state_map)
+    y = wkv_update(*inputs, pool, state_map=call.state_map)
     for b, slot in ((0, 4), (2, 0)):
         row = [x[b : b + 1] for x in inputs[:4]]
         expected_y, expected_state = wkv(*row, inputs[4], before[slot : slot + 1])
@@ -57,7 +57,7 @@ def test_packed_sequences_in_a_pool():
     call = random_call(B=1, T=9, N=8, states=5, cu_seqlens=[0, 4, 4, 6, 9], state_map=[3, 1, -1, 0])
     *inputs, pool = call.floats()
     before = pool.clone()
-    y = wkv_(*inputs, pool, state_map=call.state_map, cu_seqlens=call.cu_seqlens)
+    y = wkv_update(*inputs, pool, state_map=call.state_map, cu_seqlens=call.cu_seqlens)
     for first, last, slot in ((0, 4, 3), (6, 9, 0)):
         piece = [x[:, first:last] for x in inputs[:4]]
         expected_y, expected_state = wkv(*piece, inputs[4], before[slot : slot + 1])
@@ -74,7 +74,7 @@ def test_state_in_a_larger_buffer_is_updated_in_place():
     view = buffer[:, 2, :, 1:13, 4:16]
     view.copy_(state)
     expected_y, expected_state = wkv(*inputs, state)
-    assert torch.equal(wkv_(*inputs, view), expected_y)
+    assert torch.equal(wkv_update(*inputs, view), expected_y)
     assert torch.equal(view, expected_state)
     view.fill_(7.0)
     assert (buffer == 7.0).all()
@@ -108,7 +108,7 @@ def test_a_refused_call_changes_nothing(bad):
         state = state[:1].expand(3, -1, -1, -1)
     before = state.clone()
     with pytest.raises((ValueError, RuntimeError)):
-        wkv_(r, k, v, w, u, state, state_map=state_map, cu_seqlens=cu_seqlens)
+        wkv_update(r, k, v, w, u, state, state_map=state_map, cu_seqlens=cu_seqlens)
     assert torch.equal(state, before)
 
 
@@ -117,7 +117,7 @@ def test_version_counter_moves():
         call = random_call(states=2)
         before = call.initial_state._version
         with mode():
-            wkv_(*call.floats())
+            wkv_update(*call.floats())
         assert call.initial_state._version == before + 1
 
 
@@ -127,7 +127,7 @@ def test_a_refused_call_does_not_disturb_autograd():
     x, state = torch.ones_like(call.initial_state).requires_grad_(), call.initial_state
     loss = (x * state).sum()  # saves state
     with torch.no_grad(), pytest.raises(RuntimeError, match="state_map"):
-        wkv_(*call.floats(), state_map=torch.tensor([0, 9]))
+        wkv_update(*call.floats(), state_map=torch.tensor([0, 9]))
     loss.backward()
     assert torch.equal(x.grad, state)
 
@@ -140,7 +140,7 @@ def test_a_state_that_shares_memory_with_an_input_is_refused(name):
     setattr(call, name, buffer[: x.numel()].view(x.shape))
     before = buffer.clone()
     with pytest.raises(RuntimeError, match=f"state: .*shares memory with {name}"):
-        wkv_(call.r, call.k, call.v, call.w, call.u, buffer.view(2, 2, 4, 4))
+        wkv_update(call.r, call.k, call.v, call.w, call.u, buffer.view(2, 2, 4, 4))
     assert torch.equal(buffer, before)
 
 
@@ -180,12 +180,12 @@ def test_memory_is_shared_or_not_exactly():
         outcomes[expected] += 1
         own_r, own_state = r.clone(), state.clone()
         if expected == "works":
-            y = torch.ops.rwkv6.wkv_(r, *others, state)
-            assert torch.equal(y, torch.ops.rwkv6.wkv_(own_r, *others, own_state))
+            y = torch.ops.rwkv6.wkv_update(r, *others, state)
+            assert torch.equal(y, torch.ops.rwkv6.wkv_update(own_r, *others, own_state))
             assert torch.equal(state, own_state)
         else:
             with pytest.raises(RuntimeError, match=expected):
-                torch.ops.rwkv6.wkv_(r, *others, state)
+                torch.ops.rwkv6.wkv_update(r, *others, state)
     assert len(outcomes) == 3
     assert min(outcomes.values()) > 100
 
@@ -196,11 +196,11 @@ def test_a_state_that_negates_other_memory_is_refused():
     before = state.clone()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), pytest.raises(RuntimeError, match=r"state: .*negates.*resolve_neg\(\)"):
-            wkv_(*inputs, torch._neg_view(state))
+            wkv_update(*inputs, torch._neg_view(state))
     assert torch.equal(state, before)
     inputs[0] = torch._neg_view(inputs[0])  # an input may
     y, final_state = wkv(*inputs, before)
-    assert torch.equal(wkv_(*inputs, state), y)
+    assert torch.equal(wkv_update(*inputs, state), y)
     assert torch.equal(state, final_state)
 
 
@@ -211,9 +211,9 @@ def test_states_do_not_depend_on_the_thread_count():
     call = random_call(B=4, T=200, H=3, N=40, states=5, state_map=[4, -1, 0, 2])
     *inputs, pool = call.floats()
     two, one = pool.clone(), pool.clone()
-    y = wkv_(*inputs, two, state_map=call.state_map)
+    y = wkv_update(*inputs, two, state_map=call.state_map)
     torch.set_num_threads(1)
-    assert torch.equal(wkv_(*inputs, one, state_map=call.state_map), y)
+    assert torch.equal(wkv_update(*inputs, one, state_map=call.state_map), y)
     assert torch.equal(one, two)
     assert torch.equal(one[[1, 3]], pool[[1, 3]])
     assert not torch.equal(one[[0, 2, 4]], pool[[0, 2, 4]])
