@@ -26,16 +26,16 @@ def _decay(w: Tensor) -> tuple[Tensor, Tensor]:
     return decay, torch.where(decay.detach() > 0.5, lost, 0.0)
 
 
-def _decayed(state: Tensor, decay: Tensor, lost: Tensor, added: Tensor) -> Tensor:
+def _decayed(state: Tensor, decay: Tensor, lost: Tensor, added: Tensor | float) -> Tensor:
     """decay state + added, rounded once. state, added, result: [B, H, N, N]; others [B, H, N]."""
     return decay[..., None] * state + (lost[..., None] * state + added)
 
 
 def _rate(w: Tensor) -> Tensor:
     """exp(w), as far as it makes a difference. w, result: [...]."""
-    # exp(-exp(7)) is exactly 0 in float64 as well: the clamp changes no decay, but it keeps every
-    # derivative, which is 0 there, from becoming inf * 0.
-    return torch.exp(w.clamp(max=7.0))
+    # exp(-exp(7)) is exactly 0 in float64 as well: the bound changes no decay, but it keeps every
+    # derivative, which is 0 there, from becoming inf * 0. (clamp has no derivative at NaN.)
+    return torch.exp(torch.where(w > 7.0, 7.0, w))
 
 
 def recurrence(
@@ -57,8 +57,8 @@ def recurrence(
 
 
 def recurrence_backward(
-    grad_y: Tensor,  # [B, T, H, N]
-    grad_state: Tensor,  # [B, H, N, N], of the final state
+    grad_y: Tensor | None,  # [B, T, H, N]
+    grad_state: Tensor | None,  # [B, H, N, N], of the final state
     r: Tensor,  # [B, T, H, N]
     k: Tensor,  # [B, T, H, N]
     v: Tensor,  # [B, T, H, N]
@@ -80,20 +80,30 @@ def recurrence_backward(
     grads: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     grad_u = torch.zeros_like(u)
     for t in reversed(range(r.shape[1])):
-        r_t, k_t, v_t, g_t = r[:, t], k[:, t], v[:, t], grad_y[:, t]  # [B, H, N]
-        vg = (v_t * g_t).sum(-1, keepdim=True)  # [B, H, 1]
-        ruk = (r_t * u * k_t).sum(-1, keepdim=True)  # [B, H, 1]
-        grads.append(
-            (
-                (states[t] * g_t[:, :, None, :]).sum(-1) + u * k_t * vg,
-                (grad_state * v_t[:, :, None, :]).sum(-1) + u * r_t * vg,
-                (grad_state * k_t[:, :, :, None]).sum(-2) + ruk * g_t,
-                slope[:, t] * (states[t] * grad_state).sum(-1),
-            )
-        )
-        grad_u = grad_u + (r_t * k_t * vg).sum(0)
-        rg = r_t[..., None] * g_t[:, :, None, :]
-        grad_state = _decayed(grad_state, decay[:, t], lost[:, t], rg)
+        r_t, k_t, v_t = r[:, t], k[:, t], v[:, t]  # [B, H, N]
+        gr, gk, gv = (torch.zeros_like(x) for x in (r_t, k_t, v_t))
+        gw = slope[:, t] * 0.0
+        if grad_state is not None:
+            gk = (grad_state * v_t[:, :, None, :]).sum(-1)
+            gv = (grad_state * k_t[:, :, :, None]).sum(-2)
+            gw = slope[:, t] * (states[t] * grad_state).sum(-1)
+        added = None  # to the gradient of the state
+        if grad_y is not None:
+            g_t = grad_y[:, t]  # [B, H, N]
+            vg = (v_t * g_t).sum(-1, keepdim=True)  # [B, H, 1]
+            ruk = (r_t * u * k_t).sum(-1, keepdim=True)  # [B, H, 1]
+            gr = (states[t] * g_t[:, :, None, :]).sum(-1) + u * k_t * vg
+            gk, gv = gk + u * r_t * vg, gv + ruk * g_t
+            grad_u = grad_u + (r_t * k_t * vg).sum(0)
+            added = r_t[..., None] * g_t[:, :, None, :]
+        grads.append((gr, gk, gv, gw))
+        if grad_state is None:
+            grad_state = added
+        else:
+            kept = 0.0 if added is None else added
+            grad_state = _decayed(grad_state, decay[:, t], lost[:, t], kept)
+    if grad_state is None:
+        grad_state = torch.zeros_like(state)
     if grads:
         gr, gk, gv, gw = (torch.stack(g, 1) for g in zip(*reversed(grads), strict=True))
     else:
@@ -148,8 +158,8 @@ def wkv_backward(
     """
     acc = _accumulate_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
-    grad_y = torch.zeros_like(r, dtype=acc) if grad_y is None else grad_y.to(acc)
-    grad_state = torch.zeros_like(state) if grad_final_state is None else grad_final_state.to(acc)
+    grad_y = None if grad_y is None else grad_y.to(acc)
+    grad_state = None if grad_final_state is None else grad_final_state.to(acc)
     rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
         gr, gk, gv, gw, gu, gs = recurrence_backward(grad_y, grad_state, rf, kf, vf, wf, uf, state)
@@ -162,19 +172,23 @@ def wkv_backward(
             _, new = recurrence(rf[:, now], kf[:, now], vf[:, now], wf[:, now], uf, states[t])
             state = state.index_copy(0, row, new)
         tokens = []
-        gu, gs = torch.zeros_like(uf), grad_state
+        gu = torch.zeros_like(uf)
+        gs = torch.zeros_like(state) if grad_state is None else grad_state
+        later = None  # the sequence of the token behind
         for t, row in reversed(list(enumerate(rows))):
             now = slice(t, t + 1)
-            *token, gu_t, new = recurrence_backward(
-                grad_y[:, now],
-                gs.index_select(0, row),
-                rf[:, now],
-                kf[:, now],
-                vf[:, now],
-                wf[:, now],
-                uf,
-                states[t],
-            )
+            g_t = None if grad_y is None else grad_y[:, now]
+            inputs = (rf[:, now], kf[:, now], vf[:, now], wf[:, now], uf, states[t])
+            found = recurrence_backward(g_t, gs.index_select(0, row), *inputs)
+            if grad_state is None:  # nothing depends on the state behind a sequence's last token
+                last = recurrence_backward(g_t, None, *inputs)
+                if later is None:
+                    found = last
+                else:
+                    pairs = zip(last, found, strict=True)
+                    found = tuple(torch.where(row == later, y, x) for x, y in pairs)
+            *token, gu_t, new = found
+            later = row
             gs = gs.index_copy(0, row, new)
             gu = gu + gu_t
             tokens.append(token)
@@ -196,7 +210,7 @@ def _accumulate_dtype(r: Tensor) -> torch.dtype:
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
 
-def _fresh(state: Tensor, start: Tensor) -> Tensor:
+def _fresh(state: Tensor, start: Tensor | None) -> Tensor:
     """state [...] in memory of its own: without any token it would be the caller's."""
     return state.clone() if state is start else state
 

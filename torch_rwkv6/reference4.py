@@ -19,7 +19,7 @@ START = -1e30  # the exponent p before any token: e^p is 0 beside every key
 
 def _decay(w: Tensor) -> Tensor:
     """-exp(w), as far as it makes a difference. w, result: [D]."""
-    return -torch.exp(w.clamp(max=80.0))
+    return -torch.exp(torch.where(w > 80.0, 80.0, w))
 
 
 def _start(k: Tensor, initial_state: Tensor | None) -> Tensor:

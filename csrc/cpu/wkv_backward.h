@@ -107,13 +107,14 @@ void backward_diagonal(Length keys, BackwardChunk<T>& c) {
 }
 
 // Pairs of a source in the left and a target in the right block of m tokens, for all pairs of
-// neighbouring blocks, which become one. F and G start as 1, at m = 1, and q as 0.
+// neighbouring blocks, which become one. F and G start as 1, at m = 1, and q as 0. Blocks behind
+// the last of the `tokens` that are there have no pairs.
 template <int m, class T, class Length>
-void backward_level(Length keys, BackwardChunk<T>& c) {
+void backward_level(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   typedef Vec<T> V;
   typedef BackwardChunk<T> Chunk;
   constexpr int D = m < 4 ? m : 4;
-  for (int left = 0; left < Chunk::C; left += 2 * m) {
+  for (int left = 0; left + m < tokens; left += 2 * m) {
     const int right = left + m;
     for (int t = right; t < right + m; t += D)
       for (int s = left; s < right; s += D) {
@@ -163,14 +164,29 @@ void backward_level(Length keys, BackwardChunk<T>& c) {
       (all_left * all_right).store(c.all.row[left] + i);
     }
   }
+  for (int64_t t = tokens; t < Chunk::C; t++)  // zero, also where decays before it are none
+    memset(c.R.row[t], 0, sizeof(T) * size_t(keys));
+}
+
+// What a chunk with less than C tokens has no pairs for.
+template <class T, class Length>
+void backward_start_short(Length keys, BackwardChunk<T>& c) {
+  typedef Vec<T> V;
+  for (int t = 0; t < BackwardChunk<T>::C; t++)
+    for (int64_t i = 0; i < keys; i += V::W) {
+      V(T(1)).store(c.F.row[t] + i);
+      V(T(1)).store(c.G.row[t] + i);
+      V(T(0)).store(c.q.row[t] + i);
+    }
 }
 
 // The gradients of the chunk's tokens, from the state S [values, keys] that it starts from and the
 // gradient G [values, keys] of the state that it ends with, which becomes that of S. G_rows [keys,
-// values] is scratch. q becomes the gradient of w.
+// values] is scratch. q becomes the gradient of w. Where nothing depends on the state that the
+// chunk ends with, G holds zeros and is not `there`: zero times a NaN would be one.
 template <class T, class Length>
-void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S, T* G, T* G_rows,
-                    Fetch& fetch) {
+void backward_chunk(Length keys, Length values, int64_t tokens, bool there, BackwardChunk<T>& c,
+                    const T* S, T* G, T* G_rows, Fetch& fetch) {
   typedef Vec<T> V;
   typedef BackwardChunk<T> Chunk;
   constexpr int C = Chunk::C;
@@ -182,10 +198,11 @@ void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S,
       for (int a = 0; a < 4; a++) memcpy(&c.M[t + a][s], products + 4 * a, sizeof(T) * 4);
     }
   backward_diagonal(keys, c);
-  backward_level<1>(keys, c);
-  backward_level<2>(keys, c);
-  backward_level<4>(keys, c);
-  backward_level<8>(keys, c);
+  if (tokens < C) backward_start_short(keys, c);
+  backward_level<1>(keys, tokens, c);
+  backward_level<2>(keys, tokens, c);
+  backward_level<4>(keys, tokens, c);
+  backward_level<8>(keys, tokens, c);
   static_assert(C == 16);
 
   for (int64_t j = 0; j < values; j += V::W)  // grad_v, from the targets within the chunk
@@ -193,17 +210,20 @@ void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S,
       V sum[4];
       for (V& x : sum) x = V(T(0));
       RWKV6_UNROLLED (int t = 0; t < 4; t++) {
+        if (s0 + t >= tokens) break;
         const V dy = V::load(c.grad_y.row[s0 + t] + j);
         RWKV6_UNROLLED (int s = 0; s <= t; s++) sum[s] = fma(V(c.A[s0 + t][s0 + s]), dy, sum[s]);
       }
-      for (int t = s0 + 4; t < C; t++) {
+      for (int t = s0 + 4; t < tokens; t++) {
         const V dy = V::load(c.grad_y.row[t] + j);
         RWKV6_UNROLLED (int s = 0; s < 4; s++) sum[s] = fma(V(c.A[t][s0 + s]), dy, sum[s]);
       }
       RWKV6_UNROLLED (int s = 0; s < 4; s++) sum[s].store(c.grad_v.row[s0 + s] + j);
     }
-  transpose(values, keys, G, G_rows);
-  multiply<C, true>(keys, values, kPitch, c.K.row[0], G_rows, c.grad_v.row[0], fetch);
+  if (there) {
+    transpose(values, keys, G, G_rows);
+    multiply<C, true>(keys, values, kPitch, c.K.row[0], G_rows, c.grad_v.row[0], fetch);
+  }
 
   multiply<C, false>(values, keys, kPitch, c.grad_y.row[0], S, c.sums.row[0], fetch);
   for (int64_t i = 0; i < keys; i += V::W) {  // from the state as a source
@@ -214,13 +234,23 @@ void backward_chunk(Length keys, Length values, BackwardChunk<T>& c, const T* S,
         if (j + a < values)
           through[a] =
               fma(V::load(S + (j + a) * keys + i), V::load(G + (j + a) * keys + i), through[a]);
-    V later = (through[0] + through[1] + (through[2] + through[3])) * V::load(c.all.row[0] + i);
+    const V sum = through[0] + through[1] + (through[2] + through[3]);
+    V later = there ? sum * V::load(c.all.row[0] + i) : V(T(0));
     for (int t = C - 1; t >= 0; t--) {
       const V sum = V::load(c.sums.row[t] + i);
       fma(V::load(c.F.row[t] + i), sum, V::load(c.grad_r.row[t] + i)).store(c.grad_r.row[t] + i);
       (V::load(c.q.row[t] + i) + later).store(c.q.row[t] + i);
       later = fma(V::load(c.R.row[t] + i), sum, later);
     }
+  }
+  if (!there) {  // a factor of G that is no number must not make its zeros none
+    for (int t = 0; t < C; t++) {
+      memset(c.v.row[t], 0, sizeof(T) * size_t(values));
+      memset(c.K.row[t], 0, sizeof(T) * size_t(keys));
+      memset(c.G.row[t], 0, sizeof(T) * size_t(keys));
+    }
+    for (T* row : {c.decay, c.decay_low, c.q.row[tokens - 1]})
+      memset(row, 0, sizeof(T) * size_t(keys));
   }
   multiply<C, false>(values, keys, kPitch, c.v.row[0], G, c.sums.row[0], fetch);
   for (int64_t i = 0; i < keys; i += V::W) {  // to the gradient of the state as a target
@@ -343,21 +373,25 @@ struct BackwardWalk {
   void walk_back(int64_t h, int64_t chunk) const {
     BackwardChunk<T>& c = scratch.chunk;
     const Columns all = {0, job.N};
-    load(job.r, h, chunk, all, c.R);
+    const bool from_y = job.grad_y.data;  // y's terms, otherwise, are absent: r and u play no part
+    load(from_y ? job.r : job.grad_y, h, chunk, all, c.R);
     load(job.k, h, chunk, all, c.K);
     load(job.w, h, chunk, all, c.all);
     load(job.v, h, chunk, part, c.v);
     load(job.grad_y, h, chunk, part, c.grad_y);
-    load_row(job.u.row(h), job.u.dtype, job.N, c.u);
+    load_row(from_y ? job.u.row(h) : nullptr, job.u.dtype, job.N, c.u);
     load_row(grad_u(h), DTypeOf<T>::value, job.N, c.grad_u);
     backward_decays(keys, tokens(chunk), c);
-    backward_chunk(keys, values, c, state(h, chunk), G(h), scratch.G_rows, scratch.fetch);
+    const bool there = job.grad_final.data || chunk + 1 < chunks;
+    backward_chunk(keys, values, tokens(chunk), there, c, state(h, chunk), G(h), scratch.G_rows,
+                   scratch.fetch);
+    if (!from_y) memset(&c.grad_r, 0, sizeof c.grad_r);
     const int64_t offset = part_index * job.part_stride;
     store(c.grad_r, job.grad_r, h, chunk, all, offset);
     store(c.grad_k, job.grad_k, h, chunk, all, offset);
     store(c.q, job.grad_w, h, chunk, all, offset);
     store(c.grad_v, job.grad_v, h, chunk, part, 0);
-    memcpy(grad_u(h), c.grad_u, sizeof(T) * size_t(job.N));
+    if (from_y) memcpy(grad_u(h), c.grad_u, sizeof(T) * size_t(job.N));
   }
 
   // The part's columns of a [key][value] matrix, transposed: out [values, keys].
