@@ -1,23 +1,28 @@
 // WKV6 backward, in chunks of C tokens.
 //
 // With S_t the state before token t and G_t the gradient of the state after it,
+//
 //   dr_t[i] = sum_j S_t[i][j] dy_t[j] + u[i] k_t[i] (v_t . dy_t)
 //   dk_t[i] = sum_j G_t[i][j] v_t[j]  + u[i] r_t[i] (v_t . dy_t)
 //   dv_t[j] = sum_i G_t[i][j] k_t[i]  + (sum_i r_t[i] u[i] k_t[i]) dy_t[j]
 //   dw_t[i] = -exp(w_t[i]) q_t[i],   q_t[i] = d_t[i] sum_j S_t[i][j] G_t[i][j]
 //   du[i]   = sum_t r_t[i] k_t[i] (v_t . dy_t)
-// Seen from the inputs, all of it is a sum over pairs of a source s (a token's k v, or the state
-// the chunk starts from) and a later target t (a token's r dy, or the gradient of the state the
-// chunk ends with), whose weight is the product of the decays between them; the path of a pair
-// crosses the tokens strictly between, and q_t is the sum of the pairs whose path crosses t. That
-// is how q is computed here: sums of what belongs together, where a difference of cumulative sums
-// would cancel. The pairs within a chunk are met on the levels of a binary tree, those of
-// neighbouring blocks of m tokens at a time: decays then only enter as products of numbers in [0,
-// 1], from a token to the border of its block.
 //
-// States are recomputed: the walk there leaves one a segment behind, then segment by segment, from
-// the last to the first, one a chunk, which the walk back meets. S and G are kept transposed, with
-// the values as rows. Heads take turns chunk by chunk, because their rows are neighbours in memory.
+// Written out in terms of the inputs, q_t is a sum over pairs of a source before t (the k v of a
+// token, or the state before the chunk) and a target after t (the r dy of a token, or the gradient
+// of the state after the chunk). The weight of a pair is the product of the decays between its two ends.
+// q_t is computed as just this sum over the pairs that have t between them. The usual identity, a
+// difference of two cumulative sums, would cancel.
+//
+// The pairs within a chunk are visited level by level of a binary tree. At the level of blocks of m
+// tokens, these are the pairs of two neighbouring blocks. Their decays are products from a token to
+// the border between the blocks, again of numbers in [0, 1].
+//
+// Only the inputs are saved by the forward. The backward first runs through the sequence and keeps
+// the state before every segment. Then, segment by segment from the last to the first, it
+// recomputes the state before each chunk and goes through the chunks in reverse. S and G are stored
+// transposed, with the values as rows. The heads are processed in turn, chunk by chunk, because
+// their rows are neighbours in memory.
 // Included by isa.inc inside the namespace of one instruction set.
 
 constexpr int64_t kBackwardChunk = 16;

@@ -1,16 +1,23 @@
 // WKV6 forward, in chunks of C tokens.
 //
-// A chunk that starts from the state S, with the decays d_0 ... d_{C-1} of its tokens, is
-//   y_t[j]  = sum_i R_t[i] S[i][j] + sum_{s <= t} A[t][s] v_s[j]       R_t = r_t d_0 ... d_{t-1}
-//   S[i][j] = d_0[i] ... d_{C-1}[i] S[i][j] + sum_t K_t[i] v_t[j]      K_t = k_t d_{t+1} ...
-//   d_{C-1} A[t][s] = sum_i r_t[i] d_{t-1}[i] ... d_{s+1}[i] k_s[i],   A[t][t] = sum_i r_t[i] u[i]
-//   k_t[i]
-// The state is met once a chunk, which takes (2 + 1 / C) N^2 multiply-adds per token where the
-// recurrence takes 3 N^2. Decays only ever enter as products of numbers in [0, 1]: nothing can
-// overflow, nothing is divided and nothing cancels.
+// Let S be the state before a chunk and d_0 ... d_{C-1} the decays of its tokens. With
 //
-// The state lives in the output itself (final_state, or the caller's state). A chunk of one token
-// is the recurrence: decode, and what is left over at the end of a sequence.
+//   R_t[i]  = r_t[i] d_0[i] ... d_{t-1}[i]
+//   K_t[i]  = k_t[i] d_{t+1}[i] ... d_{C-1}[i]
+//   A[t][s] = sum_i r_t[i] d_{s+1}[i] ... d_{t-1}[i] k_s[i]      for s < t
+//   A[t][t] = sum_i r_t[i] u[i] k_t[i]
+//
+// the outputs of the chunk and the state after it are
+//
+//   y_t[j]  = sum_i R_t[i] S[i][j] + sum_{s <= t} A[t][s] v_s[j]
+//   S[i][j] = d_0[i] ... d_{C-1}[i] S[i][j] + sum_t K_t[i] v_t[j]
+//
+// Each element of the state is read and written once per chunk. That takes (2 + 1 / C) N^2
+// multiply-adds per token, where the recurrence takes 3 N^2. Decays only enter as products of
+// numbers in [0, 1]: nothing can overflow, there is no division and no cancellation.
+//
+// The state is kept in the output itself (final_state, or the caller's state). A chunk of one token
+// is the recurrence: it serves decoding and the tokens left over at the end of a sequence.
 // Included by isa.inc inside the namespace of one instruction set.
 
 constexpr int64_t kChunk = 4;         // tokens, measured best on every instruction set

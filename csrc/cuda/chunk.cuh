@@ -1,16 +1,23 @@
-// What the chunked kernels share: the walk in chunks of 16 tokens, and the decays inside a chunk.
+// What the chunked kernels share: the loop over chunks of 16 tokens, and the decays inside a chunk.
 //
-// With d the decays of a chunk's tokens, the state goes from S to
-//   y_t = R_t S + sum_{s<t} A[t][s] v_s + (r_t . u k_t) v_t        R_t = r_t d_0 .. d_{t-1}
-//   S  <- (d_0 .. d_15) S + sum_s K_s v_s                          K_s = k_s d_{s+1} .. d_15
-//   A[t][s] = sum_i r_t[i] k_s[i] d_{s+1}[i] .. d_{t-1}[i]
-// and all of them are products of small matrices. The pairs s < t are met level by level of a
-// binary tree: those whose numbers differ first in the bit h = 1, 2, 4 or 8 have a boundary between
-// them, a multiple of h, and at level h r is decayed from there to t, k from s to there. Decays are
-// products of numbers in [0, 1] throughout: no exponent above 0, no quotient, no difference.
+// With d_0 ... d_15 the decays of a chunk's tokens and
 //
-// Before the products the chunk is cut among the threads another way: each has four neighbouring
-// tokens (a quad) of K neighbouring keys.
+//   R_t     = r_t d_0 ... d_{t-1}
+//   K_s     = k_s d_{s+1} ... d_15
+//   A[t][s] = sum_i r_t[i] k_s[i] d_{s+1}[i] ... d_{t-1}[i]      for s < t
+//
+// the outputs of the chunk and the state after it are products of small matrices:
+//
+//   y_t = R_t S + sum_{s < t} A[t][s] v_s + (r_t . u k_t) v_t
+//   S   = (d_0 ... d_15) S + sum_s K_s v_s
+//
+// The pairs s < t are visited level by level of a binary tree. Take the highest bit, h = 1, 2, 4 or
+// 8, in which the numbers s and t differ: between the two lies a multiple of h, and at level h the
+// r of t is decayed from there to t and the k of s from s to there. Decays are products of numbers
+// in [0, 1] throughout: no exponent above 0, no quotient, no difference.
+//
+// Before the products the chunk is distributed over the threads in another way: each thread has
+// four neighbouring tokens (a quad) of K neighbouring keys.
 #pragma once
 
 #include "cuda/job.h"

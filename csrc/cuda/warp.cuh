@@ -5,10 +5,11 @@ namespace rwkv6::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
 
-// Adds up n values over all lanes that agree outside of the bits [low, high] of their number, which
-// are powers of two. Every step hands half of the values still held to the lane across and takes
-// over its other half, so that in the end a lane holds values [first, first + held); once one is
-// left, all lanes across get the same sum. Returns first; held = n / (2 high / low), at least 1.
+// Butterfly reduction of n values over the lane-index bits `low` to `high` (powers of two): sums
+// over the lanes whose indices differ in these bits only. At each step a lane sends half of its
+// values to its partner and receives the partner's share of the other half. In the end a lane holds
+// the sums of the values [first, first + held), with held = n / (2 high / low), at least 1; when
+// only one value is left, both partners get the same sum. Returns first.
 template <int n, int low, int high, class T>
 __device__ int sum_lanes(T (&x)[n], int lane) {
   int first = 0;

@@ -1,20 +1,28 @@
 // WKV6 backward on ordinary arithmetic units: every dtype and head size, f32 in f32.
 //
-// The formulas stand at the head of cpu/wkv_backward.h. A chunk has C tokens, S is the state before
-// it and G the gradient of the state after it. Seen from inside, with F_t the product of the decays
-// of the chunk before t and B_s the product of those after s,
-//   dr_t = F_t (S dy_t) + sum_{s<t} D(s, t) k_s (v_s . dy_t) + ...     D(s, t) = d_{s+1} .. d_{t-1}
-//   dk_s = B_s (G v_s) + sum_{t>s} D(s, t) r_t (v_s . dy_t) + ...
-//   dv_s = G^T (B_s k_s) + sum_{t>=s} A[t][s] dy_t                     A[t][s] = sum_i r_t D(s, t)
-//   k_s
-// and q_a is the sum over all pairs of a source (S or a token) before a and a target (a token or G)
-// after a. Only products of decays in [0, 1] and sums of what belongs together, no differences.
+// The formulas are at the head of cpu/wkv_backward.h. Let S be the state before a chunk of C tokens
+// and G the gradient of the state after it. With
 //
-// The walk there leaves the state before every chunk in the workspace, the walk back meets it. A
-// warp owns some keys with all columns, so that what is summed over columns, the gradients of r, k,
-// w and u, stays within the warp; what is summed over keys, A and dv, is added up through shared
-// memory. Keys of a head that one block does not hold are other blocks', with a dv of their own
-// that sum_parts adds up. Head sizes are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256.
+//   F_t     = the product of the decays of the chunk before token t
+//   B_s     = the product of the decays of the chunk after token s
+//   D(s, t) = d_{s+1} ... d_{t-1}
+//   A[t][s] = sum_i r_t[i] D(s, t)[i] k_s[i]
+//
+// the gradients are, the terms of u apart,
+//
+//   dr_t = F_t (S dy_t)   + sum_{s < t}  D(s, t) k_s (v_s . dy_t)
+//   dk_s = B_s (G v_s)    + sum_{t > s}  D(s, t) r_t (v_s . dy_t)
+//   dv_s = G^T (B_s k_s)  + sum_{t >= s} A[t][s] dy_t
+//
+// and q_a is the sum over all pairs of a source (S or a token) before a and a target (a token or G)
+// after a. Decays only enter as products of numbers in [0, 1], and no sum is a difference.
+//
+// A first pass stores the state before every chunk in the workspace; the second pass goes through
+// the chunks in reverse. A warp owns some keys with all value columns. What is summed over columns
+// (the gradients of r, k, w and u) therefore stays within the warp. What is summed over keys (A and
+// dv) is added up through shared memory. The keys of a head that do not fit one block belong to
+// other blocks, each with a dv of its own; sum_parts adds these up. Head sizes are padded with
+// zeros: to 32, 64, 128 or 256, for f64 to 64 or 256.
 #include <type_traits>
 
 #include "cuda/decay.cuh"
