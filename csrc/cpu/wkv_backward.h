@@ -10,9 +10,9 @@
 //
 // Written out in terms of the inputs, q_t is a sum over pairs of a source before t (the k v of a
 // token, or the state before the chunk) and a target after t (the r dy of a token, or the gradient
-// of the state after the chunk). The weight of a pair is the product of the decays between its two ends.
-// q_t is computed as just this sum over the pairs that have t between them. The usual identity, a
-// difference of two cumulative sums, would cancel.
+// of the state after the chunk). The weight of a pair is the product of the decays between its two
+// ends. q_t is computed as just this sum, over the pairs that have t between them. The usual
+// identity, a difference of two cumulative sums, would cancel.
 //
 // The pairs within a chunk are visited level by level of a binary tree. At the level of blocks of m
 // tokens, these are the pairs of two neighbouring blocks. Their decays are products from a token to
