@@ -1,6 +1,7 @@
 // WKV6 and its gradients in float64, as loops over the equations, slow and plain.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -80,7 +81,8 @@ inline Outputs wkv(const Problem& p) {
   return out;
 }
 
-// grad_y [B, T, H, N] and grad_final_state [M, H, N, N] back through wkv.
+// grad_y [B, T, H, N] and grad_final_state [M, H, N, N] back through wkv. Either may be empty: then
+// nothing depends on that output, and it has no terms.
 inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_y,
                               const std::vector<double>& grad_final_state) {
   const size_t N = size_t(p.N);
@@ -92,31 +94,40 @@ inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_
     const Span& span = p.spans[m];
     for (int64_t h = 0; h < p.H; h++) {
       const std::vector<double> states = states_of(p, span, h);
-      const auto grad_final = grad_final_state.begin() + int64_t(p.state(int64_t(m), h));
-      std::vector<double> G(grad_final, grad_final + int64_t(N * N));  // of the state after t
+      std::vector<double> G(N * N, 0.0);  // of the state after t
+      bool state_matters = !grad_final_state.empty();
+      if (state_matters) std::copy_n(&grad_final_state[p.state(int64_t(m), h)], N * N, G.begin());
       for (int64_t t = span.length - 1; t >= 0; t--) {
         const size_t x = p.token(span, t, h);
         const double* S = &states[size_t(t) * N * N];
-        const double *r = &p.r[x], *k = &p.k[x], *v = &p.v[x], *w = &p.w[x], *dy = &grad_y[x];
+        const double *r = &p.r[x], *k = &p.k[x], *v = &p.v[x], *w = &p.w[x];
         const double* u = &p.u[size_t(h) * N];
+        for (size_t i = 0; i < N; i++) {
+          double grad_decay = 0;
+          for (size_t j = 0; j < N && state_matters; j++) {
+            double& G_ij = G[i * N + j];
+            g.k[x + i] += G_ij * v[j];
+            g.v[x + j] += G_ij * k[i];
+            grad_decay += S[i * N + j] * G_ij;
+            G_ij *= decay(w[i]);
+          }
+          g.w[x + i] = decay_slope(w[i]) * grad_decay;
+        }
+        if (grad_y.empty()) continue;
+        const double* dy = &grad_y[x];
         double v_dy = 0;
         for (size_t j = 0; j < N; j++) v_dy += v[j] * dy[j];
         for (size_t i = 0; i < N; i++) {
-          const double d = decay(w[i]);
-          double grad_decay = 0;
           for (size_t j = 0; j < N; j++) {
-            double& G_ij = G[i * N + j];
             g.r[x + i] += S[i * N + j] * dy[j];
-            g.k[x + i] += G_ij * v[j];
-            g.v[x + j] += G_ij * k[i] + r[i] * u[i] * k[i] * dy[j];
-            grad_decay += S[i * N + j] * G_ij;
-            G_ij = d * G_ij + r[i] * dy[j];
+            g.v[x + j] += r[i] * u[i] * k[i] * dy[j];
+            G[i * N + j] += r[i] * dy[j];
           }
           g.r[x + i] += u[i] * k[i] * v_dy;
           g.k[x + i] += u[i] * r[i] * v_dy;
-          g.w[x + i] = decay_slope(w[i]) * grad_decay;
           g.u[size_t(h) * N + i] += r[i] * k[i] * v_dy;
         }
+        state_matters = true;
       }
       if (span.initial >= 0)
         for (size_t i = 0; i < N * N; i++) g.initial_state[p.state(span.initial, h) + i] += G[i];
