@@ -9,43 +9,13 @@ do not depend on how many came before. (`python -m torch_rwkv6 generate` has mor
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
 import cli
-import torch
 from corpus import tokenizer_of
 
 from torch_rwkv6.models import generate_text, load
-from torch_rwkv6.models.checkpoint import read
-from torch_rwkv6.nn import RWKV
-
-
-def load_model(path: str) -> RWKV:
-    """From a checkpoint of any kind, or a Lightning checkpoint of train_lm.py.
-
-    Raises:
-        OSError, TypeError, ValueError: as `torch_rwkv6.models.load`.
-    """
-    if not path.endswith(".ckpt"):
-        return load(path).eval()
-    tensors = read(path).get("state_dict")
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict")
-    return load({name.removeprefix("model."): x for name, x in tensors.items()}).eval()
-
-
-def device(text: str) -> torch.device:
-    """An argparse type: a device that this torch can compute on."""
-    try:
-        torch.zeros(1, device=text).item()
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(
-            f"expected a device of this machine, got {text!r}: {reason}"
-        ) from error
-    return torch.device(text)
 
 
 @cli.command
@@ -61,9 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--top-p", type=cli.share, default=0.9, help="share of the likeliest tokens"
     )
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     args = parser.parse_args(argv)
-    model = load_model(args.model).to(args.device)
+    model = load(args.model, args.device).eval()
     tokenizer = tokenizer_of(model.vocab_size, args.tokenizer)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     text = generate_text(model, tokenizer, args.prompt, args.length, **settings)

@@ -18,13 +18,13 @@ import lightning
 import torch
 from cli import positive
 from corpus import encode, read_text
-from generate import load_model
 from text_data import Crops
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
+from torch_rwkv6.models import load
 from torch_rwkv6.nn import RWKV6
 
 # two layers of 64 channels that have learnt the King James Bible
@@ -69,10 +69,10 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     """The checkpoint and the text, in the tokens that the checkpoint's vocabulary asks for.
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: as `load_model`, `read_text`, `encode` and
+        ImportError, OSError, TypeError, ValueError: as `load`, `read_text`, `encode` and
             `Crops`; or the checkpoint is no RWKV-6.
     """
-    model = load_model(args.checkpoint)
+    model = load(args.checkpoint).eval()
     if not isinstance(model, RWKV6):
         raise ValueError(f"--checkpoint: expected RWKV-6, got RWKV-{model.version}")
     text = read_text(args.data)

@@ -58,13 +58,13 @@ def tensor(name: str, x: Any) -> Any:
             raise TypeError("no numbers")
         return keras.ops.convert_to_tensor(x)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise TypeError(f"{name}: expected a tensor, got {_described(x)}") from error
+        raise TypeError(f"{name}: expected a tensor, got {described(x)}") from error
 
 
 def flag(name: str, x: Any) -> bool:
     """x as a bool. Raises TypeError for all but True and False."""
     if not isinstance(x, (bool, np.bool_)):
-        raise TypeError(f"{name}: expected True or False, got {_described(x)}")
+        raise TypeError(f"{name}: expected True or False, got {described(x)}")
     return bool(x)
 
 
@@ -72,7 +72,7 @@ def number(name: str, x: Any, largest: int | None = None) -> int:
     """x as an int, at least 1. Raises TypeError for what is no integer, ValueError out of range."""
     value = _whole(x)
     if value is None:
-        raise TypeError(f"{name}: expected an int, got {_described(x)}")
+        raise TypeError(f"{name}: expected an int, got {described(x)}")
     if value < 1 or (largest is not None and value > largest):
         wanted = "at least 1" if largest is None else f"1 to {largest}"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
@@ -90,7 +90,7 @@ def check_wkv(
 ) -> None:
     """Raises TypeError or ValueError; looks at no values."""
     dtype = dtype_of(r)
-    _check_dtype("r", r, FLOAT_DTYPES)
+    check_dtype("r", r, FLOAT_DTYPES)
     if len(r.shape) != 4:
         raise ValueError(f"r: expected 4 dimensions [B, T, H, N], got shape {tuple(r.shape)}")
     batch, _, heads, size = r.shape
@@ -103,20 +103,20 @@ def check_wkv(
         ("v", v, (dtype,)),
         ("w", w, (dtype, "float32")),
     ):
-        _check_dtype(name, x, dtypes, f" beside r of {dtype}")
-        _check_shape(name, x, tuple(r.shape), "the shape of r")
-    _check_dtype("u", u, (dtype, "float32"), f" beside r of {dtype}")
-    _check_shape("u", u, (heads, size), "[H, N]")
+        check_dtype(name, x, dtypes, f" beside r of {dtype}")
+        check_shape(name, x, tuple(r.shape), "the shape of r")
+    check_dtype("u", u, (dtype, "float32"), f" beside r of {dtype}")
+    check_shape("u", u, (heads, size), "[H, N]")
     if initial_state is None:
         if state_map is not None:
             raise ValueError("state_map: given without an initial state, which it would index")
         return
-    _check_dtype("initial_state", initial_state, (state_dtype(r), dtype), f" beside r of {dtype}")
-    _check_shape("initial_state", initial_state, (None, heads, size, size), "[S, H, N, N]")
+    check_dtype("initial_state", initial_state, (state_dtype(r), dtype), f" beside r of {dtype}")
+    check_shape("initial_state", initial_state, (None, heads, size, size), "[S, H, N, N]")
     rows = initial_state.shape[0]
     if state_map is not None:
-        _check_dtype("state_map", state_map, INDEX_DTYPES)
-        _check_shape("state_map", state_map, (batch,), "[B]")
+        check_dtype("state_map", state_map, INDEX_DTYPES)
+        check_shape("state_map", state_map, (batch,), "[B]")
     elif rows not in (1, None, batch) and batch is not None:
         raise ValueError(
             f"initial_state: {rows} states for {batch} sequences need a state_map that says which "
@@ -142,7 +142,7 @@ def _integers(name: str, x: Any) -> np.ndarray[Any, Any]:
     for entry in x:
         value = _whole(entry)
         if value is None:
-            raise TypeError(f"{name}: expected integers, got {_described(entry)} among them")
+            raise TypeError(f"{name}: expected integers, got {described(entry)} among them")
         entries.append(value)
     dtype = "int32" if all(-(2**31) <= entry < 2**31 for entry in entries) else "int64"
     try:
@@ -178,20 +178,20 @@ def _some(entries: list[Any]) -> str:
     return f"[{shown}{', ...' if len(entries) > SHOWN else ''}]"
 
 
-def _described(x: Any) -> str:
+def described(x: Any) -> str:
     """A value as a message shows it: itself where that is short, or its type."""
     text = repr(x)
     return text if len(text) <= 40 and "\n" not in text else f"a {type(x).__name__}"
 
 
-def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...], beside: str = "") -> None:
+def check_dtype(name: str, x: Any, dtypes: tuple[str, ...], beside: str = "") -> None:
     found = dtype_of(x)
     if found not in dtypes:
         expected = " or ".join(dict.fromkeys(dtypes))
         raise TypeError(f"{name}: expected {expected}{beside}, got {found}")
 
 
-def _check_shape(name: str, x: Any, shape: Shape, description: str) -> None:
+def check_shape(name: str, x: Any, shape: Shape, description: str) -> None:
     found = tuple(x.shape)
     if len(found) != len(shape) or any(
         a is not None and b is not None and a != b for a, b in zip(found, shape)

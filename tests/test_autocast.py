@@ -85,7 +85,7 @@ def test_backward_operator_takes_what_forward_saved():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_inplace_writes_into_the_callers_state():
+def test_wkv_update_writes_into_the_callers_state():
     call = random_call(states=2, N=16)
     *inputs, state = call.floats()
     other = state.clone()

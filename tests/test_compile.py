@@ -85,7 +85,7 @@ def test_packed_offsets_computed_in_the_graph():
                 assert torch.equal(a, b)
 
 
-def test_inplace_functionalises():
+def test_wkv_update_functionalises():
     def step(r, k, v, w, u, state):
         y = wkv_update(r, k, v, w, u, state)
         return y + wkv_update(r, k, v, w, u, state)  # sees the state of the first call

@@ -219,7 +219,7 @@ def test_the_default_text_is_asked_for_by_name(
         ("generate.py", [CHECKPOINT, "--temperature", "nan"], "--temperature: expected a finite"),
         ("generate.py", [CHECKPOINT, "--top-p", "0"], "--top-p: expected a finite number > 0"),
         ("generate.py", [CHECKPOINT, "--seed", "-1"], "--seed: expected an integer of at least 0"),
-        ("generate.py", [CHECKPOINT, "--device", "foo"], "--device: expected a device of this"),
+        ("generate.py", [CHECKPOINT, "--device", "foo"], "device: expected one of this machine"),
         ("generate.py", [CHECKPOINT, "--tokenizer", "world"], "--tokenizer: expected one of at"),
         ("generate.py", [CHECKPOINT, "--tokenizer", "foo"], "expected bytes, world or a .json"),
     ],

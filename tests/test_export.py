@@ -77,7 +77,6 @@ def test_pieces_with_a_state(version: str) -> None:
         )
         run = saved_and_loaded(program).module()
         for rows in (1, 3, 9):
-            state = own = None
             state, own = model.initial_state(rows), model.initial_state(rows)
             for piece in random_tokens(rows, 7).split([4, 1, 2], 1):
                 logits, state = model(piece, state)

@@ -91,7 +91,7 @@ def test_forward_and_backward(data):
 
 @FUZZ
 @given(st.data())
-def test_inplace(data):
+def test_wkv_update(data):
     call = data.draw(calls())
     acc = torch.float64 if call.r.dtype == torch.float64 else torch.float32
     rows = call.sequences + data.draw(st.integers(0, 3))

@@ -752,6 +752,7 @@ def test_text_that_somebody_ends(end: str, code: int, checkpoint: str) -> None:
     assert error == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk, as Linux offers it")
 def test_output_that_cannot_be_written(checkpoint: str) -> None:
     with open("/dev/full", "wb") as full:
         process = command("info", checkpoint, stdout=full)

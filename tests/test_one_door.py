@@ -472,6 +472,9 @@ def test_a_jit_trace_serves_other_sizes() -> None:
     with torch.no_grad():
         traced = torch.jit.trace(Logits(), random_tokens(2, 3), check_trace=False)
     assert "matvec" not in str(traced.inlined_graph)
+    for shape in ((2, 3), (3, 5), (1, 1)):
+        tokens = random_tokens(*shape)
+        torch.testing.assert_close(traced(tokens), model(tokens)[0])
 
 
 def test_compiled_blocks_act_in_decoding() -> None:

@@ -5,7 +5,6 @@ Two processes over gloo run all cases; each case reports what it found to the te
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("torch.distributed")
+if not torch.distributed.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -124,13 +124,13 @@ for _version in VERSIONS:
 
 
 @case()
-def a_state_of_zeros_keeps_every_bit() -> None:
-    """One decay step by hand: with k = 0 the state only fades, by exactly exp(-exp(w))."""
+def a_state_that_nothing_changes_keeps_every_bit() -> None:
+    """With k = 0 and no decay the state comes back bit for bit."""
     model = random_model("6")
     with torch.no_grad():
         for block in model.blocks:
             block.att.key.weight.zero_()
-            block.att.time_decay.fill_(-1e9)  # fades not at all
+            block.att.time_decay.fill_(-1e9)  # no decay
             block.att.time_decay_w2.zero_()
     model = sharded(model, "bf16, outputs too", mixes=True)
     state = model.initial_state(2)
@@ -249,8 +249,6 @@ def worker(rank: int, folder: str) -> None:
             run()
         except Exception:
             errors[name] = traceback.format_exc()
-            if rank == 0 and "-v" in sys.argv:
-                print(errors[name])
         dist.barrier()
     torch.save(errors, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """Argument checks shared by everything in Python that computes without the kernel library.
 
-All but `check_values` look at shapes, dtypes and devices only: so they run on fake tensors and
-disappear from compiled code. The kernel library has the same ones for whoever calls it.
+All but `check_values` and `check_memory` look at shapes, strides, dtypes and devices only: so they
+run on fake tensors and disappear from compiled code. The kernel library has the same ones for
+whoever calls it.
 """
 
 from __future__ import annotations

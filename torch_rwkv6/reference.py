@@ -82,7 +82,7 @@ def recurrence_backward(
     for t in reversed(range(r.shape[1])):
         r_t, k_t, v_t = r[:, t], k[:, t], v[:, t]  # [B, H, N]
         gr, gk, gv = (torch.zeros_like(x) for x in (r_t, k_t, v_t))
-        gw = slope[:, t] * 0.0
+        gw = slope[:, t] * 0.0  # a decay that is NaN has no derivative, whatever depends on it
         if grad_state is not None:
             gk = (grad_state * v_t[:, :, None, :]).sum(-1)
             gv = (grad_state * k_t[:, :, :, None]).sum(-2)
@@ -186,7 +186,7 @@ def wkv_backward(
                     found = last
                 else:
                     pairs = zip(last, found, strict=True)
-                    found = tuple(torch.where(row == later, y, x) for x, y in pairs)
+                    found = tuple(torch.where(row == later, y, x) for x, y in pairs)  # type: ignore[assignment]
             *token, gu_t, new = found
             later = row
             gs = gs.index_copy(0, row, new)

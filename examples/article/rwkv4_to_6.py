@@ -20,12 +20,12 @@ import aft
 import report
 import torch
 from corpus import tokenizer_of
-from generate import load_model
 from report import cli, plt
 from torch import Tensor
 from torch.nn.functional import group_norm, silu
 
 from torch_rwkv6 import wkv
+from torch_rwkv6.models import load
 from torch_rwkv6.nn import RWKV6, TimeMix
 
 Parameters = Mapping[str, Tensor]
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", default="And God said, Let there be light: and there was light")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    model = random_model() if args.checkpoint is None else load_model(args.checkpoint)
+    model = random_model() if args.checkpoint is None else load(args.checkpoint).eval()
     if not isinstance(model, RWKV6):
         raise ValueError(f"--checkpoint: expected RWKV-6, got RWKV-{model.version}")
     if args.layer >= model.n_layer:

@@ -95,7 +95,8 @@ def _one_token(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, 1, H, N], [B, H, N, N]
     y = ops.squeeze(ops.matmul(ops.expand_dims(r, -2), ops.expand_dims(state, 1)), -2)
-    # y does not see its own decay; the gradient is a zero and not missing
+    # y does not depend on its own token's decay. This puts w into its graph all the same: asked for
+    # the gradient of w, a backend then gives zeros and not None.
     y = ops.where(ops.zeros_like(y, dtype="bool"), log_decay, y)
     keep, change = _decay(ops.expand_dims(log_decay[:, 0], -1))
     update = ops.expand_dims(k[:, 0], -1) * ops.expand_dims(v[:, 0], -2)

@@ -21,8 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from keras_adapter import _library
-from keras_adapter.backends import chunked
-from keras_adapter.backends import jax_mesh as mesh_rules
+from keras_adapter.backends import chunked, jax_mesh
 from keras_adapter.backends.jax_mesh import HEADS, ROWS, STATES, TOKENS
 
 Array = Any
@@ -64,7 +63,7 @@ def wkv(
     initial_state: Array | None,  # [S, H, N, N]
     state_map: Array | None,  # [B]
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
-    compute = mesh_rules.with_auto_axes(_native if _is_native() else chunked.wkv)
+    compute = jax_mesh.with_auto_axes(_native if _is_native() else chunked.wkv)
     y, final_state = compute(r, k, v, w, u, initial_state, state_map)
     return y, final_state
 
@@ -95,7 +94,7 @@ def _native(
             # nobody looks at it, its state is NaN. The call takes 32 bits.
             states = initial_state.shape[0]
             operands.append(jnp.clip(state_map, *_INT32).astype(jnp.int32))
-    return _operator(len(operands), states)(*mesh_rules.varying_alike(tuple(operands)))
+    return _operator(len(operands), states)(*jax_mesh.varying_alike(tuple(operands)))
 
 
 @functools.cache
@@ -128,7 +127,7 @@ def _operator(count: int, states: int) -> Callable[..., Arrays]:
         return function(*map(_reverse_mode_only, operands))
 
     def wkv_backward(operands: Arrays, grads: Arrays) -> Arrays:
-        found = guarded(backward, *mesh_rules.varying_alike((*grads, *operands)))
+        found = guarded(backward, *jax_mesh.varying_alike((*grads, *operands)))
         return (*found, None)[:count] if count == 7 else found
 
     def backward_backward(operands: Arrays, grads: Arrays) -> Arrays:
@@ -195,7 +194,7 @@ def _call_forward(
         # the state is updated in place where nobody needs the old one
         input_output_aliases={5: 1} if len(operands) > 4 else {},
     )
-    return mesh_rules.vary_like(r, call(r, *operands, states=np.int64(states)))
+    return jax_mesh.vary_like(r, call(r, *operands, states=np.int64(states)))
 
 
 def _call_backward(
@@ -207,7 +206,7 @@ def _call_backward(
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:6])
     call = jax.ffi.ffi_call(_library.BACKWARD, results)
     found = call(grad_y, grad_final_state, *operands, states=np.int64(states))
-    return mesh_rules.vary_like(grad_y, found)
+    return jax_mesh.vary_like(grad_y, found)
 
 
 def _high_level_backward(
@@ -230,10 +229,10 @@ def _batched(
 
     def shardings(mesh: Any, dims: tuple[str, ...], axes: dict[str, Any]) -> tuple[Any, ...]:
         # t, n and m are whole on every device, whatever was suggested
-        return tuple(mesh_rules.named_sharding(mesh, x, axes) for x in dims)
+        return tuple(jax_mesh.named_sharding(mesh, x, axes) for x in dims)
 
     def partition(mesh: Any, args: Any, out: Any) -> Any:
-        axes = mesh_rules.batch_and_head_axes(mesh, (*zip(operands, args), *zip(results, out)))
+        axes = jax_mesh.batch_and_head_axes(mesh, (*zip(operands, args), *zip(results, out)))
         return mesh, call, shardings(mesh, results, axes), shardings(mesh, operands, axes)
 
     rule = f"{', '.join(operands)} -> {', '.join(results)}"

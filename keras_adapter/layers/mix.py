@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, ClassVar
 
 import keras
@@ -11,9 +13,9 @@ from keras import ops
 
 from keras_adapter.checks import (
     FLOAT_DTYPES,
-    _check_dtype,
-    _check_shape,
-    _described,
+    check_dtype,
+    check_shape,
+    described,
     dtype_of,
     flag,
     number,
@@ -41,7 +43,7 @@ class Mix(keras.layers.Layer):
         self.autocast = False
         self.n_layer = number("n_layer", n_layer)
         if isinstance(layer_id, bool) or not hasattr(layer_id, "__index__"):
-            raise TypeError(f"layer_id: expected an int, got {_described(layer_id)}")
+            raise TypeError(f"layer_id: expected an int, got {described(layer_id)}")
         if not 0 <= layer_id < n_layer:
             raise ValueError(f"layer_id: expected 0 to n_layer - 1 = {n_layer - 1}, got {layer_id}")
         self.layer_id = int(layer_id)
@@ -319,17 +321,15 @@ def check_tensor(
 ) -> None:
     """Raises TypeError or ValueError for an argument that does not fit."""
     if not hasattr(x, "dtype"):
-        raise TypeError(f"{name}: expected a tensor, got {_described(x)}")
-    _check_dtype(name, x, dtypes)
-    _check_shape(name, x, shape, description)
+        raise TypeError(f"{name}: expected a tensor, got {described(x)}")
+    check_dtype(name, x, dtypes)
+    check_shape(name, x, shape, description)
 
 
 def epsilon(name: str, value: Any) -> float:
     """An option that is a number of at least 0."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if not 0 <= number < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {described(value)}")
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    return number
+    return float(value)

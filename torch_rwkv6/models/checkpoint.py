@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torch_rwkv6.models.arguments import number
 from torch_rwkv6.models.names import official_names, unofficial
 from torch_rwkv6.models.versions import model_of
 from torch_rwkv6.nn import RWKV
@@ -83,11 +82,8 @@ def load(
     device = _device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
-    if ln_x_eps is not None:
-        if isinstance(ln_x_eps, bool) or not isinstance(ln_x_eps, Real):
-            raise TypeError(f"ln_x_eps: expected a number, got {ln_x_eps!r}")
-        if not 0 < ln_x_eps < math.inf:
-            raise ValueError(f"ln_x_eps: expected a finite number above 0, got {ln_x_eps}")
+    if ln_x_eps is not None and number("ln_x_eps", ln_x_eps) <= 0:
+        raise ValueError(f"ln_x_eps: expected a finite number above 0, got {ln_x_eps}")
     if isinstance(source, Mapping):
         content = source
     elif isinstance(source, (str, os.PathLike)):
@@ -252,7 +248,8 @@ def _reason(error: Exception) -> str:
         )
     if "TorchScript" in text:
         return "is no checkpoint, but a TorchScript program"
-    unclear = isinstance(error, LookupError) or "eights" in text  # the unpickler's own
+    # "Weights only load failed", "weights_only": torch's words about its unpickler, not the file
+    unclear = isinstance(error, LookupError) or "eights" in text
     reason = "its pickle cannot be read" if unclear else text.partition("\n")[0]
     return f"is no checkpoint, or a truncated one: {reason}"
 
@@ -287,7 +284,7 @@ def _whole(name: str, x: Tensor) -> Tensor:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    if not isinstance(device, (str, int, torch.device, type(None))):
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device, type(None))):
         raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
     try:
         found = torch.device("cpu" if device is None else device)

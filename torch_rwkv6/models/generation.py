@@ -15,6 +15,7 @@ from torch_rwkv6.models import arguments
 from torch_rwkv6.models.sampling import Penalties, Sampling, draw, probabilities
 from torch_rwkv6.models.tokenizers import Tokenizer
 from torch_rwkv6.nn import RWKV, RWKVState
+from torch_rwkv6.nn.sharded import device_of
 
 __all__ = ["generate", "generate_text"]
 
@@ -53,7 +54,7 @@ def generate(
     **After a generation the state of each row has seen exactly the prompt and the tokens that were
     yielded for it**, -1 apart, whatever ended it: max_tokens, a stop token, an error, or a caller
     who asks for no more. The next call's prompt is what comes next. To go on with no new text,
-    ask the same iterator for more.
+    give a larger max_tokens and take from the iterator what is wanted.
 
     Args:
         model: of any version.
@@ -123,7 +124,7 @@ def _tokens(
 ) -> Generator[Tensor, None, None]:
     if max_tokens == 0 and state is None:
         return
-    device = model.emb.weight.device
+    device = device_of(model.ln_out.weight)
     own = model.initial_state(len(rows)) if state is None else state  # of the rows that go on
     logits = _prefill(model, [row.to(device) for row in rows], own)  # [rows that go on, V]
     going = torch.arange(len(rows), device=device)
@@ -176,23 +177,17 @@ def _write(state: RWKVState, rows: Tensor | list[int], own: RWKVState) -> None:
 def _check_state(model: RWKV, state: RWKVState, rows: int) -> None:
     if not isinstance(state, RWKVState):
         raise TypeError(f"state: expected an RWKVState, got {type(state).__name__}")
+    found = {x.shape[1] for x in state if isinstance(x, Tensor) and x.dim() > 1}
+    if len(found) == 1 and found != {rows}:
+        raise ValueError(
+            f"state: expected {rows} rows, one per prompt, got {found.pop()} "
+            "(RWKVState.select repeats)"
+        )
+    model.check_state(state, rows)
     for field, x, own in zip(RWKVState._fields, state, model.initial_state(0), strict=True):
-        name, shape = f"state.{field}", (own.shape[0], rows, *own.shape[2:])
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if x.shape != shape:
-            if x.dim() == own.dim() and x[:, :0].shape == own.shape:
-                raise ValueError(
-                    f"state: expected {rows} rows, one a prompt, got {x.shape[1]} "
-                    "(RWKVState.select repeats)"
-                )
-            raise ValueError(f"{name}: expected {shape}, as of this model, got {tuple(x.shape)}")
+        name = f"state.{field}"
         if x.dtype != own.dtype:
             raise TypeError(f"{name}: expected {own.dtype}, got {x.dtype} (RWKVState.to converts)")
-        if x.device != own.device:
-            raise ValueError(
-                f"{name}: expected device {own.device}, got {x.device} (RWKVState.to moves)"
-            )
         if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
                 f"{name}: expected memory for each row, which is updated in place, got an expanded "

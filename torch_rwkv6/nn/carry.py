@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_rwkv6.nn.sharded import is_sharded
 
-__all__ = ["Carried", "call", "stateful", "takes_update"]
+__all__ = ["Carried", "box_for", "call", "stateful", "takes_update", "to_update"]
 
 
 class Carried:
@@ -65,6 +65,29 @@ def takes_update(module: nn.Module) -> bool:
     return getattr(module.forward, "takes_update", False)
 
 
+def box_for(module: nn.Module, state: Any) -> Carried | None:
+    """A box for the state, where a wrapper may cast what the module is given and it opens boxes.
+
+    A forward that somebody else wrote is given the state as it is, unless it overrides one of ours,
+    which it may call.
+    """
+    forwards = (kind.__dict__.get("forward") for kind in type(module).__mro__)
+    opens = any(getattr(forward, "takes_update", False) for forward in forwards)
+    return Carried(state) if opens and is_sharded(module) else None
+
+
+def to_update(*states: Tensor | None) -> tuple[Tensor, ...]:
+    """The states that a call with ``update`` was given.
+
+    Raises:
+        TypeError: one of them is missing.
+    """
+    found = tuple(x for x in states if x is not None)
+    if len(found) < len(states):
+        raise TypeError("update: expected every shift and state, to be updated, got None")
+    return found
+
+
 def call(
     module: nn.Module,
     x: Tensor,  # [B, T, D]
@@ -78,14 +101,17 @@ def call(
     Args:
         module: a block or a time mixing, or what has taken its place.
         update: the new states are written to the memory of the old ones, and those are returned.
+
+    Raises:
+        TypeError: there is no state to update.
     """
-    box = Carried(state) if is_sharded(module) else None
+    olds = to_update(shift, state, *more) if update else ()
+    box = box_for(module, state)
     options = {"update": True} if update and takes_update(module) else {}
     results = list(module(x, shift, state if box is None else box, *more, **options))
     if box is not None:
         results[2] = box.take(results[2])
-    if update:
-        for i, old in enumerate((shift, state, *more), 1):
-            if results[i] is not old:
-                results[i] = old.copy_(results[i])  # type: ignore[union-attr]
+    for i, old in enumerate(olds, 1):
+        if results[i] is not old:
+            results[i] = old.copy_(results[i])
     return results

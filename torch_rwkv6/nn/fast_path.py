@@ -18,7 +18,15 @@ from torch.nn.modules import module as global_hooks
 
 import torch_rwkv6
 
-__all__ = ["MOST_ROWS", "are_plain", "eager_inference", "linear", "register", "unchanged"]
+__all__ = [
+    "MOST_ROWS",
+    "are_plain",
+    "eager_inference",
+    "is_traced",
+    "linear",
+    "register",
+    "unchanged",
+]
 
 MOST_ROWS = 8  # with more tokens at once a matrix product is faster
 
@@ -34,14 +42,18 @@ def register(*classes: type[nn.Module]) -> None:
 register(nn.Linear, nn.LayerNorm, nn.GroupNorm)
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is writing down the operations."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def eager_inference(x: Tensor) -> bool:
     """Whether x is a plain tensor on a CPU, and its operations are run at once and by nobody else.
 
     Tracers are asked first, so that they see nothing of x's size.
     """
     return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        is_traced()
         or type(x) is not Tensor
         or not x.is_cpu
         or not torch_rwkv6.has_kernels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.carry import Carried, call, stateful, takes_update
+from torch_rwkv6.nn.carry import box_for, call, stateful, takes_update, to_update
 from torch_rwkv6.nn.decode import decode_
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import with_initial_weight
@@ -73,14 +73,15 @@ class Block(nn.Module):
         if self.ln0 is not None:
             x = self.ln0(x)
         if update:
+            att_shift, wkv, ffn_shift = to_update(att_shift, wkv, ffn_shift)
             y = decode_(self, x, att_shift, wkv, ffn_shift)
             if y is not None:
-                return y, att_shift, wkv, ffn_shift  # type: ignore[return-value]
+                return y, att_shift, wkv, ffn_shift
         att, att_shift, wkv = call(self.att, self.ln1(x), att_shift, wkv, update=update)
         x = x + att
         ffn, last = self.ffn(self.ln2(x), ffn_shift)
-        if update and ffn_shift is not None:
-            last = ffn_shift.copy_(last)
+        if update:
+            last = ffn_shift.copy_(last)  # type: ignore[union-attr]
         return x + ffn, att_shift, wkv, last
 
 
@@ -142,9 +143,9 @@ class RWKV(nn.Module):
 
     def _carried(self, tokens: Tensor, state: RWKVState | None = None, **options: Any) -> Any:
         """A call whose wrapper may cast tensors, but not the state."""
-        box = Carried(state)
-        x, state = super().__call__(tokens, box, **options)
-        return x, box.take(state)
+        box = box_for(self, state)
+        x, new = super().__call__(tokens, state if box is None else box, **options)
+        return x, new if box is None else box.take(new)
 
     @stateful
     def forward(
@@ -264,13 +265,22 @@ class RWKV(nn.Module):
             raise ValueError("tokens: expected at least one token to compute logits after, got 0")
         if update and state is None:
             raise TypeError("state: expected an RWKVState to update (initial_state), got None")
-        if state is None:
-            return
+        if state is not None:
+            self.check_state(state, tokens.shape[0])
+
+    def check_state(self, state: RWKVState, batch_size: int) -> None:
+        """Whether the state is one of this model for so many sequences.
+
+        Raises:
+            TypeError: no RWKVState of floating-point tensors, wkv of the right dtype.
+            ValueError: of another shape, or on another device.
+        """
         if not isinstance(state, RWKVState):
             raise TypeError(f"state: expected an RWKVState, got {type(state).__name__}")
         weight = self.ln_out.weight
-        shift_shape = (self.n_layer, tokens.shape[0], self.n_embd)
-        wkv_shape = (self.n_layer, tokens.shape[0], *self.state_shape)
+        device = device_of(weight)
+        shift_shape = (self.n_layer, batch_size, self.n_embd)
+        wkv_shape = (self.n_layer, batch_size, *self.state_shape)
         wkv_dtype = torch.promote_types(weight.dtype, torch.float32)
         wkv_axes = "[L, B, 3, D]" if len(self.state_shape) == 2 else "[L, B, H, N, N]"
         for name, x, axes, shape in (
@@ -282,10 +292,9 @@ class RWKV(nn.Module):
                 raise TypeError(f"state.{name}: expected a torch.Tensor, got {type(x).__name__}")
             if not x.is_floating_point():
                 raise TypeError(f"state.{name}: expected floating-point values, got {x.dtype}")
-            if x.device != weight.device:
+            if x.device != device:
                 raise ValueError(
-                    f"state.{name}: expected device {weight.device}, got {x.device} "
-                    "(RWKVState.to moves)"
+                    f"state.{name}: expected device {device}, got {x.device} (RWKVState.to moves)"
                 )
             if x.shape != shape:
                 raise ValueError(f"state.{name}: expected {axes} = {shape}, got {tuple(x.shape)}")

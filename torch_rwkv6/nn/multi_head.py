@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.carry import stateful
+from torch_rwkv6.nn.carry import stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
 from torch_rwkv6.nn.sharded import device_of, whole
@@ -109,14 +109,15 @@ class MultiHeadTimeMix(nn.Module):
             state: WKV state after the piece before, [B, H, N, N] as [key, value], float32 (float64
                 for float64 inputs); None is zeros, or ``time_state`` where there is one.
             update: writes the new shift and state to the memory of the old ones, and returns
-                those: for inference, without autograd.
+                those, all of which must be given: for inference, without autograd.
 
         Returns:
             The output, [B, T, D]; the last token of x, [B, D]; the WKV state after it,
             [B, H, N, N]. The last two are the ``shift`` and ``state`` of the next piece.
         """
         r, k, v, w, u, gate, last = self._inputs(x, shift)
-        if update and shift is not None and state is not None:
+        if update:
+            shift, state = to_update(shift, state)
             y = wkv_update(r, k, v, w, u, state)  # [B, T, H, N]
             return self._output(y, gate), shift.copy_(last), state
         if state is None and self.time_state is not None:

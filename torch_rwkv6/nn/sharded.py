@@ -28,7 +28,8 @@ def _is_dtensor(x: Tensor) -> bool:
 def device_of(parameter: Tensor) -> torch.device:
     """Where the parameter is computed with."""
     if _is_dtensor(parameter):  # its memory may be on the CPU meanwhile
-        return torch.device(parameter.device_mesh.device_type)  # type: ignore[attr-defined]
+        mesh = parameter.device_mesh  # type: ignore[attr-defined]
+        return torch.empty(0, device=mesh.device_type).device  # with the index of this process
     return parameter.device
 
 

@@ -17,8 +17,8 @@ class RWKVState(NamedTuple):
     """Everything a model remembers of B sequences; its size does not grow with their length.
 
     A NamedTuple of tensors, so torch.compile, torch.export and torch.utils._pytree see through
-    it; torch.export.save and torch.load, which then have to know its name, do. Every method
-    returns a new state.
+    it. Its name is registered, so torch.export.save and torch.load (weights_only) accept it. Every
+    method returns a new state.
     """
 
     att_shift: Tensor  # [L, B, D], the normed input of each time mixing at the last token

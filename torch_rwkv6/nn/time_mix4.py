@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rwkv6.nn.carry import stateful
+from torch_rwkv6.nn.carry import stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
 from torch_rwkv6.nn.sharded import device_of
@@ -100,13 +100,14 @@ class TimeMix4(nn.Module):
             state: of `torch_rwkv6.wkv4` after the piece before, [B, 3, D], float32 (float64 for
                 float64 inputs); None is the start.
             update: writes the new shift and state to the memory of the old ones, and returns
-                those: for inference, without autograd.
+                those, all of which must be given: for inference, without autograd.
 
         Returns:
             The output, [B, T, D]; the last token of x, [B, D]; the state after it, [B, 3, D].
         """
         r, k, v, last = self._inputs(x, shift)
-        if update and shift is not None and state is not None:
+        if update:
+            shift, state = to_update(shift, state)
             y = wkv4_update(k, v, self.time_decay, self.time_first, state)
             return linear(self.output, r * y), shift.copy_(last), state
         y, state = wkv4(k, v, self.time_decay, self.time_first, state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_rwkv6.nn.fast_path import is_traced
+
 
 def token_shift(
     x: Tensor,  # [B, T, D]
@@ -15,7 +17,7 @@ def token_shift(
     For T = 0 the last token is the ``shift`` that came in.
     """
     first = x.new_zeros(x.shape[0], x.shape[2]) if shift is None else shift.to(x.dtype)
-    if not torch.compiler.is_compiling() and x.shape[1] == 1:  # else the graph serves any length
+    if not is_traced() and x.shape[1] == 1:  # the graph of a trace is to serve any length
         return first.unsqueeze(1) - x, x[:, 0]
     tokens = torch.cat((first.unsqueeze(1), x), 1)  # [B, T + 1, D]
     return tokens[:, :-1] - x, tokens[:, -1]

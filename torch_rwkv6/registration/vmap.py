@@ -106,7 +106,7 @@ def _batched(op: Any, in_heads: tuple[int | None, ...], out_heads: tuple[int, ..
     return rule
 
 
-def _wkv_rule(
+def _wkv_update_rule(
     info: Any,
     in_dims: tuple[int | None, ...],
     r: Tensor,  # [B, T, H, N], and so on: each with a mapped dimension where in_dims says so
@@ -154,4 +154,4 @@ for _name, _in_heads, _out_heads in (
 ):
     _op = getattr(torch.ops.rwkv6, _name)
     torch.library.register_vmap(f"rwkv6::{_name}", _batched(_op, _in_heads, _out_heads))
-torch.library.register_vmap("rwkv6::wkv_update", _wkv_rule)
+torch.library.register_vmap("rwkv6::wkv_update", _wkv_update_rule)
