@@ -179,14 +179,14 @@ def wkv_backward(
             now = slice(t, t + 1)
             g_t = None if grad_y is None else grad_y[:, now]
             inputs = (rf[:, now], kf[:, now], vf[:, now], wf[:, now], uf, states[t])
-            found = recurrence_backward(g_t, gs.index_select(0, row), *inputs)
+            found: tuple[Tensor, ...] = recurrence_backward(g_t, gs.index_select(0, row), *inputs)
             if grad_state is None:  # nothing depends on the state behind a sequence's last token
                 last = recurrence_backward(g_t, None, *inputs)
                 if later is None:
                     found = last
                 else:
                     pairs = zip(last, found, strict=True)
-                    found = tuple(torch.where(row == later, y, x) for x, y in pairs)  # type: ignore[assignment]
+                    found = tuple(torch.where(row == later, y, x) for x, y in pairs)
             *token, gu_t, new = found
             later = row
             gs = gs.index_copy(0, row, new)
