@@ -141,7 +141,7 @@ class Gpu:
         assert size == 0 or self.runtime.cuda.cudaMemcpy(*arguments) == 0
 
     def run(self, name: str, *tensors: Tensor | Memory | None) -> list[Memory | None]:
-        """Calls rwkv6_wkv_update<name>. RuntimeError with the message that it returns."""
+        """Calls rwkv6_wkv_<name>. RuntimeError with the message that it returns."""
         memory = [Memory(self, x) if isinstance(x, Tensor) else x for x in tensors]
         pointers = [None if m is None else ctypes.byref(m.dl) for m in memory]
         message = getattr(self.library, f"rwkv6_wkv_{name}")(ctypes.byref(self.context), *pointers)

@@ -92,7 +92,7 @@ class Layer {
   Tensor ln1_w_, ln1_b_, maa_x_, maa_w_, maa_k_, maa_v_, maa_r_, maa_g_, maa_w1_, maa_w2_, decay_,
       decay_w1_, decay_w2_, u_, receptance_, key_, value_, gate_, output_, ln_x_w_, ln_x_b_, ln2_w_,
       ln2_b_, ffn_maa_k_, ffn_maa_r_, ffn_key_, ffn_receptance_, ffn_value_;
-  Tensor x_, att_shift_, wkv_update, ffn_shift_, y_;
+  Tensor x_, att_shift_, wkv_, ffn_shift_, y_;
   static constexpr double kEps = 1e-5, kHeadEps = 64e-5;
 
   Tensor matrix(size_t rows, size_t columns) {
@@ -163,7 +163,7 @@ class Layer {
         ffn_value_(matrix(D_, F_)),
         x_(normal(dtype, {M, H * N})),
         att_shift_(normal(dtype, {M, H * N})),
-        wkv_update(normal(wide(dtype), {M, H, N, N})),
+        wkv_(normal(wide(dtype), {M, H, N, N})),
         ffn_shift_(normal(dtype, {M, H * N})),
         y_(dtype, {M, H * N}) {}
 
@@ -178,13 +178,13 @@ class Layer {
                                ln2_w_.dl(),     ln2_b_.dl(),   ffn_maa_k_.dl(),
                                ffn_maa_r_.dl(), ffn_key_.dl(), ffn_receptance_.dl(),
                                ffn_value_.dl(), kEps,          kHeadEps};
-    return rwkv6_decode_layer(context, &layer, x_.dl(), att_shift_.dl(), wkv_update.dl(), ffn_shift_.dl(),
+    return rwkv6_decode_layer(context, &layer, x_.dl(), att_shift_.dl(), wkv_.dl(), ffn_shift_.dl(),
                               y_.dl());
   }
 
   void compare(Report& report, const rwkv6_context* context, const std::string& where) {
     const Values x = x_.values(), att_shift = att_shift_.values(), ffn_shift = ffn_shift_.values();
-    const Values state = wkv_update.values();
+    const Values state = wkv_.values();
     const char* message = run(context);
     report.check(!message, "layer, " + where + ": " + (message ? message : ""));
 
@@ -233,12 +233,12 @@ class Layer {
 
     const double limit = tolerance(dtype_);
     report.close(y_.values(), stream, limit, "layer y", where);
-    report.close(wkv_update.values(), out.final_state, dtype_ == DType::f64 ? 1e-12 : 1e-4, "layer state",
+    report.close(wkv_.values(), out.final_state, dtype_ == DType::f64 ? 1e-12 : 1e-4, "layer state",
                  where);
     report.close(att_shift_.values(), token, limit, "layer att_shift", where);
     report.close(ffn_shift_.values(), second, limit, "layer ffn_shift", where);
     int64_t stray = 0;
-    for (const Tensor* tensor : {&y_, &wkv_update, &att_shift_, &ffn_shift_})
+    for (const Tensor* tensor : {&y_, &wkv_, &att_shift_, &ffn_shift_})
       stray += tensor->stray_bytes();
     report.check(!stray, "layer writes its outputs alone, " + where);
   }
