@@ -212,8 +212,10 @@ def _concrete(x: Any) -> np.ndarray[Any, Any] | None:
         # the operator checks what a compiler traces, when it runs
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type != "cpu":
             return None
-        functorch = torch._C._functorch
-        return None if functorch.is_functorch_wrapped_tensor(x) else x.numpy()
+        from torch_rwkv6._torch_private import concrete
+
+        found = concrete(x)
+        return None if found is None else found.numpy()
     if backend == "jax":
         import jax
 

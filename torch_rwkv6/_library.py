@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from torch_rwkv6._torch_private import has_kernel
+
 _BINARY = Path(__file__).with_name("_C.abi3.so")
 
 
@@ -33,4 +35,4 @@ def load() -> bool:
 
 def has_cuda_kernels() -> bool:
     """Whether the loaded binding brought CUDA kernels: they were built, and torch can use them."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("rwkv6::wkv", "CUDA")
+    return has_kernel("rwkv6::wkv", "CUDA")

@@ -12,6 +12,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from torch_rwkv6._torch_private import concrete
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_HEAD_SIZE = 256
@@ -203,10 +205,8 @@ def check_memory(state: Tensor) -> None:
 
 def _values(x: Tensor | None) -> list[int] | None:
     """The values of a CPU tensor; None where there is none, or only one that a tracer follows."""
-    functorch = torch._C._functorch
-    while x is not None and functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    if type(x) is not Tensor or x.device.type != "cpu" or functorch.is_batchedtensor(x):
+    x = None if x is None else concrete(x)
+    if type(x) is not Tensor or x.device.type != "cpu":
         return None
     return x.tolist()
 

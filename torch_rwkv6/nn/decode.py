@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6._torch_private import below_inplace_or_view
 from torch_rwkv6.nn.channel_mix import ChannelMix
 from torch_rwkv6.nn.fast_path import (
     MOST_ROWS,
@@ -77,7 +78,7 @@ def decode_(
             return None
     if type(wkv) is not Tensor or not wkv.is_cpu:
         return None
-    with torch._C._AutoDispatchBelowADInplaceOrView():
+    with below_inplace_or_view():
         y = torch.ops.rwkv6.decode_layer.default(
             x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
         )

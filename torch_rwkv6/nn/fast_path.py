@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 import torch_rwkv6
+from torch_rwkv6._torch_private import (
+    dispatch_modes,
+    forward_mode_active,
+    global_forward_hooks,
+    transforms_active,
+)
 
 __all__ = [
     "MOST_ROWS",
@@ -59,11 +63,10 @@ def eager_inference(x: Tensor) -> bool:
         or not torch_rwkv6.has_kernels
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, FlopCounterMode, ...
-        or global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
+        or forward_mode_active()
+        or transforms_active()
+        or dispatch_modes()
+        or global_forward_hooks()
     )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from torch_rwkv6._torch_private import register_namedtuple
 
 __all__ = ["RWKVState"]
 
@@ -95,4 +96,4 @@ class RWKVState(NamedTuple):
 
 
 torch.serialization.add_safe_globals([RWKVState])  # torch.load with weights_only, the default
-pytree._register_namedtuple(RWKVState, serialized_type_name="torch_rwkv6.nn.RWKVState")
+register_namedtuple(RWKVState, serialized_type_name="torch_rwkv6.nn.RWKVState")

@@ -15,6 +15,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from torch_rwkv6 import reference, reference4
+from torch_rwkv6._torch_private import (
+    after_inplace_or_view,
+    below_autograd,
+    forward_mode_active,
+    transforms_active,
+)
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
 
@@ -29,9 +35,9 @@ _matvec = torch.ops.rwkv6.matvec.default
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
     """Under torch.func transforms and forward-mode AD the reference's own operations are traced."""
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return True
-    if forward_ad._current_level < 0:
+    if not forward_mode_active():
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
@@ -46,7 +52,7 @@ def _autograd_function(op: Any, backward: Any) -> Any:
     def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*inputs)
 
     name = op._schema.name.replace("::", "_")  # rwkv6_wkv
@@ -110,7 +116,7 @@ _WKV4, _WKV4Backward = _functions(_wkv4, _wkv4_backward, reference4.wkv4_backwar
 
 def _bump_version(op: Any, state_index: int) -> Any:
     def kernel(keyset: Any, *args: Any) -> Tensor:
-        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        below = keyset & after_inplace_or_view
         y = op.redispatch(below, *args)
         # lets autograd notice that a tensor saved for a backward pass was overwritten since
         torch.autograd.graph.increment_version(args[state_index])
@@ -165,7 +171,7 @@ def wkv(
         return fallback.wkv(*inputs, state_map, cu_seqlens)
     if _needs_grad(inputs):
         return _WKV.apply(*inputs, state_map, cu_seqlens)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _wkv(*inputs, state_map, cu_seqlens)
 
 
@@ -186,7 +192,7 @@ def wkv_backward(
         return fallback.wkv_backward(*inputs, state_map, cu_seqlens)
     if _needs_grad(inputs):
         return _WKVBackward.apply(*inputs, state_map, cu_seqlens)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _wkv_backward(*inputs, state_map, cu_seqlens)
 
 
@@ -219,7 +225,7 @@ def wkv4(
         return fallback.wkv4(*inputs)
     if _needs_grad(inputs):
         return _WKV4.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _wkv4(*inputs)
 
 
@@ -237,7 +243,7 @@ def wkv4_backward(
         return fallback.wkv4_backward(*inputs)
     if _needs_grad(inputs):
         return _WKV4Backward.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _wkv4_backward(*inputs)
 
 
@@ -261,7 +267,7 @@ def matvec(
     inputs = (x, weight)
     if _needs_reference(inputs) or _needs_grad(inputs):
         return fallback.matvec(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _matvec(*inputs)
 
 
