@@ -7,6 +7,7 @@ by name before anything expensive begins, and whatever a user can put right is o
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import inspect
 import math
@@ -162,6 +163,8 @@ def try_file(file: Path) -> None:
         OSError: that, or writing the file, is not possible.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "no file, but a folder or device", str(file))
     existed = file.exists()
     file.open("ab").close()
     if not existed:

@@ -139,7 +139,8 @@ class TextModel(lightning.LightningModule):
 def check_finite(loss: Tensor, step: int) -> None:
     """Raises a ValueError where training has gone astray: nothing can be learnt from then on."""
     if not loss.isfinite():
-        raise ValueError(f"the loss is {loss.item()} at step {step}: try a smaller --lr")
+        what = "is the checkpoint good?" if step == 0 else "try a smaller --lr"
+        raise ValueError(f"the loss is {loss.item()} at step {step}: {what}")
 
 
 def fit(trainer: lightning.Trainer, *arguments: Any, **options: Any) -> bool:

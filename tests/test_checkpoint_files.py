@@ -278,13 +278,9 @@ def test_a_folder_with_two_checkpoints(names: tuple[str, str], tmp_path: Path) -
 def test_two_checkpoints_under_different_names(tmp_path: Path) -> None:
     model = random_model("6")
     save(model, tmp_path / "a.pth")
-    for convention, message in (
-        (hugging_face, r"holds several checkpoints \(a.pth, b.pth\)"),  # both have head.weight
-        (compiled_names, "expected one model, got two tensors for "),
-        (held_names, "expected one model, got several"),
-    ):
+    for convention in (hugging_face, compiled_names, held_names):
         torch.save(convention(model.state_dict()), tmp_path / "b.pth")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"holds several checkpoints \(a.pth, b.pth\)"):
             load(tmp_path)
 
 
@@ -336,6 +332,39 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
         path.write_text(json.dumps(content))
         with pytest.raises(error, match=message):
             load(tmp_path)
+
+
+def test_parts_of_a_model_without_an_index(tmp_path: Path) -> None:
+    model = random_model("6")
+    weights = list(model.state_dict().items())
+    for i in range(3):
+        save(dict(weights[i::3]), tmp_path / f"model-0000{i + 1}-of-00003.safetensors")
+    assert_same(load(tmp_path), model)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks part 2 of model-00001-of-00003"):
+        load(tmp_path)
+
+
+def test_a_tuned_state_beside_a_model_is_not_mixed_in(tmp_path: Path) -> None:
+    model = random_model("6")
+    save(model, tmp_path / "model.pth")
+    state = {f"blocks.{i}.att.time_state": torch.ones(4, 8, 8) for i in range(model.n_layer)}
+    torch.save(state, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match=r"several checkpoints \(model.pth, state.pth\)"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_replaced_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
+    model = random_model("6")
+    for suffix in ("pth", "safetensors"):
+        target, link = tmp_path / f"real.{suffix}", tmp_path / f"link.{suffix}"
+        save(random_model("5.2"), target)
+        target.chmod(0o640)
+        link.symlink_to(target)
+        save(model, link)
+        assert link.is_symlink()
+        assert target.stat().st_mode & 0o777 == 0o640
+        assert_same(load(target), model)
 
 
 # ---- arguments

@@ -163,10 +163,23 @@ def test_all_that_does_not_fit_is_listed(version: str) -> None:
 def test_a_missing_layer_is_missing() -> None:
     weights = random_model("6").state_dict()
     weights = {n: x for n, x in weights.items() if not n.startswith("blocks.1.")}
-    with pytest.raises(ValueError, match=r"28 tensors do not fit") as caught:
+    with pytest.raises(ValueError, match="expected layers 0 to 2, got nothing of layer 1"):
         load(weights)
-    assert str(caught.value).count("missing blocks.1.") == 20  # a long list is cut short
-    assert str(caught.value).endswith("and 8 more")
+    weights["blocks.1000000000000.ln1.weight"] = torch.zeros(1)  # not so many are made
+    with pytest.raises(ValueError, match="got nothing of layer 1"):
+        load(weights)
+
+
+def test_a_long_list_of_what_is_missing_is_cut_short() -> None:
+    weights = random_model("6").state_dict()
+    kept = ("blocks.1.ln1.weight", "blocks.2.ln1.weight")
+    weights = {
+        n: x for n, x in weights.items() if n[:8] not in ("blocks.1", "blocks.2") or n in kept
+    }
+    with pytest.raises(ValueError, match="54 tensors do not fit") as caught:
+        load(weights)
+    assert str(caught.value).count("missing blocks.") == 20
+    assert str(caught.value).endswith("and 34 more")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
+import checkpoints
 import numpy as np
 import numpy_rwkv6
 import pytest
@@ -461,7 +464,8 @@ def test_what_is_no_checkpoint_is_refused() -> None:
     [
         ({"head_size": 7}, "head_size: expected a divisor of n_embd = 24, got 7"),
         ({"head_size": 0}, "head_size"),
-        ({"n_layer": 0}, "n_layer: expected at least 1"),
+        ({"head_size": 512, "n_embd": 512}, "head_size: expected 1 to 256, got 512"),
+        ({"n_layer": 0}, "n_layer: expected 1 or more, got 0"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"lora_mix": 0}, "lora_mix"),
         ({"lora_decay": -1}, "lora_decay"),
@@ -474,10 +478,89 @@ def test_sizes_that_do_not_fit(options: dict[str, int], message: str) -> None:
         random_model(**options)
 
 
+@pytest.mark.parametrize("name", ["vocab_size", "n_layer", "n_embd", "head_size", "lora_mix"])
+@pytest.mark.parametrize("value", [1.5, 16.0, "16", True], ids=repr)
+def test_sizes_that_are_no_integers(name: str, value: Any) -> None:
+    sizes = {"vocab_size": 16, "n_layer": 1, "n_embd": 16, "head_size": 8}
+    with pytest.raises(TypeError, match=f"{name}: expected an integer, got"):
+        RWKV6(**(sizes | {name: value}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_an_epsilon_that_is_none(value: float) -> None:
+    with pytest.raises(ValueError, match="ln_x_eps: expected"):
+        RWKV6(16, 1, 16, 8, ln_x_eps=value)
+
+
 @pytest.mark.parametrize("layer", [TimeMix, ChannelMix])
 def test_layer_id_beyond_the_last(layer: type[TimeMix] | type[ChannelMix]) -> None:
-    with pytest.raises(ValueError, match="layer_id: expected 0 to n_layer - 1 = 1, got 2"):
+    with pytest.raises(ValueError, match="layer_id: expected 0 to 1, got 2"):
         layer(64, 2, 2)
+
+
+def test_batch_sizes_of_a_state() -> None:
+    model = random_model()
+    assert model.initial_state(0).wkv.shape[1] == 0
+    with pytest.raises(ValueError, match="batch_size: expected 0 or more, got -1"):
+        model.initial_state(-1)
+    with pytest.raises(TypeError, match=r"batch_size: expected an integer, got 1\.5"):
+        model.initial_state(1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6"])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_state_whose_memory_is_shared_is_not_updated(version: str, length: int) -> None:
+    """One tensor as both shifts, expanded layers: refused before anything is written. Two halves
+    of one buffer share nothing and are right."""
+    model, tokens = checkpoints.random_model(version), checkpoints.random_tokens(2, length)
+    state = model.initial_state(2)
+    expected = model.forward_(tokens, state.clone())
+    one_layer = state.att_shift[:1].expand_as(state.att_shift)
+    for bad, message in (
+        (state._replace(ffn_shift=state.att_shift), "shares memory with state.ffn_shift"),
+        (state._replace(att_shift=one_layer), "state.att_shift: .*expanded view"),
+    ):
+        before = [x.clone() for x in bad]
+        with pytest.raises(ValueError, match=message):
+            model.forward_(tokens, bad)
+        assert all(torch.equal(x, y) for x, y in zip(bad, before, strict=True))
+    halves = torch.cat((state.att_shift, state.ffn_shift), -1).chunk(2, -1)
+    own = RWKVState(halves[0], state.wkv, halves[1])
+    torch.testing.assert_close(model.forward_(tokens, own), expected)
+
+
+def test_rows_of_a_state_that_are_none() -> None:
+    state = random_model().initial_state(2)
+    with pytest.raises(TypeError, match=r"rows: expected int32 or int64 .*torch\.bool"):
+        state.select([True, False])
+    for rows in (1, [[0, 1], [1, 0]]):
+        with pytest.raises(ValueError, match="rows: expected "):
+            state.select(rows)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="states: expected at least one, got none"):
+        RWKVState.cat([])
+    with pytest.raises(TypeError, match="dtype: expected a floating-point"):
+        state.to(dtype=torch.int32)
+
+
+def test_files_that_hold_no_state(tmp_path: Path) -> None:
+    model, path = random_model(), tmp_path / "state.pth"
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none"):
+        model.initial_state(1).save(tmp_path / "none" / "state.pth")
+    torch.save(model, path)
+    with pytest.raises(
+        ValueError, match="is no saved RWKVState: it holds Python objects"
+    ) as caught:
+        RWKVState.load(path)
+    assert "weights_only" not in str(caught.value)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is no saved RWKVState: .*ends too early or is damaged"):
+        RWKVState.load(path)
+    torch.save(dict.fromkeys(RWKVState._fields, 1), path)
+    with pytest.raises(ValueError, match="expected floating-point tensors"):
+        RWKVState.load(path)
+    model.initial_state(1).save(path)
+    with pytest.raises(ValueError, match="device: expected one of this machine, got none"):
+        RWKVState.load(path, "none")
 
 
 def test_tokens_that_do_not_fit() -> None:

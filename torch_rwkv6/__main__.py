@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from torch_rwkv6.files import file_to_write
 from torch_rwkv6.models import generate_text, load, load_tokenizer, save
-from torch_rwkv6.models.checkpoint import file_to_write
 from torch_rwkv6.models.tokenizers import TextStream, Tokenizer
 from torch_rwkv6.nn import RWKV
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_rwkv6.models.arguments import number
+from torch_rwkv6.arguments import flag, number
+from torch_rwkv6.files import StrPath, device_named, file_to_write, reason, written
 from torch_rwkv6.models.names import official_names, unofficial
 from torch_rwkv6.models.versions import model_of
 from torch_rwkv6.nn import RWKV
 
-__all__ = ["file_to_write", "load", "read", "save"]
-
-StrPath: TypeAlias = "str | os.PathLike[str]"
+__all__ = ["load", "read", "save"]
 
 # under which of these a training program's checkpoint keeps the model's tensors
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
@@ -79,9 +77,11 @@ def load(
             RWKV-7, x060a, x060b or x060c; missing, unexpected or misshapen tensors, which the
             message lists; or a device that this machine does not have.
     """
-    device = _device(device)
+    device = device_named(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    if train_state is not None:
+        flag("train_state", train_state)
     if ln_x_eps is not None and number("ln_x_eps", ln_x_eps) <= 0:
         raise ValueError(f"ln_x_eps: expected a finite number above 0, got {ln_x_eps}")
     if isinstance(source, Mapping):
@@ -130,58 +130,22 @@ def save(model: torch.nn.Module | Mapping[str, Tensor], path: StrPath) -> None:
         hint = " (a LoRA is merged first: merge_and_unload of peft)" if "lora_" in some else ""
         raise ValueError(f"model: expected the names of an RWKV's tensors, got {some}{hint}")
     tensors = {name: _whole(name, x) for name, x in tensors.items()}
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            if target.suffix.lower() != ".safetensors":
-                torch.save(tensors, file)
+    with written(target) as part:
         if target.suffix.lower() == ".safetensors":
-            mode = part.stat().st_mode  # of any new file; safetensors makes its own for the owner
             _safetensors().torch.save_file(tensors, part)
-            part.chmod(mode)
-        part.replace(target)
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # torch.save and safetensors have exceptions of their own for it
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(number, f"cannot be written: {reason}", os.fspath(target)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def file_to_write(path: StrPath) -> Path:
-    """The path, if a file can be there: to be asked before the work whose result it is for.
-
-    Raises:
-        OSError: FileNotFoundError where its folder is missing, IsADirectoryError where a folder
-            is in its place.
-        TypeError, ValueError: no path, an empty one, or that of a device.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path: expected a path, got {type(path).__name__}")
-    target = Path(os.fsdecode(path))
-    if not os.fsdecode(path).strip():
-        raise ValueError("path: expected the name of a file, got an empty one")
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT, f"no folder {target.parent} to write a file in", str(path)
-        )
-    if target.exists() and not target.is_file():
-        raise ValueError(f"path: expected the name of a file, got the device {path}")
-    return target
+        else:
+            with part.open("wb") as file:
+                torch.save(tensors, file)
 
 
 def read(path: StrPath) -> dict[str, Any]:
     """The tensors of a file, or of all files of a Hugging Face folder, under their own names.
 
     Of a folder these are: the files that its ``*.safetensors.index.json`` or ``*.bin.index.json``
-    names; otherwise its ``.safetensors``, ``.bin`` or ``.pth`` file, or several that share no
-    name. ``pytorch_model*.bin`` beside ``.safetensors`` is the same model once more and not read;
-    nor are adapters (``adapter_*``) and a trainer's own files (``training_args.bin``,
-    ``optimizer*``, ``rng_state*``, ...).
+    names; otherwise its one ``.safetensors``, ``.bin`` or ``.pth`` file, or all parts of one
+    (``NAME-00001-of-00002.safetensors``, ...). ``pytorch_model*.bin`` beside ``.safetensors`` is
+    the same model once more and not read; nor are adapters (``adapter_*``) and a trainer's own
+    files (``training_args.bin``, ``optimizer*``, ``rng_state*``, ...).
 
     Raises:
         OSError: the file cannot be read.
@@ -207,7 +171,7 @@ def read(path: StrPath) -> dict[str, Any]:
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # whatever the unpickler, unzipper or parser met, OSError included
-        raise ValueError(f"{path} {_reason(error)}") from error
+        raise ValueError(f"{path} {reason(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")
     if path.suffix.lower() == ".st" and {"ln_x", "time_first"} <= {
@@ -237,23 +201,6 @@ def _existing(path: StrPath) -> Path:
     raise FileNotFoundError(f"no such file: {text}{hint}")
 
 
-def _reason(error: Exception) -> str:
-    """What is wrong with a file, without torch's advice to run the code in it."""
-    text = str(error)
-    found = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", text)
-    if found:
-        return (
-            f"holds Python objects ({found[1] or found[2]}), and loading those can run any code "
-            "that the file brings: where it was made, save the model's state_dict() instead"
-        )
-    if "TorchScript" in text:
-        return "is no checkpoint, but a TorchScript program"
-    # "Weights only load failed", "weights_only": torch's words about its unpickler, not the file
-    unclear = isinstance(error, LookupError) or "eights" in text
-    reason = "its pickle cannot be read" if unclear else text.partition("\n")[0]
-    return f"is no checkpoint, or a truncated one: {reason}"
-
-
 def _innermost(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tensors in a training program's checkpoint."""
     for name in _NESTED:
@@ -269,6 +216,12 @@ def _checked(argument: str, state_dict: Mapping[str, Any]) -> Mapping[str, Tenso
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{argument}: expected floating-point tensors, got {found} as {name}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{argument}: expected dense tensors, got {x.layout} as {name}")
+        if x.is_meta:
+            raise ValueError(
+                f"{argument}: expected values, got {name} on the meta device, which has none"
+            )
     return state_dict
 
 
@@ -278,23 +231,7 @@ def _whole(name: str, x: Tensor) -> Tensor:
     x = x.detach() if gather is None else gather().detach()
     if type(x) not in (Tensor, torch.nn.Parameter):
         raise TypeError(f"model: expected plain tensors, got {type(x).__name__} as {name}")
-    if x.is_meta:
-        raise ValueError(f"model: expected values, got {name} on the meta device, which has none")
     return x.cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device, type(None))):
-        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
-    try:
-        found = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=found)
-    except (AssertionError, ImportError, RuntimeError) as error:  # torch has no one exception
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device: expected one of this machine, got {device} ({reason})"
-        ) from error
-    return found
 
 
 def _torch_load(path: Path) -> Any:
@@ -341,6 +278,21 @@ def _files_of(folder: Path) -> list[Path]:
         raise _several(folder, (f.name for f in files))
     if not files:
         raise FileNotFoundError(f"no *.safetensors, *.bin or *.pth in the folder {folder}")
+    return _shards(folder, files)
+
+
+def _shards(folder: Path, files: list[Path]) -> list[Path]:
+    """The files, if they are one checkpoint: a single file, or all n of ``NAME-0000i-of-0000n``."""
+    parts = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.\w+", f.name) for f in files]
+    if len(files) == 1 and parts[0] is None:
+        return files
+    wholes = {(part[1], int(part[3])) if part else None for part in parts}
+    if None in wholes or len(wholes) > 1:
+        raise _several(folder, (f.name for f in files))
+    numbers = {int(part[2]) for part in parts if part}
+    missing = set(range(1, int(parts[0][3]) + 1)) - numbers  # type: ignore[index]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks part {min(missing)} of {files[0].name}")
     return files
 
 

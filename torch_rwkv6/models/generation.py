@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torch_rwkv6.models import arguments
+from torch_rwkv6 import arguments
 from torch_rwkv6.models.sampling import Penalties, Sampling, draw, probabilities
 from torch_rwkv6.models.tokenizers import Tokenizer
 from torch_rwkv6.nn import RWKV, RWKVState
@@ -83,8 +83,7 @@ def generate(
         IndexError: a token that the vocabulary does not have.
         FloatingPointError: the model's logits are NaN or infinite.
     """
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "forward_"):
-        raise TypeError(f"model: expected an RWKV, got {type(model).__name__}")
+    _check_model(model)
     vocab_size = model.vocab_size
     sampling = Sampling(temperature, top_k, top_p)
     free = arguments.tokens("free_tokens", free_tokens, vocab_size)
@@ -174,6 +173,11 @@ def _write(state: RWKVState, rows: Tensor | list[int], own: RWKVState) -> None:
         x[:, rows] = new
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "forward_"):
+        raise TypeError(f"model: expected an RWKV, got {type(model).__name__}")
+
+
 def _check_state(model: RWKV, state: RWKVState, rows: int) -> None:
     if not isinstance(state, RWKVState):
         raise TypeError(f"state: expected an RWKVState, got {type(state).__name__}")
@@ -188,16 +192,15 @@ def _check_state(model: RWKV, state: RWKVState, rows: int) -> None:
         name = f"state.{field}"
         if x.dtype != own.dtype:
             raise TypeError(f"{name}: expected {own.dtype}, got {x.dtype} (RWKVState.to converts)")
-        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(
-                f"{name}: expected memory for each row, which is updated in place, got an expanded "
-                "view (RWKVState.clone copies)"
-            )
+    state.check_memory()
 
 
 def _rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
     """The prompts, [T] int64 each."""
     if isinstance(prompt, Tensor):
+        if prompt.is_nested or prompt.layout != torch.strided or prompt.is_meta:
+            kind = "a nested one" if prompt.is_nested else f"{prompt.layout} on {prompt.device}"
+            raise ValueError(f"prompt: expected a dense tensor with values, got {kind}")
         integers = not (prompt.is_floating_point() or prompt.is_complex())
         if prompt.dim() not in (1, 2) or not integers or prompt.dtype == torch.bool:
             raise ValueError(
@@ -259,14 +262,15 @@ def generate_text(
         tokenizer: the model's own: see `load_tokenizer`.
         prompt: text to go on from.
         max_tokens: how many tokens to write.
-        stop: a text, or several: what is written ends before the first of them. The tokens that
-            make it up are the last ones that the state has seen.
+        stop: a text, or several: what is written ends before the first of them to be complete. The
+            tokens that make it up are the last ones that the state has seen.
         options: of `generate`, stop_tokens and state among them.
 
     Raises:
         TypeError, ValueError: as `generate`; an empty prompt or stop; a vocabulary larger than the
             model's.
     """
+    _check_model(model)
     if not hasattr(tokenizer, "stream"):
         raise TypeError(
             f"tokenizer: expected one of load_tokenizer, got {type(tokenizer).__name__}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_rwkv6.models.arguments import integer, number
+from torch_rwkv6.arguments import integer, number
 
 __all__ = ["Penalties", "Sampling", "draw", "probabilities"]
 

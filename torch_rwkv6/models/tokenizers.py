@@ -82,14 +82,20 @@ class ByteTokenizer:
     """
 
     def __init__(self, encoding: str = "utf-8") -> None:
-        try:  # some are known that turn text into text (rot13), or cannot be read in pieces (idna)
-            "a".encode(encoding)
-            codecs.getincrementaldecoder(encoding)("replace").decode(b"a", final=True)
-        except (LookupError, ValueError) as error:
+        # There are some that turn text into text (rot13), that cannot be read in pieces (idna), and
+        # that begin every text with a mark (utf-16, where utf-16-le does not).
+        try:
+            decoder = codecs.getincrementaldecoder(encoding)("strict")
+            pieces = "a".encode(encoding) + "b".encode(encoding)
+            good = "".join(decoder.decode(bytes([byte])) for byte in pieces) == "ab"
+            good = good and pieces == "ab".encode(encoding)
+        except (LookupError, TypeError, ValueError):
+            good = False
+        if not good:
             raise ValueError(
-                f"tokenizer: expected an encoding of text, but Python has no encoding {encoding} "
-                "of that kind"
-            ) from error
+                f"tokenizer: expected an encoding of text that goes on where it ended, such as "
+                f"utf-8 or utf-16-le, got {encoding}"
+            )
         self.encoding, self.vocab_size = encoding, 256
 
     def encode(self, text: str) -> list[int]:

@@ -89,8 +89,14 @@ def model_of(state_dict: Mapping[str, Tensor], **options: Any) -> RWKV:
 
 
 def _layers(state_dict: Mapping[str, Tensor]) -> int:
-    numbers = [n.split(".")[1] for n in state_dict if n.startswith("blocks.")]
-    return 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
+    names = [n.split(".")[1] for n in state_dict if n.startswith("blocks.")]
+    numbers = {int(n) for n in names if n.isascii() and n.isdecimal()}
+    for number in range(len(numbers)):
+        if number not in numbers:
+            raise ValueError(
+                f"state_dict: expected layers 0 to {max(numbers)}, got nothing of layer {number}"
+            )
+    return max(1, len(numbers))
 
 
 def _matrix(state_dict: Mapping[str, Tensor], suffix: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
 from torch_rwkv6.nn.token_shift import token_shift
@@ -34,9 +35,8 @@ class ChannelMix(nn.Module):
 
     def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
         super().__init__()
-        n_ffn = int(3.5 * n_embd) // 32 * 32 if n_ffn is None else n_ffn
-        if n_embd < 1 or n_ffn < 1:
-            raise ValueError(f"n_embd, n_ffn: expected at least 1, got {n_embd} and {n_ffn}")
+        n_embd = integer("n_embd", n_embd, 1)
+        n_ffn = integer("n_ffn", int(3.5 * n_embd) // 32 * 32 if n_ffn is None else n_ffn, 1)
         position(layer_id, n_layer)  # raises
         self.n_embd, self.layer_id, self.n_layer = n_embd, layer_id, n_layer
         for name in self.mixes:
@@ -125,6 +125,7 @@ class ChannelMix4(ChannelMix5):
     """
 
     def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
+        n_embd = integer("n_embd", n_embd, 1)
         super().__init__(n_embd, layer_id, n_layer, 4 * n_embd if n_ffn is None else n_ffn)
 
     def _key_gain(self, n_embd: int, n_ffn: int) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.sharded import device_of, write
 
 __all__ = ["channels", "fill", "initialise", "position", "with_initial_weight"]
@@ -24,10 +25,11 @@ def position(layer_id: int, n_layer: int) -> tuple[float, float]:
     Depth is 0 where there is only one layer (the official formula would divide by zero).
 
     Raises:
+        TypeError: no integers.
         ValueError: layer_id is not below n_layer.
     """
-    if not 0 <= layer_id < n_layer:
-        raise ValueError(f"layer_id: expected 0 to n_layer - 1 = {n_layer - 1}, got {layer_id}")
+    n_layer = integer("n_layer", n_layer, 1)
+    layer_id = integer("layer_id", layer_id, 0, n_layer - 1)
     return layer_id / max(n_layer - 1, 1), 1 - layer_id / n_layer
 
 

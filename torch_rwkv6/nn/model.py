@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.carry import box_for, call, stateful, takes_update, to_update
 from torch_rwkv6.nn.decode import decode_
-from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.fast_path import is_traced, linear
 from torch_rwkv6.nn.initial_values import with_initial_weight
 from torch_rwkv6.nn.optim import parameter_groups
 from torch_rwkv6.nn.sharded import device_of, is_sharded
@@ -107,10 +108,8 @@ class RWKV(nn.Module):
         mixes: Callable[[int], tuple[nn.Module, nn.Module]],  # of one layer: att, ffn
     ) -> None:
         super().__init__()
-        if vocab_size < 1 or n_layer < 1:
-            raise ValueError(
-                f"vocab_size, n_layer: expected at least 1, got {vocab_size} and {n_layer}"
-            )
+        vocab_size = integer("vocab_size", vocab_size, 1)
+        n_layer = integer("n_layer", n_layer, 1)
         self.vocab_size, self.n_layer, self.n_embd = vocab_size, n_layer, n_embd
         self.blocks = nn.ModuleList(Block(*mixes(i), n_embd, i == 0) for i in range(n_layer))
         self.state_shape: tuple[int, ...] = self.blocks[0].att.state_shape
@@ -242,7 +241,12 @@ class RWKV(nn.Module):
         """What ``state=None`` stands for: nothing seen, and ``att.time_state`` where there is one.
 
         In memory of its own, so that `forward_` can update it.
+
+        Raises:
+            TypeError, ValueError: batch_size is no integer, or below 0.
         """
+        if not is_traced():
+            batch_size = integer("batch_size", batch_size, 0)
         norm = self.ln_out.weight
         shape = (self.n_layer, batch_size, self.n_embd)
         shift = torch.zeros(shape, dtype=norm.dtype, device=device_of(norm))
@@ -267,6 +271,8 @@ class RWKV(nn.Module):
             raise TypeError("state: expected an RWKVState to update (initial_state), got None")
         if state is not None:
             self.check_state(state, tokens.shape[0])
+            if update and not is_traced():
+                state.check_memory()
 
     def check_state(self, state: RWKVState, batch_size: int) -> None:
         """Whether the state is one of this model for so many sequences.

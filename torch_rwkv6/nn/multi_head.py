@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.arguments import integer, number
+from torch_rwkv6.checks import MAX_HEAD_SIZE
 from torch_rwkv6.nn.carry import stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
@@ -37,8 +39,12 @@ class MultiHeadTimeMix(nn.Module):
         train_state: bool,
     ) -> None:
         super().__init__()
-        if n_embd < 1 or head_size < 1 or n_embd % head_size:
+        n_embd = integer("n_embd", n_embd, 1)
+        head_size = integer("head_size", head_size, 1, MAX_HEAD_SIZE)
+        if n_embd % head_size:
             raise ValueError(f"head_size: expected a divisor of n_embd = {n_embd}, got {head_size}")
+        if number("ln_x_eps", ln_x_eps) < 0:
+            raise ValueError(f"ln_x_eps: expected at least 0, got {ln_x_eps}")
         position(layer_id, n_layer)  # raises
         n_head = n_embd // head_size
         self.layer_id, self.n_layer = layer_id, n_layer

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_rwkv6._torch_private import register_namedtuple
+from torch_rwkv6.files import device_named, file_to_write, reason, written
 
 __all__ = ["RWKVState"]
 
@@ -44,6 +47,8 @@ class RWKVState(NamedTuple):
         ``wkv`` becomes float64 for float64 and float32 for every other dtype: rounding it to 16
         bits at each hand-over would add up.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
         wkv_dtype = None if dtype is None else torch.promote_types(dtype, torch.float32)
         return RWKVState(
             self.att_shift.to(device=device, dtype=dtype),
@@ -59,19 +64,39 @@ class RWKVState(NamedTuple):
 
         Raises:
             IndexError: an index outside the batch (on a GPU, an assertion of the device).
+            TypeError: no integers.
+            ValueError: not one dimension of them.
         """
         index = torch.as_tensor(rows, device=self.wkv.device)
-        index = index.long() if index.numel() == 0 else index  # [] would be float32
+        if not isinstance(rows, Tensor) and index.numel() == 0:
+            index = index.long()  # [] would be float32
+        if index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rows: expected int32 or int64 indices, got {index.dtype}")
+        if index.dim() != 1:
+            raise ValueError(f"rows: expected [B'], got shape {tuple(index.shape)}")
         return RWKVState(*(x[:, index] for x in self))
 
     @classmethod
     def cat(cls, states: Sequence[RWKVState]) -> RWKVState:
-        """Several states as one batch, in their order: the inverse of `select`."""
+        """Several states as one batch, in their order: the inverse of `select`.
+
+        Raises:
+            ValueError: no state at all.
+        """
+        if not len(states):
+            raise ValueError("states: expected at least one, got none")
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*states, strict=True)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file that `load` (or torch.load with weights_only) reads."""
-        torch.save({n: x.detach().cpu().clone() for n, x in self._asdict().items()}, path)
+        """Writes the state to a file that `load` (or torch.load with weights_only) reads.
+
+        Raises:
+            OSError: the folder is missing, or writing fails; a file that was there is unchanged.
+            TypeError, ValueError: no path of a file.
+        """
+        content = {n: x.detach().cpu().clone() for n, x in self._asdict().items()}
+        with written(file_to_write(path)) as part, part.open("wb") as file:
+            torch.save(content, file)
 
     @classmethod
     def load(
@@ -81,18 +106,47 @@ class RWKVState(NamedTuple):
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it holds no state.
+            TypeError: device is none.
+            ValueError: it holds no state; or this machine does not have the device.
         """
+        device = device_named(device)
         try:
-            content = torch.load(path, map_location=device or "cpu", weights_only=True)
-        except OSError:
+            content = torch.load(path, map_location=device, weights_only=True)
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
             raise
         except Exception as error:  # whatever the unpickler or unzipper met
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path} is no saved RWKVState: {reason}") from error
+            raise ValueError(f"{path} is no saved RWKVState: it {reason(error)}") from error
         if not isinstance(content, dict) or set(content) != set(cls._fields):
             raise ValueError(f"{path} is no saved RWKVState: expected the keys {cls._fields}")
+        if not all(isinstance(x, Tensor) and x.is_floating_point() for x in content.values()):
+            raise ValueError(f"{path} is no saved RWKVState: expected floating-point tensors")
         return cls(**content)
+
+    def check_memory(self) -> None:
+        """Raises ValueError where the state cannot be updated in place: elements share memory."""
+        for name, x in self._asdict().items():
+            if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride())):
+                raise ValueError(
+                    f"state.{name}: expected memory of its own for every element, which is updated "
+                    "in place, got an expanded view (RWKVState.clone copies)"
+                )
+        for (a, x), (b, y) in itertools.combinations(self._asdict().items(), 2):
+            if share_memory(x, y):
+                raise ValueError(
+                    f"state.{a}: it is updated in place, but shares memory with state.{b} "
+                    "(RWKVState.clone copies)"
+                )
+
+
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether an element belongs to both tensors, as far as that can be told: on a CPU."""
+    if type(x) is not Tensor or type(y) is not Tensor or not x.is_cpu or not y.is_cpu:
+        return False
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
+    of_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy has no bfloat16
+    a, b = (t.detach().view(of_size[t.element_size()]).numpy() for t in (x, y))
+    return bool(np.shares_memory(a, b))
 
 
 torch.serialization.add_safe_globals([RWKVState])  # torch.load with weights_only, the default

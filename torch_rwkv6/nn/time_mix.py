@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, initialise, position
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
@@ -57,10 +58,8 @@ class TimeMix(MultiHeadTimeMix):
         )
         lora_mix = (64 if n_embd >= 4096 else 32) if lora_mix is None else lora_mix
         lora_decay = (128 if n_embd >= 4096 else 64) if lora_decay is None else lora_decay
-        if lora_mix < 1 or lora_decay < 1:
-            raise ValueError(
-                f"lora_mix, lora_decay: expected at least 1, got {lora_mix} and {lora_decay}"
-            )
+        lora_mix = integer("lora_mix", lora_mix, 1)
+        lora_decay = integer("lora_decay", lora_decay, 1)
         self.time_maa_x = nn.Parameter(torch.empty(1, 1, n_embd))
         self.time_maa_w = nn.Parameter(torch.empty(1, 1, n_embd))
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, n_embd))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.carry import stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
@@ -36,8 +37,7 @@ class TimeMix4(nn.Module):
 
     def __init__(self, n_embd: int, layer_id: int, n_layer: int) -> None:
         super().__init__()
-        if n_embd < 1:
-            raise ValueError(f"n_embd: expected at least 1, got {n_embd}")
+        n_embd = integer("n_embd", n_embd, 1)
         position(layer_id, n_layer)  # raises
         self.layer_id, self.n_layer = layer_id, n_layer
         self.state_shape = (3, n_embd)  # numerator, denominator, exponent

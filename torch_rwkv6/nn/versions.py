@@ -43,7 +43,8 @@ class RWKV6(RWKV):
         train_state: adds ``att.time_state`` to every block.
 
     Raises:
-        ValueError: a size below 1, or a head_size that does not divide n_embd.
+        TypeError: a size that is no integer.
+        ValueError: a size below 1, or a head_size above 256 or that does not divide n_embd.
     """
 
     version = "6"
@@ -88,7 +89,7 @@ class RWKV5(RWKV):
         gate, per_head, log_bonus: as for `TimeMix5`; as they are, the model is 5.2.
 
     Raises:
-        ValueError: as for `RWKV6`.
+        TypeError, ValueError: as for `RWKV6`.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class RWKV4(RWKV):
         n_ffn: F, hidden width of the channel mixing; None is ``4 * n_embd``.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size below 1.
     """
 

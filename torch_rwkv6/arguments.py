@@ -1,8 +1,7 @@
-"""Checks of the arguments of text generation: one for each kind of value."""
+"""Checks of arguments: one for each kind of value."""
 
 from __future__ import annotations
 
-import math
 import operator
 import reprlib
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["integer", "number", "token", "tokens"]
+__all__ = ["flag", "integer", "number", "token", "tokens"]
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -31,16 +30,27 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return found
 
 
+def flag(name: str, value: Any) -> bool:
+    """The value, which must be True or False.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {_short(value)}")
+    return value
+
+
 def number(name: str, value: Any) -> float:
     """The value as a float.
 
     Raises:
         TypeError: no real number.
-        ValueError: infinite or NaN.
+        ValueError: infinite or NaN, in float32.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {_short(value)}")
-    if not math.isfinite(value):
+    if not abs(float(value)) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 
