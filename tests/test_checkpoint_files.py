@@ -14,8 +14,9 @@ import torch
 from checkpoints import VERSIONS, fla, hugging_face, random_model
 from torch import Tensor, nn
 
+from torch_rwkv6.files import file_to_write
 from torch_rwkv6.models import load, save
-from torch_rwkv6.models.checkpoint import file_to_write, read
+from torch_rwkv6.models.checkpoint import read
 from torch_rwkv6.nn import RWKV
 
 SUFFIXES = ["pth", "safetensors"]
@@ -405,12 +406,13 @@ def test_the_default_device_plays_no_part(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_mode_of_a_file_is_that_of_any_other(suffix: str, tmp_path: Path) -> None:
     for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        path = tmp_path / f"{mode}.{suffix}"
         before = os.umask(mask)
         try:
-            save(random_model("4"), tmp_path / f"model.{suffix}")
+            save(random_model("4"), path)
         finally:
             os.umask(before)
-        found = stat.S_IMODE((tmp_path / f"model.{suffix}").stat().st_mode)
+        found = stat.S_IMODE(path.stat().st_mode)
         assert found == mode, oct(found)
 
 
