@@ -90,10 +90,10 @@ def test_a_hugging_face_folder_in_several_files(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model = random_model("6")
     weights = list(hugging_face(model.state_dict()).items())
-    safetensors.save_file(dict(weights[:40]), tmp_path / "model-1.safetensors")
-    safetensors.save_file(dict(weights[40:]), tmp_path / "model-2.safetensors")
+    safetensors.save_file(dict(weights[:40]), tmp_path / "model-1-of-2.safetensors")
+    safetensors.save_file(dict(weights[40:]), tmp_path / "model-2-of-2.safetensors")
     assert_same_weights(load(tmp_path), model)
-    index = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    index = '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
     (tmp_path / "model.safetensors.index.json").write_text(index)
     assert_same_weights(load(tmp_path), model)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
