@@ -1,10 +1,15 @@
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 # One thread a test process, which run side by side; also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+# A shell's job in the background ignores Ctrl-C, and so would the processes that it starts.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -743,7 +743,7 @@ def test_text_that_somebody_ends(end: str, code: int, checkpoint: str) -> None:
     process.stdout.read(20)
     if end == "interrupt":
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate()
+        _, error = process.communicate(timeout=300)
     else:
         process.stdout.close()
         assert process.stderr is not None
