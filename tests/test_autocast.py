@@ -5,7 +5,7 @@ import torch
 from samples import random_call, relative_rms
 from torch.library import opcheck
 
-from torch_rwkv6 import wkv, wkv_update
+from torch_rwkv6 import reference, wkv, wkv_update
 
 DEVICE = torch.get_default_device().type
 LOW = [torch.bfloat16, torch.float16]
@@ -113,3 +113,15 @@ def test_opcheck_under_autocast():
     call = random_call(states=2)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         opcheck(torch.ops.rwkv6.wkv.default, call.args(), test_utils=["test_faketensor"])
+
+
+@pytest.mark.cpu
+def test_the_reference_is_not_rounded():
+    """Autocast reaches into the reference's own operations where it is called by hand."""
+    call = random_call(B=3, states=2, state_map=[1, 0, 1])
+    grads = call.grad_outputs()
+    expected = [*reference.wkv(*call.args()), *reference.wkv_backward(*grads, *call.args())]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [*reference.wkv(*call.args()), *reference.wkv_backward(*grads, *call.args())]
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
