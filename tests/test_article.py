@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from one_line import assert_refused
 
 pytest.importorskip("lightning", reason="the examples need torch_rwkv6[examples]")
 pytest.importorskip("matplotlib", reason="the examples need torch_rwkv6[examples]")
@@ -360,7 +361,4 @@ def test_errors_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(rf"{main.__module__}\.py: error: ", line)
-    assert message in line
+    assert_refused(main, f"{main.__module__}.py", arguments, message, capsys)

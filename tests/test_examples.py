@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_line import assert_refused
 
 pytest.importorskip("lightning", reason="the examples need torch_rwkv6[examples]")
 pytest.importorskip("matplotlib", reason="the examples need torch_rwkv6[examples]")
@@ -239,9 +240,4 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main = {"generate.py": generate.main, "train_lm.py": train_lm.main}[script]
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"{script}: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    assert assert_refused(main, script, arguments, message, capsys) == ""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from one_line import assert_refused
 
 pytest.importorskip("lightning", reason="the examples need torch_rwkv6[examples]")
 
@@ -200,10 +201,7 @@ def test_errors_are_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("five").write_bytes(b"hello")
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{main.__module__}.py: error: ")
-    assert message in line
+    assert_refused(main, f"{main.__module__}.py", arguments, message, capsys)
 
 
 @pytest.fixture(scope="module")

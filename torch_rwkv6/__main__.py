@@ -25,8 +25,14 @@ from torch_rwkv6.nn import RWKV
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # what a user can put right; FloatingPointError is a model whose logits are NaN
 MISTAKES = (
-    *(FloatingPointError, ImportError, LookupError, MemoryError, OSError, RuntimeError),
-    *(TypeError, ValueError),
+    FloatingPointError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
 

@@ -275,7 +275,7 @@ class RWKV(nn.Module):
                 state.check_memory()
 
     def check_state(self, state: RWKVState, batch_size: int) -> None:
-        """Whether the state is one of this model for so many sequences.
+        """Checks that the state is one of this model for so many sequences.
 
         Raises:
             TypeError: no RWKVState of floating-point tensors, wkv of the right dtype.
