@@ -255,14 +255,14 @@ def _direct_call() -> Step:
 
     import numpy as np
 
-    from benchmarks.contenders.c_interface import LIBRARY, dl_tensor
+    from benchmarks.contenders.c_interface import LIBRARY, WkvInputs, dl_tensor
 
     library = ctypes.CDLL(str(LIBRARY))
     library.rwkv6_wkv_forward.restype = ctypes.c_char_p
     shapes = [(1, 1, 1, 8)] * 4 + [(1, 8), (1, 1, 1, 8), (1, 1, 8, 8)]  # r, k, v, w, u, y, state
     arrays = [np.ones(shape, "float32") for shape in shapes]
-    *inputs, y, state = [ctypes.byref(dl_tensor(x)) for x in arrays]
-    arguments = (None, *inputs, None, None, None, y, state)
+    *inputs, y, state = [ctypes.pointer(dl_tensor(x)) for x in arrays]
+    arguments = (None, ctypes.byref(WkvInputs(*inputs)), y, state)
 
     def call() -> None:
         message = library.rwkv6_wkv_forward(*arguments)

@@ -32,7 +32,8 @@ const char* name_of(DType dtype) {
   }
 }
 
-const char* name_of(StateUse use) { return use == StateUse::update ? "state" : "initial_state"; }
+// The argument whose rows the sequences start from.
+const char* state_name(bool in_place) { return in_place ? "state" : "initial_state"; }
 
 int64_t stride(const DLTensor* x, int dim) {
   if (x->strides) return x->strides[dim];
@@ -120,6 +121,11 @@ DType check_float(const char* name, const DLTensor* x, std::initializer_list<int
   return found;
 }
 
+// An index tensor as it lies in memory; absent for NULL.
+Indices indices(const DLTensor* x) {
+  return x ? Indices{data(x), x->dtype.bits == 64, stride(x, 0)} : Indices();
+}
+
 // A 1-D int32 or int64 tensor; size = -1 takes any.
 void check_indices(const char* name, const DLTensor* x, int64_t size, Device device) {
   check(name, x, {size}, device);
@@ -143,58 +149,67 @@ DType dtype_of(const char* name, const DLTensor* x) {
        int(dtype.code), " of ", int(dtype.bits), " bits");
 }
 
-Shape check_r(const DLTensor* r) {
+int64_t dimension_size(const char* name, const DLTensor* x, int dim) {
+  if (!x) fail(name, ": required, got NULL");
+  if (x->ndim < 1) fail(name, ": expected a matrix, got a number");
+  return x->shape[dim < 0 ? x->ndim + dim : dim];
+}
+
+Sizes check_r(const DLTensor* r) {
   const DType dtype = dtype_of("r", r);
   const Device device = device_of("r", r);
   check_float("r", r, {-1, -1, -1, -1}, device, dtype, dtype);
-  const Shape shape{r->shape[0], r->shape[1], r->shape[2], r->shape[3], device};
-  if (shape.N < 1 || shape.N > kMaxHeadSize)
-    fail("r: expected a head size N from 1 to ", kMaxHeadSize, ", got ", shape.N);
-  return shape;
+  const Sizes sizes{r->shape[0], r->shape[1], r->shape[2], r->shape[3], device};
+  if (sizes.N < 1 || sizes.N > kMaxHeadSize)
+    fail("r: expected a head size N from 1 to ", kMaxHeadSize, ", got ", sizes.N);
+  return sizes;
 }
 
-Tokens tokens(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
-  const DType found =
-      check_float(name, x, {shape.B, shape.T, shape.H, shape.N}, shape.device, dtype, or_dtype);
-  return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
-}
-
-Heads heads(const char* name, const DLTensor* x, Shape shape, DType dtype, DType or_dtype) {
-  if (shape.device.cuda && x && x->ndim == 3) {
-    const DType found =
-        check_float(name, x, {shape.B, shape.H, shape.N}, shape.device, dtype, or_dtype);
-    return {data(x), found, stride(x, 1), shape.B > 1 ? stride(x, 0) : 0};
-  }
-  const DType found = check_float(name, x, {shape.H, shape.N}, shape.device, dtype, or_dtype);
-  return {data(x), found, stride(x, 0)};
-}
-
-States states(const char* name, const DLTensor* x, int64_t rows, Shape shape, DType dtype,
+Tokens tokens(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype,
               DType or_dtype) {
   const DType found =
-      check_float(name, x, {rows, shape.H, shape.N, shape.N}, shape.device, dtype, or_dtype);
+      check_float(name, x, {sizes.B, sizes.T, sizes.H, sizes.N}, sizes.device, dtype, or_dtype);
   return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
 }
 
-Shape check_channels(const char* name, const DLTensor* x) {
+Heads heads(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype, DType or_dtype) {
+  const auto [B, T, H, N, device] = sizes;
+  if (!x || x->ndim != 3) {
+    const DType found = check_float(name, x, {H, N}, device, dtype, or_dtype);
+    return {data(x), found, stride(x, 0)};
+  }
+  const DType found = check_float(name, x, {B, H, N}, device, dtype, or_dtype);
+  // 0 would mean that batch rows share one [H, N], of which an empty batch has none
+  const int64_t stride_b = B == 0 ? 1 : B == 1 ? 0 : stride(x, 0);
+  return {data(x), found, stride(x, 1), stride_b};
+}
+
+States states(const char* name, const DLTensor* x, int64_t rows, const Sizes& sizes, DType dtype,
+              DType or_dtype) {
+  const DType found =
+      check_float(name, x, {rows, sizes.H, sizes.N, sizes.N}, sizes.device, dtype, or_dtype);
+  return {data(x), found, stride(x, 0), stride(x, 1), stride(x, 2)};
+}
+
+Sizes check_channels(const char* name, const DLTensor* x) {
   const DType dtype = dtype_of(name, x);
   check_float(name, x, {-1, -1, -1}, Device(), dtype, dtype);
   return {x->shape[0], x->shape[1], 1, x->shape[2], Device()};
 }
 
-Tokens channel_tokens(const char* name, const DLTensor* x, Shape shape, DType dtype) {
-  check_float(name, x, {shape.B, shape.T, shape.N}, shape.device, dtype, dtype);
+Tokens channel_tokens(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype) {
+  check_float(name, x, {sizes.B, sizes.T, sizes.N}, sizes.device, dtype, dtype);
   return {data(x), dtype, stride(x, 0), stride(x, 1), 0};
 }
 
-Heads channel_vector(const char* name, const DLTensor* x, Shape shape, DType dtype,
+Heads channel_vector(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype,
                      DType or_dtype) {
-  const DType found = check_float(name, x, {shape.N}, shape.device, dtype, or_dtype);
+  const DType found = check_float(name, x, {sizes.N}, sizes.device, dtype, or_dtype);
   return {data(x), found, 0};
 }
 
-States channel_states(const char* name, const DLTensor* x, Shape shape, DType dtype) {
-  check_float(name, x, {shape.B, 3, shape.N}, shape.device, dtype, dtype);
+States channel_states(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype) {
+  check_float(name, x, {sizes.B, 3, sizes.N}, sizes.device, dtype, dtype);
   return {data(x), dtype, stride(x, 0), stride(x, 1), 0};
 }
 
@@ -219,12 +234,6 @@ const char* parameter(const char* name, const DLTensor* x, std::initializer_list
   return data(x);
 }
 
-int64_t size_of(const char* name, const DLTensor* x, int dim) {
-  if (!x) fail(name, ": required, got NULL");
-  if (x->ndim < 1) fail(name, ": expected a matrix, got a number");
-  return x->shape[dim < 0 ? x->ndim + dim : dim];
-}
-
 void check_writable(const char* name, const DLTensor* x) {
   if (overlaps_itself(dimensions(x)))
     fail(name, ": it is written to, but its elements overlap in memory (an expanded view?)");
@@ -239,59 +248,52 @@ void check_apart(const char* name, const DLTensor* x, const char* input_name,
     fail(name, ": it is updated in place, but shares memory with ", input_name);
 }
 
-Walk::Walk(Shape shape, const DLTensor* state_map, const DLTensor* cu_seqlens, StateUse use,
-           const DLTensor* state)
-    : shape(shape),
-      state_map(state_map),
-      cu_seqlens(cu_seqlens),
-      use(use),
-      states(state ? state->shape[0] : 0),
-      count(shape.B) {
+Sequences check_sequences(const Sizes& sizes, const DLTensor* state_map, const DLTensor* cu_seqlens,
+                          const DLTensor* state, bool in_place) {
+  const int64_t states = state ? state->shape[0] : 0;
+  int64_t count = sizes.B;
   if (cu_seqlens) {
-    if (shape.B != 1) fail("cu_seqlens: packed sequences need B = 1, got B = ", shape.B);
-    check_indices("cu_seqlens", cu_seqlens, -1, shape.device);
+    if (sizes.B != 1) fail("cu_seqlens: packed sequences need B = 1, got B = ", sizes.B);
+    check_indices("cu_seqlens", cu_seqlens, -1, sizes.device);
     count = cu_seqlens->shape[0] - 1;
     if (count < 0) fail("cu_seqlens: expected at least one offset (M + 1 of them), got none");
   }
-  if (use == StateUse::none) {
+  if (!state) {
     if (state_map) fail("state_map: given without initial_state, which it would index");
   } else if (state_map) {
-    check_indices("state_map", state_map, count, shape.device);
-  } else if (states != count && (states != 1 || use == StateUse::update)) {
-    fail(name_of(use), ": ", states, " rows for ", count, " sequences need a state_map");
+    check_indices("state_map", state_map, count, sizes.device);
+  } else if (states != count && (states != 1 || in_place)) {
+    fail(state_name(in_place), ": ", states, " rows for ", count, " sequences need a state_map");
   }
-  if (cu_seqlens && count == 0 && shape.T)
-    fail("cu_seqlens: no sequence for T = ", shape.T, " tokens");
+  if (cu_seqlens && count == 0 && sizes.T)
+    fail("cu_seqlens: no sequence for T = ", sizes.T, " tokens");
+  return {count, sizes.T, states, indices(state_map), indices(cu_seqlens), in_place, nullptr};
 }
 
-Indices indices(const DLTensor* x) {
-  return x ? Indices{data(x), x->dtype.bits == 64, stride(x, 0)} : Indices();
-}
-
-std::vector<Sequence> Walk::sequences() const {
+std::vector<Sequence> read_sequences(const Sequences& sequences) {
+  const auto& [count, T, states, map, offsets, in_place, unused] = sequences;
   std::vector<Sequence> result;
-  const Indices offsets = indices(cu_seqlens), map = indices(state_map);
-  if (cu_seqlens && offsets[0] != 0) fail("cu_seqlens: the first must be 0, got ", offsets[0]);
-  if (cu_seqlens && offsets[count] != shape.T)
-    fail("cu_seqlens: the last must be T = ", shape.T, ", got ", offsets[count]);
+  if (offsets.data && offsets[0] != 0) fail("cu_seqlens: the first must be 0, got ", offsets[0]);
+  if (offsets.data && offsets[count] != T)
+    fail("cu_seqlens: the last must be T = ", T, ", got ", offsets[count]);
   std::vector<bool> taken(size_t(states), false);
   for (int64_t m = 0; m < count; m++) {
-    Sequence sequence = {m, 0, shape.T, -1, m};
-    if (cu_seqlens) {
+    Sequence sequence = {m, 0, T, -1, m};
+    if (offsets.data) {
       const int64_t begin = offsets[m], end = offsets[m + 1];
       if (end < begin)
         fail("cu_seqlens: must not fall, but entry ", m + 1, " is ", end, " after ", begin);
       sequence = {0, begin, end - begin, -1, m};
     }
-    if (use != StateUse::none) {
-      const int64_t row = state_map ? map[m] : states == 1 ? 0 : m;
-      const bool padding = use == StateUse::update && row < 0;
+    if (states || map.data) {
+      const int64_t row = map.data ? map[m] : states == 1 ? 0 : m;
+      const bool padding = in_place && row < 0;
       if (!padding && (row < 0 || row >= states))
         fail("state_map: entry ", m, " is ", row, ", expected 0 to ", states - 1, " (", states,
-             " rows of ", name_of(use), ")");
+             " rows of ", state_name(in_place), ")");
       sequence.initial = padding ? -1 : row;
     }
-    if (use == StateUse::update) {
+    if (in_place) {
       const int64_t row = sequence.final = sequence.initial;
       if (row >= 0 && taken[size_t(row)])
         fail("state_map: two sequences cannot update row ", row, " of state in place");

@@ -1,4 +1,5 @@
-// How every entry point runs: which kernels, on how many threads, and what becomes of an exception.
+// How every entry point runs: with which kernels, on how many threads, and how an exception becomes
+// the message that it returns.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 
 namespace rwkv6 {
 
-// Below this many multiply-adds waking other threads costs more than it saves (about 10 us).
+// Below this many multiply-adds, waking other threads (about 10 us) costs more than it saves.
 constexpr int64_t kWorthThreads = 1 << 18;
 
 class Threads {
@@ -23,9 +24,9 @@ class Threads {
 
   bool many() const { return context_; }
 
-  // Parts to cut N columns of each of `units` heads into, none narrower than `narrowest`: as many
-  // as finish first on the threads there are, when each repeats the share `repeated` of a head's
-  // work. The results do not depend on it.
+  // How many parts to cut the N columns of each of `units` heads into, none narrower than
+  // `narrowest`: the number that finishes first on the threads there are. `repeated` is the share
+  // of a head's work that every part has to do again. Results do not depend on the number.
   int64_t parts(int64_t units, int64_t N, int64_t narrowest, double repeated) const {
     const int64_t threads = context_ ? context_->num_threads : 1;
     if (threads == 1) return 1;
@@ -40,21 +41,23 @@ class Threads {
     return best;
   }
 
-  // f(begin, end) over [0, n), which may throw std::bad_alloc.
-  template <class F>
-  void run(int64_t n, const F& f) const {
+  // Runs a kernel on all work units of a job.
+  template <class Job>
+  void run(const Job& job, void (*kernel)(const Job&, int64_t, int64_t)) const {
     struct Body {
-      const F& f;
+      const Job& job;
+      void (*kernel)(const Job&, int64_t, int64_t);
       std::atomic<bool> out_of_memory{false};
       static void call(void* data, int64_t begin, int64_t end) {
         Body* body = static_cast<Body*>(data);
         try {
-          body->f(begin, end);
+          body->kernel(body->job, begin, end);
         } catch (const std::bad_alloc&) {  // must not cross the caller's thread pool
           body->out_of_memory = true;
         }
       }
-    } body{f};
+    } body{job, kernel};
+    const int64_t n = job.units();
     if (n <= 0) return;
     if (context_ && n > 1)
       context_->parallel_for(context_->pool, n, &Body::call, &body);
@@ -68,11 +71,6 @@ inline const KernelsOf& kernels(DType inputs) {
   const Kernels* chosen = select_kernels();
   if (!chosen) throw ArgumentError(no_kernels_message());
   return inputs == DType::f64 ? chosen->f64 : chosen->f32;
-}
-
-template <class Job>
-void run(const Threads& threads, const Job& job, void (*kernel)(const Job&, int64_t, int64_t)) {
-  threads.run(job.units(), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
 // Runs f; NULL, or the message of what it threw.

@@ -40,5 +40,16 @@ class Context(ctypes.Structure):
     ]
 
 
+def _struct_of_tensors(name: str, fields: str) -> type[ctypes.Structure]:
+    pointers = [(field, ctypes.POINTER(DLTensor)) for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": pointers})
+
+
+WkvInputs = _struct_of_tensors("WkvInputs", "r k v w u initial_state state_map cu_seqlens")
+WkvGradients = _struct_of_tensors(
+    "WkvGradients", "grad_r grad_k grad_v grad_w grad_u grad_initial_state"
+)
+
+
 def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoints import random_model
 from torch import Tensor, nn
 
-from torch_rwkv6.nn import RWKV, RWKV6, RWKVState
+from torch_rwkv6.nn import RWKV, RWKV6, RWKVState, decode
 from torch_rwkv6.nn.decode import decode_
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -71,6 +74,18 @@ def test_nan_and_large_inputs() -> None:
     given = [x, *(s.clone() for s in states)]
     found = decode_(block, x, *states)
     torch.testing.assert_close(found, block(*given)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_python_and_c_name_the_parameters_in_one_order() -> None:
+    """The operator takes them by position; their names stand beside the fields of the C struct."""
+    table = Path(__file__).parents[1] / "csrc/include/rwkv6_layer_parameters.inc"
+    rows = re.findall(r'^RWKV6_LAYER_PARAMETER\((\w+), "([\w.]+)"', table.read_text(), re.MULTILINE)
+    names = [f"{m}.{n}" for m, names in decode._NAMES.items() for n in names]
+    assert [name for _, name in rows] == names
+    for field, name in rows:
+        assert field == name.replace(".", "_") or f"{field}_weight" == name.replace(".", "_")
+    block = random_model("6").blocks[1]
+    assert sorted(names) == sorted(name for name, _ in block.named_parameters())
 
 
 @torch.no_grad()
@@ -150,7 +165,7 @@ def test_errors_name_the_argument_and_leave_the_states() -> None:
     x, states = layer_of(model, 2)
     before = RWKVState(*(s.clone() for s in states))
     for name, shape, message in (
-        ("att.key.weight", (3, 4), r"att\.key: expected shape \[32, 32\] .*got \[3, 4\]"),
+        ("att.key.weight", (3, 4), r"att\.key\.weight: expected shape \[32, 32\] .*got \[3, 4\]"),
         ("ln1.bias", (31,), r"ln1\.bias: expected shape \[32\]"),
         ("att.time_maa_w2", (5, 4, 31), r"att\.time_maa_w2: expected shape \[5, 4, 32\]"),
         ("att.time_faaaa", (3, 8), r"att\.time_faaaa: expected \[H, N\] with H \* N = 32"),

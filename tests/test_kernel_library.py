@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from dlpack import K_CPU, K_CUDA, PARALLEL_FOR, Context, DLTensor, int64s
+from dlpack import K_CPU, K_CUDA, PARALLEL_FOR, Context, DLTensor, WkvInputs, int64s
 from samples import random_call
 
 import torch_rwkv6
@@ -39,7 +39,12 @@ def dl(x: np.ndarray | None, *, strides=True, offset=0, **changes):
     )  # fmt: skip
     for name, value in changes.items():
         setattr(tensor, name, value)
-    return ctypes.byref(tensor)
+    return ctypes.pointer(tensor)
+
+
+def wkv_inputs(tensors):
+    """r, k, v, w, u and initial_state, or the first of them."""
+    return ctypes.byref(WkvInputs(*tensors))
 
 
 def arrays(**options):
@@ -51,9 +56,8 @@ def arrays(**options):
 def test_forward_on_numpy_arrays(library, strides):
     inputs = arrays()
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
-    error = library.rwkv6_wkv_forward(
-        None, *(dl(x, strides=strides) for x in inputs), None, None, dl(y), dl(state)
-    )
+    given = wkv_inputs(dl(x, strides=strides) for x in inputs)
+    error = library.rwkv6_wkv_forward(None, given, dl(y), dl(state))
     assert error is None
     expected_y, expected_state = oracle.wkv(*(x.astype(np.float64) for x in inputs))
     np.testing.assert_allclose(y, expected_y, rtol=2e-5, atol=2e-5)
@@ -64,10 +68,9 @@ def test_byte_offset(library):
     inputs = arrays()
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
     other_y, other_state = np.empty_like(y), np.empty_like(state)
-    library.rwkv6_wkv_forward(None, *map(dl, inputs), None, None, dl(y), dl(state))
-    library.rwkv6_wkv_forward(
-        None, *(dl(x, offset=4096) for x in inputs), None, None, dl(other_y), dl(other_state)
-    )
+    library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state))
+    shifted = wkv_inputs(dl(x, offset=4096) for x in inputs)
+    library.rwkv6_wkv_forward(None, shifted, dl(other_y), dl(other_state))
     assert np.array_equal(y, other_y)
     assert np.array_equal(state, other_state)
 
@@ -84,9 +87,9 @@ def test_work_is_cut_for_the_callers_threads_also_within_one_head(library):
     context = Context(parallel_for=PARALLEL_FOR(parallel_for), num_threads=4)
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
     expected_y, expected_state = np.empty_like(y), np.empty_like(state)
-    arguments = [*map(dl, inputs), None, None]
-    library.rwkv6_wkv_forward(None, *arguments, dl(expected_y), dl(expected_state))
-    error = library.rwkv6_wkv_forward(ctypes.byref(context), *arguments, dl(y), dl(state))
+    given = wkv_inputs(map(dl, inputs))
+    library.rwkv6_wkv_forward(None, given, dl(expected_y), dl(expected_state))
+    error = library.rwkv6_wkv_forward(ctypes.byref(context), given, dl(y), dl(state))
     assert error is None
     assert max(pieces) >= 4
     assert np.array_equal(y, expected_y)
@@ -119,7 +122,7 @@ def test_messages_and_untouched_outputs(library, index, change, message):
     inputs = arrays()
     outputs = [np.full_like(inputs[0], 7), np.full_like(inputs[5], 7)]
     tensors = [dl(x, **(change if i == index else {})) for i, x in enumerate(inputs + outputs)]
-    error = library.rwkv6_wkv_forward(None, *tensors[:6], None, None, *tensors[6:])
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors[:6]), *tensors[6:])
     assert error is not None
     assert message in error.decode()
     assert all((x == 7).all() for x in outputs)
@@ -129,7 +132,7 @@ def test_a_call_on_a_gpu_that_cannot_be_made_says_why(library):
     """No CUDA kernels, no GPU or no stream, whatever this machine lacks first."""
     tensors = [dl(x, device_type=K_CUDA) for x in arrays()]
     outputs = [dl(x, device_type=K_CUDA) for x in (arrays()[0], arrays()[5])]
-    error = library.rwkv6_wkv_forward(None, *tensors, None, None, *outputs).decode()
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors), *outputs).decode()
     assert any(s in error for s in ("without CUDA kernels", "cudaGetDevice: ", "context: "))
 
 
@@ -138,7 +141,7 @@ def test_null_arguments(library, missing):
     inputs = arrays()
     outputs = [np.empty_like(inputs[0]), np.empty_like(inputs[5])]
     tensors = [None if i == missing else dl(x) for i, x in enumerate(inputs)]
-    error = library.rwkv6_wkv_forward(None, *tensors, None, None, *map(dl, outputs))
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors), *map(dl, outputs))
     assert error.decode() == f"{'rkvwu'[missing]}: required, got NULL"
 
 
@@ -146,8 +149,42 @@ def test_outputs_that_overlap_themselves_are_refused(library):
     inputs = arrays()
     y = np.lib.stride_tricks.as_strided(np.empty(1000, np.float32), inputs[0].shape, (0, 40, 20, 4))
     state = np.empty_like(inputs[5])
-    error = library.rwkv6_wkv_forward(None, *map(dl, inputs), None, None, dl(y), dl(state))
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state))
     assert b"y: it is written to, but its elements overlap" in error
+
+
+def test_structs_are_required(library):
+    y, state = np.empty((1, 1, 1, 1), np.float32), np.empty((1, 1, 1, 1), np.float32)
+    for function, last in (
+        (library.rwkv6_wkv_forward, [dl(y), dl(state)]),
+        (library.rwkv6_wkv_update, [dl(state), dl(y)]),
+        (library.rwkv6_wkv_backward, [None, None, None]),
+    ):
+        assert function(None, None, *last) == b"inputs: required, got NULL"
+    given = wkv_inputs([None] * 5)
+    assert library.rwkv6_wkv_backward(None, given, None, None, None) == (
+        b"gradients: required, got NULL"
+    )
+
+
+def test_an_update_has_no_initial_state(library):
+    inputs = arrays()
+    state, y = inputs[5].copy(), np.empty_like(inputs[0])
+    error = library.rwkv6_wkv_update(None, wkv_inputs(map(dl, inputs)), dl(state), dl(y))
+    assert error == b"initial_state: expected NULL, an update starts from state"
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((3, 2, 5), "[2, 2, 5]"), ((2, 2, 4), "[2, 2, 5]"), ((2, 4), "[2, 5]")]
+)
+def test_wrong_shapes_of_u(library, shape, expected):
+    """[H, N], or [B, H, N] with a u of its own for every batch row."""
+    inputs = arrays()
+    inputs[4] = np.zeros(shape, np.float32)
+    y, state = np.full_like(inputs[0], 7), np.full_like(inputs[5], 7)
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state))
+    assert error.decode() == f"u: expected shape {expected} (-1: any), got {list(shape)}"
+    assert (y == 7).all()
 
 
 @pytest.mark.memory
@@ -170,8 +207,8 @@ def test_64_bit_offsets(library):
     expected_y, expected_state = oracle.wkv(
         *(x.astype(np.float64) for x in small), u.astype(np.float64), np.zeros((1, 1, N, N))
     )
-    arguments = [*map(dl, wide), dl(u), None, None, None]
-    assert library.rwkv6_wkv_forward(None, *arguments, dl(y), dl(state)) is None
+    given = wkv_inputs([*map(dl, wide), dl(u)])
+    assert library.rwkv6_wkv_forward(None, given, dl(y), dl(state)) is None
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, expected_state, rtol=1e-5, atol=1e-5)
 

@@ -31,6 +31,15 @@ class DLTensor(ctypes.Structure):
     )
 
 
+INPUTS = ("r", "k", "v", "w", "u", "initial_state", "state_map", "cu_seqlens")
+
+
+class WkvInputs(ctypes.Structure):
+    """rwkv6_wkv_inputs of csrc/include/rwkv6.h."""
+
+    _fields_ = tuple((name, ctypes.POINTER(DLTensor)) for name in INPUTS)
+
+
 def dl_tensor(x: np.ndarray) -> DLTensor:
     """The memory of x, contiguous, as a DLTensor. x must outlive it."""
     shape = (ctypes.c_int64 * x.ndim)(*x.shape)
@@ -48,10 +57,11 @@ def prepare(work: Work, inputs: Arrays, threads: int) -> Job:
     run.restype = ctypes.c_char_p
     state, y = inputs["state"].copy(), np.empty_like(inputs["r"])
     held = [inputs[name] for name in ("r", "k", "v", "w", "u")]
-    *args, state_tensor, y_tensor = [ctypes.byref(dl_tensor(x)) for x in (*held, state, y)]
+    given = ctypes.byref(WkvInputs(*(ctypes.pointer(dl_tensor(x)) for x in held)))
+    state_tensor, y_tensor = (ctypes.byref(dl_tensor(x)) for x in (state, y))
 
     def call() -> None:
-        error = run(None, *args, state_tensor, None, None, y_tensor)
+        error = run(None, given, state_tensor, y_tensor)
         if error is not None:
             raise RuntimeError(error.decode())
 

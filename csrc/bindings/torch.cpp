@@ -83,7 +83,7 @@ class View {
   operator DLTensor*() { return present_ ? &dl_ : nullptr; }
 };
 
-// u [H, N]. On a GPU the library takes [B, H, N] as well, which is for XLA.
+// u [H, N]. The library takes [B, H, N] as well, which is for XLA.
 View heads(const Tensor& u) {
   if (u.dim() == 3) throw std::runtime_error("u: expected 2 dimensions [H, N], got 3");
   return View(u);
@@ -209,6 +209,12 @@ void check(const char* message) {
   if (message) throw std::runtime_error(message);
 }
 
+// The address of a temporary, for the expression that it is part of.
+template <class T>
+const T* address(const T& x) {
+  return &x;
+}
+
 std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H, N]
                                const Tensor& k,                      // [B, T, H, N]
                                const Tensor& v,                      // [B, T, H, N]
@@ -218,9 +224,16 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H
                                const OptionalTensor& state_map,      // [B] or [M]
                                const OptionalTensor& cu_seqlens) {   // [M + 1]
   const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens);
-  check(rwkv6_wkv_forward(Context(r), View(r), View(k), View(v), View(w), heads(u),
-                          View(initial_state), View(state_map), View(cu_seqlens), View::output(y),
-                          View::output(final_state)));
+  check(rwkv6_wkv_forward(Context(r),
+                          address(rwkv6_wkv_inputs{.r = View(r),
+                                                   .k = View(k),
+                                                   .v = View(v),
+                                                   .w = View(w),
+                                                   .u = heads(u),
+                                                   .initial_state = View(initial_state),
+                                                   .state_map = View(state_map),
+                                                   .cu_seqlens = View(cu_seqlens)}),
+                          View::output(y), View::output(final_state)));
   return {y, final_state};
 }
 
@@ -239,13 +252,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
                grad_w = empty_for(w), grad_u = empty_for(u);
   const Tensor grad_initial =
       initial_state ? empty_for(*initial_state) : empty(r, {0}, aoti_torch_dtype_float32());
-  View grad_initial_view;
-  if (initial_state) grad_initial_view = View::output(grad_initial);
-  check(rwkv6_wkv_backward(Context(r), View(grad_y), View(grad_final_state), View(r), View(k),
-                           View(v), View(w), heads(u), View(initial_state), View(state_map),
-                           View(cu_seqlens), View::output(grad_r), View::output(grad_k),
-                           View::output(grad_v), View::output(grad_w), View::output(grad_u),
-                           grad_initial_view));
+  check(rwkv6_wkv_backward(
+      Context(r),
+      address(rwkv6_wkv_inputs{.r = View(r),
+                               .k = View(k),
+                               .v = View(v),
+                               .w = View(w),
+                               .u = heads(u),
+                               .initial_state = View(initial_state),
+                               .state_map = View(state_map),
+                               .cu_seqlens = View(cu_seqlens)}),
+      View(grad_y), View(grad_final_state),
+      address(rwkv6_wkv_gradients{
+          .grad_r = View::output(grad_r),
+          .grad_k = View::output(grad_k),
+          .grad_v = View::output(grad_v),
+          .grad_w = View::output(grad_w),
+          .grad_u = View::output(grad_u),
+          .grad_initial_state = initial_state ? View::output(grad_initial) : View()})));
   return {grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial};
 }
 
@@ -258,8 +282,16 @@ Tensor wkv_update(const Tensor& r,                     // [B, T, H, N]
                   const OptionalTensor& state_map,     // [B] or [M]
                   const OptionalTensor& cu_seqlens) {  // [M + 1]
   const Tensor y = empty_for(r);
-  check(rwkv6_wkv_update(Context(r), View(r), View(k), View(v), View(w), heads(u),
-                         View::output(state), View(state_map), View(cu_seqlens), View::output(y)));
+  check(rwkv6_wkv_update(Context(r),
+                         address(rwkv6_wkv_inputs{.r = View(r),
+                                                  .k = View(k),
+                                                  .v = View(v),
+                                                  .w = View(w),
+                                                  .u = heads(u),
+                                                  .initial_state = nullptr,
+                                                  .state_map = View(state_map),
+                                                  .cu_seqlens = View(cu_seqlens)}),
+                         View::output(state), View::output(y)));
   return y;
 }
 
@@ -269,7 +301,12 @@ std::tuple<Tensor, Tensor> wkv4(const Tensor& k,                        // [B, T
                                 const Tensor& u,                        // [D]
                                 const OptionalTensor& initial_state) {  // [B, 3, D]
   const Tensor y = empty_for(k), final_state = empty_channel_states(k);
-  check(rwkv6_wkv4_forward(Context(k), View(k), View(v), View(w), View(u), View(initial_state),
+  check(rwkv6_wkv4_forward(Context(k),
+                           address(rwkv6_wkv4_inputs{.k = View(k),
+                                                     .v = View(v),
+                                                     .w = View(w),
+                                                     .u = View(u),
+                                                     .initial_state = View(initial_state)}),
                            View::output(y), View::output(final_state)));
   return {y, final_state};
 }
@@ -286,12 +323,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
                grad_u = empty_for(u);
   const Tensor grad_initial =
       initial_state ? empty_for(*initial_state) : empty(k, {0}, aoti_torch_dtype_float32());
-  View grad_initial_view;
-  if (initial_state) grad_initial_view = View::output(grad_initial);
-  check(rwkv6_wkv4_backward(Context(k), View(grad_y), View(grad_final_state), View(k), View(v),
-                            View(w), View(u), View(initial_state), View::output(grad_k),
-                            View::output(grad_v), View::output(grad_w), View::output(grad_u),
-                            grad_initial_view));
+  check(rwkv6_wkv4_backward(
+      Context(k),
+      address(rwkv6_wkv4_inputs{.k = View(k),
+                                .v = View(v),
+                                .w = View(w),
+                                .u = View(u),
+                                .initial_state = View(initial_state)}),
+      View(grad_y), View(grad_final_state),
+      address(rwkv6_wkv4_gradients{
+          .grad_k = View::output(grad_k),
+          .grad_v = View::output(grad_v),
+          .grad_w = View::output(grad_w),
+          .grad_u = View::output(grad_u),
+          .grad_initial_state = initial_state ? View::output(grad_initial) : View()})));
   return {grad_k, grad_v, grad_w, grad_u, grad_initial};
 }
 
@@ -301,8 +346,11 @@ Tensor wkv4_update(const Tensor& k,        // [B, T, D]
                    const Tensor& u,        // [D]
                    const Tensor& state) {  // [B, 3, D], updated in place
   const Tensor y = empty_for(k);
-  check(rwkv6_wkv4_update(Context(k), View(k), View(v), View(w), View(u), View::output(state),
-                          View::output(y)));
+  check(rwkv6_wkv4_update(
+      Context(k),
+      address(rwkv6_wkv4_inputs{
+          .k = View(k), .v = View(v), .w = View(w), .u = View(u), .initial_state = nullptr}),
+      View::output(state), View::output(y)));
   return y;
 }
 
@@ -321,16 +369,10 @@ Tensor decode_layer(const Tensor& x,          // [B, D]
                     const std::vector<Tensor>& parameters, double ln_eps, double ln_x_eps) {
   rwkv6_layer layer = {};
   const DLTensor** const fields[] = {
-      &layer.ln1_weight,        &layer.ln1_bias,        &layer.att_time_maa_x,
-      &layer.att_time_maa_w,    &layer.att_time_maa_k,  &layer.att_time_maa_v,
-      &layer.att_time_maa_r,    &layer.att_time_maa_g,  &layer.att_time_maa_w1,
-      &layer.att_time_maa_w2,   &layer.att_time_decay,  &layer.att_time_decay_w1,
-      &layer.att_time_decay_w2, &layer.att_time_faaaa,  &layer.att_receptance,
-      &layer.att_key,           &layer.att_value,       &layer.att_gate,
-      &layer.att_output,        &layer.att_ln_x_weight, &layer.att_ln_x_bias,
-      &layer.ln2_weight,        &layer.ln2_bias,        &layer.ffn_time_maa_k,
-      &layer.ffn_time_maa_r,    &layer.ffn_key,         &layer.ffn_receptance,
-      &layer.ffn_value};
+#define RWKV6_LAYER_PARAMETER(field, name, ...) &layer.field,
+#include "rwkv6_layer_parameters.inc"
+#undef RWKV6_LAYER_PARAMETER
+  };
   constexpr size_t kFields = sizeof(fields) / sizeof(fields[0]);
   if (parameters.size() != kFields)
     throw std::runtime_error("rwkv6::decode_layer: expected " + std::to_string(kFields) +

@@ -1,12 +1,13 @@
 // WKV as custom calls of XLA's foreign function interface, for JAX and TensorFlow.
 //
 // Only XLA's header-only FFI is used. A handler runs where the runtime's API is at least as new as
-// the headers it was built with; neither jaxlib, TensorFlow nor torch is linked, and CUDA is not
-// needed to compile it: what the handlers of XLA's CUDA platform do lies in the kernel library.
+// the headers it was built with; neither jaxlib, TensorFlow nor torch is linked. Compiling it needs
+// no CUDA, whose kernels are in the kernel library. Handlers of the CPU and of XLA's platform "CUDA"
+// differ in what XLA lends to a call: class Cpu and class Gpu.
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -33,32 +34,23 @@ DLDataType dlpack_dtype(ffi::DataType dtype) {
   }
 }
 
-// A buffer as a DLTensor, borrowed: on a GPU all of it, on the CPU batch rows [first, first +
-// count). One row of u [B, H, N] is the library's u [H, N].
+// A buffer as a DLTensor, borrowed; NULL for an absent one.
 class View {
-  static constexpr int kMaxDim = 4;
   DLTensor dl_ = {};
-  int64_t shape_[kMaxDim] = {};
+  bool present_ = false;
 
  public:
-  View(const ffi::AnyBuffer& buffer, DLDevice gpu) {
-    const auto dims = buffer.dimensions();
-    for (size_t i = 0; i < dims.size() && i < kMaxDim; i++) shape_[i] = dims[i];
-    dl_.data = buffer.untyped_data();
-    dl_.device = gpu;
+  View(const std::optional<ffi::AnyBuffer>& buffer, DLDevice device) {
+    if (!buffer) return;
+    present_ = true;
+    const auto dims = buffer->dimensions();
+    dl_.data = buffer->untyped_data();
+    dl_.device = device;
     dl_.ndim = int32_t(dims.size());
-    dl_.dtype = dlpack_dtype(buffer.element_type());
-    dl_.shape = shape_;
+    dl_.dtype = dlpack_dtype(buffer->element_type());
+    dl_.shape = const_cast<int64_t*>(dims.begin());
   }
-  View(const ffi::AnyBuffer& buffer, int64_t first, int64_t count, bool drop_batch = false)
-      : View(buffer, DLDevice{kDLCPU, 0}) {
-    const int64_t rows = shape_[0];
-    if (rows) dl_.data = static_cast<char*>(dl_.data) + int64_t(buffer.size_bytes()) / rows * first;
-    shape_[0] = count;
-    if (drop_batch) dl_.shape++, dl_.ndim--;
-  }
-  View(const View&) = delete;
-  operator DLTensor*() { return &dl_; }
+  operator DLTensor*() { return present_ ? &dl_ : nullptr; }
 };
 
 // XLA's own threads. The calling thread works too and waits only for work that another thread has
@@ -92,155 +84,40 @@ void run_on_pool(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), v
   work->finished.wait(lock, [&] { return work->done == work->shards; });
 }
 
-rwkv6_context context_of(ffi::ThreadPool& threads) {
-  rwkv6_context context = {};
-  context.parallel_for = run_on_pool;
-  context.pool = &threads;
-  context.num_threads = int(threads.num_threads());
-  return context;
-}
+// What XLA lends to a call on the CPU.
+class Cpu {
+  ffi::ThreadPool threads_;
 
-ffi::Error error(const std::string& message) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
-}
+ public:
+  DLDevice device = {kDLCPU, 0};
 
-// The first of the optional operands at the end: the state each sequence starts from
-// [B, H, N, N].
-std::optional<ffi::AnyBuffer> state_of(const ffi::RemainingArgs& operands) {
-  if (operands.size() == 0) return std::nullopt;
-  return operands.get<ffi::AnyBuffer>(0).value();
-}
+  explicit Cpu(ffi::ThreadPool threads) : threads_(std::move(threads)) {}
 
-// On the CPU the second one too: which of how many states that one was taken from [B], to be
-// checked. (On a GPU that would wait for it; there the state taken for a wrong entry is NaN.)
-struct Optional {
-  std::optional<ffi::AnyBuffer> state;
-  std::string problem;
+  rwkv6_context context() {
+    rwkv6_context context = {};
+    context.parallel_for = run_on_pool;
+    context.pool = &threads_;
+    context.num_threads = int(threads_.num_threads());
+    return context;
+  }
 
-  Optional(const ffi::RemainingArgs& operands, int64_t states) : state(state_of(operands)) {
-    if (operands.size() < 2) return;
-    const ffi::AnyBuffer state_map = operands.get<ffi::AnyBuffer>(1).value();
-    const int32_t* rows = static_cast<const int32_t*>(state_map.untyped_data());
-    for (size_t b = 0; b < state_map.element_count() && problem.empty(); b++)
+  // What is wrong with the entries of state_map, which choose among so many states.
+  std::string problem_of(const std::optional<ffi::AnyBuffer>& state_map, int64_t states) const {
+    if (!state_map) return "";
+    const int32_t* rows = static_cast<const int32_t*>(state_map->untyped_data());
+    for (size_t b = 0; b < state_map->element_count(); b++)
       if (rows[b] < 0 || rows[b] >= states)
-        problem = "state_map: entry " + std::to_string(b) + " is " + std::to_string(rows[b]) +
-                  ", expected 0 to " + std::to_string(states - 1) + " (" + std::to_string(states) +
-                  " rows of initial_state)";
+        return "state_map: entry " + std::to_string(b) + " is " + std::to_string(rows[b]) +
+               ", expected 0 to " + std::to_string(states - 1) + " (" + std::to_string(states) +
+               " rows of initial_state)";
+    return "";
   }
 };
 
-// The number of batch rows from `first` on that have the same u: as a rule all of them, since u
-// [B, H, N] is one [H, N] broadcast; under vmap over u as many as belong to one u.
-int64_t rows_with_one_u(const ffi::AnyBuffer& u, int64_t first) {
-  const int64_t rows = u.dimensions()[0], bytes = rows ? int64_t(u.size_bytes()) / rows : 0;
-  const char* data = static_cast<const char*>(u.untyped_data());
-  int64_t next = first + 1;
-  while (next < rows && !std::memcmp(data + first * bytes, data + next * bytes, size_t(bytes)))
-    next++;
-  return next - first;
-}
-
-bool is_batched(const ffi::AnyBuffer& r, const ffi::AnyBuffer& u) {
-  return r.dimensions().size() == 4 && u.dimensions().size() == 3 &&
-         r.dimensions()[0] == u.dimensions()[0];
-}
-
-ffi::Error forward(ffi::ThreadPool threads,
-                   ffi::AnyBuffer r,             // [B, T, H, N]
-                   ffi::AnyBuffer k,             // [B, T, H, N]
-                   ffi::AnyBuffer v,             // [B, T, H, N]
-                   ffi::AnyBuffer w,             // [B, T, H, N]
-                   ffi::AnyBuffer u,             // [B, H, N]
-                   ffi::RemainingArgs optional,  // state [B, H, N, N], state_map [B] (int32)
-                   Result y,                     // [B, T, H, N]
-                   Result final_state,           // [B, H, N, N], may be the memory of state
-                   int64_t states) {
-  const Optional given(optional, states);
-  if (!given.problem.empty()) return error(given.problem);
-  if (!is_batched(r, u)) return error("u: expected [B, H, N] beside r [B, T, H, N]");
-  const rwkv6_context context = context_of(threads);
-  const int64_t batch = r.dimensions()[0];
-  for (int64_t b = 0, n; b < batch; b += n) {
-    n = rows_with_one_u(u, b);
-    View r_(r, b, n), k_(k, b, n), v_(v, b, n), w_(w, b, n), u_(u, b, 1, true), y_(*y, b, n);
-    View final_(*final_state, b, n);
-    std::optional<View> state;
-    if (given.state) state.emplace(*given.state, b, n);
-    const bool inplace = state && given.state->untyped_data() == final_state->untyped_data();
-    const char* problem =
-        inplace ? rwkv6_wkv_update(&context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
-                : rwkv6_wkv_forward(&context, r_, k_, v_, w_, u_,
-                                    state ? static_cast<DLTensor*>(*state) : nullptr, nullptr,
-                                    nullptr, y_, final_);
-    if (problem) return error(problem);
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error backward(ffi::ThreadPool threads,
-                    ffi::AnyBuffer grad_y,            // [B, T, H, N]
-                    ffi::AnyBuffer grad_final_state,  // [B, H, N, N]
-                    ffi::AnyBuffer r,                 // [B, T, H, N]
-                    ffi::AnyBuffer k,                 // [B, T, H, N]
-                    ffi::AnyBuffer v,                 // [B, T, H, N]
-                    ffi::AnyBuffer w,                 // [B, T, H, N]
-                    ffi::AnyBuffer u,                 // [B, H, N]
-                    ffi::RemainingArgs optional,      // state [B, H, N, N], state_map [B] (int32)
-                    Result grad_r,                    // [B, T, H, N]
-                    Result grad_k,                    // [B, T, H, N]
-                    Result grad_v,                    // [B, T, H, N]
-                    Result grad_w,                    // [B, T, H, N]
-                    Result grad_u,                    // [B, H, N], of each row by itself
-                    ffi::RemainingRets grad_state,    // [B, H, N, N] beside state
-                    int64_t states) {
-  const Optional given(optional, states);
-  if (!given.problem.empty()) return error(given.problem);
-  if (!is_batched(r, u)) return error("u: expected [B, H, N] beside r [B, T, H, N]");
-  std::optional<ffi::AnyBuffer> grad_state_buffer;
-  if (given.state) grad_state_buffer = *grad_state.get<ffi::AnyBuffer>(0).value();
-
-  const auto row = [&](const rwkv6_context* context, int64_t b) {
-    View grad_y_(grad_y, b, 1), grad_final_(grad_final_state, b, 1);
-    View r_(r, b, 1), k_(k, b, 1), v_(v, b, 1), w_(w, b, 1), u_(u, b, 1, true);
-    View grad_r_(*grad_r, b, 1), grad_k_(*grad_k, b, 1), grad_v_(*grad_v, b, 1);
-    View grad_w_(*grad_w, b, 1), grad_u_(*grad_u, b, 1, true);
-    std::optional<View> state, grad_state_;
-    if (given.state)
-      state.emplace(*given.state, b, 1), grad_state_.emplace(*grad_state_buffer, b, 1);
-    return rwkv6_wkv_backward(context, grad_y_, grad_final_, r_, k_, v_, w_, u_,
-                              state ? static_cast<DLTensor*>(*state) : nullptr, nullptr, nullptr,
-                              grad_r_, grad_k_, grad_v_, grad_w_, grad_u_,
-                              state ? static_cast<DLTensor*>(*grad_state_) : nullptr);
-  };
-  const rwkv6_context context = context_of(threads);
-  const int64_t batch = r.dimensions()[0];
-  if (batch < 4 * context.num_threads) {  // rows one after the other, every thread on each
-    for (int64_t b = 0; b < batch; b++)
-      if (const char* problem = row(&context, b)) return error(problem);
-    return ffi::Error::Success();
-  }
-  struct Rows {  // rows side by side, one thread on each
-    const decltype(row)& call;
-    std::mutex mutex;
-    std::string problem;
-  } rows{row, {}, {}};
-  run_on_pool(
-      &threads, batch,
-      [](void* data, int64_t begin, int64_t end) {
-        Rows& rows = *static_cast<Rows*>(data);
-        for (int64_t b = begin; b < end; b++)
-          if (const char* problem = rows.call(nullptr, b)) {
-            std::lock_guard<std::mutex> lock(rows.mutex);
-            rows.problem = problem;
-          }
-      },
-      &rows);
-  return rows.problem.empty() ? ffi::Error::Success() : error(rows.problem);
-}
-
 // What XLA lends to a call on a GPU. It makes the device's context current before it calls.
 class Gpu {
-  ffi::ScratchAllocator& scratch_;
+  void* stream_;
+  ffi::ScratchAllocator scratch_;
 
   static void* allocate(void* pool, size_t bytes) {
     constexpr size_t kPromised = 16, kWanted = 256;  // alignments: XLA's, the kernels'
@@ -252,78 +129,129 @@ class Gpu {
   }
 
  public:
-  rwkv6_context context = {};
   DLDevice device = {kDLCUDA, rwkv6_cuda_current_device()};
 
-  Gpu(void* stream, ffi::ScratchAllocator& scratch) : scratch_(scratch) {
+  Gpu(void* stream, ffi::ScratchAllocator scratch)
+      : stream_(stream), scratch_(std::move(scratch)) {}
+
+  rwkv6_context context() {
+    rwkv6_context context = {};
     context.pool = &scratch_;
-    context.stream = stream;
+    context.stream = stream_;
     context.allocate = allocate;
+    return context;
+  }
+
+  // Reading them would wait for the GPU; the state that XLA takes for a wrong entry is NaN.
+  std::string problem_of(const std::optional<ffi::AnyBuffer>&, int64_t) const { return ""; }
+};
+
+ffi::Error result_of(const char* problem) {
+  if (!problem) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, problem);
+}
+
+// One of the optional buffers at the end. Of the operands, the first is the state that each sequence
+// starts from [B, H, N, N], and the second says which of the initial states that was [B].
+std::optional<ffi::AnyBuffer> optional(const ffi::RemainingArgs& operands, size_t i) {
+  if (operands.size() <= i) return std::nullopt;
+  return operands.get<ffi::AnyBuffer>(i).value();
+}
+std::optional<ffi::AnyBuffer> optional(const ffi::RemainingRets& results, size_t i) {
+  if (results.size() <= i) return std::nullopt;
+  return *results.get<ffi::AnyBuffer>(i).value();
+}
+
+template <class Platform>
+ffi::Error forward(Platform platform,
+                   ffi::AnyBuffer r,         // [B, T, H, N]
+                   ffi::AnyBuffer k,         // [B, T, H, N]
+                   ffi::AnyBuffer v,         // [B, T, H, N]
+                   ffi::AnyBuffer w,         // [B, T, H, N]
+                   ffi::AnyBuffer u,         // [B, H, N]
+                   ffi::RemainingArgs more,  // state [B, H, N, N], state_map [B] (int32)
+                   Result y,                 // [B, T, H, N]
+                   Result final_state,       // [B, H, N, N], may be the memory of state
+                   int64_t states) {
+  const std::string problem = platform.problem_of(optional(more, 1), states);
+  if (!problem.empty()) return result_of(problem.c_str());
+  const auto view = [&](const auto& buffer) { return View(buffer, platform.device); };
+  const std::optional<ffi::AnyBuffer> state = optional(more, 0);
+  const bool in_place = state && state->untyped_data() == final_state->untyped_data();
+  View r_ = view(r), k_ = view(k), v_ = view(v), w_ = view(w), u_ = view(u);
+  View state_ = view(state), y_ = view(*y), final_state_ = view(*final_state);
+  rwkv6_wkv_inputs inputs = {};
+  inputs.r = r_, inputs.k = k_, inputs.v = v_, inputs.w = w_, inputs.u = u_;
+  const rwkv6_context context = platform.context();
+  if (in_place) return result_of(rwkv6_wkv_update(&context, &inputs, final_state_, y_));
+  inputs.initial_state = state_;
+  return result_of(rwkv6_wkv_forward(&context, &inputs, y_, final_state_));
+}
+
+template <class Platform>
+ffi::Error backward(Platform platform,
+                    ffi::AnyBuffer grad_y,            // [B, T, H, N]
+                    ffi::AnyBuffer grad_final_state,  // [B, H, N, N]
+                    ffi::AnyBuffer r,                 // [B, T, H, N]
+                    ffi::AnyBuffer k,                 // [B, T, H, N]
+                    ffi::AnyBuffer v,                 // [B, T, H, N]
+                    ffi::AnyBuffer w,                 // [B, T, H, N]
+                    ffi::AnyBuffer u,                 // [B, H, N]
+                    ffi::RemainingArgs more,          // state [B, H, N, N], state_map [B] (int32)
+                    Result grad_r,                    // [B, T, H, N]
+                    Result grad_k,                    // [B, T, H, N]
+                    Result grad_v,                    // [B, T, H, N]
+                    Result grad_w,                    // [B, T, H, N]
+                    Result grad_u,                    // [B, H, N], of each batch row by itself
+                    ffi::RemainingRets more_grads,    // [B, H, N, N], if there is a state
+                    int64_t states) {
+  const std::string problem = platform.problem_of(optional(more, 1), states);
+  if (!problem.empty()) return result_of(problem.c_str());
+  const auto view = [&](const auto& buffer) { return View(buffer, platform.device); };
+  View r_ = view(r), k_ = view(k), v_ = view(v), w_ = view(w), u_ = view(u);
+  View state_ = view(optional(more, 0)), grad_state_ = view(optional(more_grads, 0));
+  View grad_y_ = view(grad_y), grad_final_state_ = view(grad_final_state);
+  View grad_r_ = view(*grad_r), grad_k_ = view(*grad_k), grad_v_ = view(*grad_v);
+  View grad_w_ = view(*grad_w), grad_u_ = view(*grad_u);
+  rwkv6_wkv_inputs inputs = {};
+  inputs.r = r_, inputs.k = k_, inputs.v = v_, inputs.w = w_, inputs.u = u_;
+  inputs.initial_state = state_;
+  const rwkv6_wkv_gradients gradients = {grad_r_, grad_k_, grad_v_, grad_w_, grad_u_, grad_state_};
+  const rwkv6_context context = platform.context();
+  return result_of(rwkv6_wkv_backward(&context, &inputs, grad_y_, grad_final_state_, &gradients));
+}
+
+}  // namespace
+
+// A platform's context, made of XLA's own.
+template <>
+struct xla::ffi::CtxDecoding<Cpu> {
+  using Type = Cpu;
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    return Cpu(*CtxDecoding<ThreadPool>::Decode(api, context, diagnostic));
+  }
+};
+template <>
+struct xla::ffi::CtxDecoding<Gpu> {
+  using Type = Gpu;
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto stream = CtxDecoding<PlatformStream<void*>>::Decode(api, context, diagnostic);
+    if (!stream) return std::nullopt;
+    return Gpu(*stream, *CtxDecoding<ScratchAllocator>::Decode(api, context, diagnostic));
   }
 };
 
-ffi::Error forward_cuda(void* stream, ffi::ScratchAllocator scratch,
-                        ffi::AnyBuffer r,             // as in `forward`
-                        ffi::AnyBuffer k,             //
-                        ffi::AnyBuffer v,             //
-                        ffi::AnyBuffer w,             //
-                        ffi::AnyBuffer u,             // [B, H, N]
-                        ffi::RemainingArgs optional,  // state, state_map
-                        Result y,                     //
-                        Result final_state,           // may be the memory of state
-                        int64_t) {
-  const Gpu gpu(stream, scratch);
-  const std::optional<ffi::AnyBuffer> given = state_of(optional);
-  View r_(r, gpu.device), k_(k, gpu.device), v_(v, gpu.device), w_(w, gpu.device);
-  View u_(u, gpu.device), y_(*y, gpu.device), final_(*final_state, gpu.device);
-  std::optional<View> state;
-  if (given) state.emplace(*given, gpu.device);
-  const bool inplace = given && given->untyped_data() == final_state->untyped_data();
-  const char* problem =
-      inplace ? rwkv6_wkv_update(&gpu.context, r_, k_, v_, w_, u_, final_, nullptr, nullptr, y_)
-              : rwkv6_wkv_forward(&gpu.context, r_, k_, v_, w_, u_,
-                                  state ? static_cast<DLTensor*>(*state) : nullptr, nullptr,
-                                  nullptr, y_, final_);
-  return problem ? error(problem) : ffi::Error::Success();
-}
+namespace {
 
-ffi::Error backward_cuda(void* stream, ffi::ScratchAllocator scratch,
-                         ffi::AnyBuffer grad_y,            // as in `backward`
-                         ffi::AnyBuffer grad_final_state,  //
-                         ffi::AnyBuffer r,                 //
-                         ffi::AnyBuffer k,                 //
-                         ffi::AnyBuffer v,                 //
-                         ffi::AnyBuffer w,                 //
-                         ffi::AnyBuffer u,                 // [B, H, N]
-                         ffi::RemainingArgs optional,      // state, state_map
-                         Result grad_r,                    //
-                         Result grad_k,                    //
-                         Result grad_v,                    //
-                         Result grad_w,                    //
-                         Result grad_u,                    // [B, H, N], of each row by itself
-                         ffi::RemainingRets grad_state,    // beside state
-                         int64_t) {
-  const Gpu gpu(stream, scratch);
-  const std::optional<ffi::AnyBuffer> given = state_of(optional);
-  View grad_y_(grad_y, gpu.device), grad_final_(grad_final_state, gpu.device);
-  View r_(r, gpu.device), k_(k, gpu.device), v_(v, gpu.device), w_(w, gpu.device);
-  View u_(u, gpu.device), grad_r_(*grad_r, gpu.device), grad_k_(*grad_k, gpu.device);
-  View grad_v_(*grad_v, gpu.device), grad_w_(*grad_w, gpu.device), grad_u_(*grad_u, gpu.device);
-  std::optional<View> state, grad_state_;
-  if (given) {
-    state.emplace(*given, gpu.device);
-    grad_state_.emplace(*grad_state.get<ffi::AnyBuffer>(0).value(), gpu.device);
-  }
-  const char* problem = rwkv6_wkv_backward(
-      &gpu.context, grad_y_, grad_final_, r_, k_, v_, w_, u_,
-      state ? static_cast<DLTensor*>(*state) : nullptr, nullptr, nullptr, grad_r_, grad_k_, grad_v_,
-      grad_w_, grad_u_, grad_state_ ? static_cast<DLTensor*>(*grad_state_) : nullptr);
-  return problem ? error(problem) : ffi::Error::Success();
-}
-
-// The operands, results and attributes of forward and of backward, after the platform's context.
-auto bind_forward(auto context) {
-  return std::move(context)
+// The operands, results and attributes of forward and of backward, after the platform. None is
+// marked as fit for XLA's command buffers (CUDA graphs): the scratch memory of a call is given back
+// when the call returns, and a graph would use it again.
+template <class Platform>
+auto bind_forward() {
+  return ffi::Ffi::Bind()
+      .template Ctx<Platform>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
@@ -335,8 +263,10 @@ auto bind_forward(auto context) {
       .template Attr<int64_t>("states");
 }
 
-auto bind_backward(auto context) {
-  return std::move(context)
+template <class Platform>
+auto bind_backward() {
+  return ffi::Ffi::Bind()
+      .template Ctx<Platform>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
@@ -354,14 +284,6 @@ auto bind_backward(auto context) {
       .template Attr<int64_t>("states");
 }
 
-auto cpu() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
-
-// Not marked as fit for XLA's command buffers (CUDA graphs): the scratch memory of a call is given
-// back when the call returns, and a graph would use it again.
-auto cuda() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::ScratchAllocator>();
-}
-
 }  // namespace
 
 // Declared first, for the visibility: the macros below define them.
@@ -370,10 +292,10 @@ extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_backward(XLA_FFI_CallFrame* frame)
 extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_forward_cuda(XLA_FFI_CallFrame* frame);
 extern "C" RWKV6_API XLA_FFI_Error* rwkv6_xla_backward_cuda(XLA_FFI_CallFrame* frame);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward, forward, bind_forward(cpu()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward, backward, bind_backward(cpu()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward_cuda, forward_cuda, bind_forward(cuda()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward_cuda, backward_cuda, bind_backward(cuda()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward, forward<Cpu>, bind_forward<Cpu>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward, backward<Cpu>, bind_backward<Cpu>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward_cuda, forward<Gpu>, bind_forward<Gpu>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward_cuda, backward<Gpu>, bind_backward<Gpu>());
 
 // Registers those of the CPU with a runtime that has no Python interface for it (TensorFlow), whose
 // API is `api`. Zero, or non-zero where the runtime is too old or refuses.

@@ -27,7 +27,7 @@
 #endif
 
 #include "../huge_pages.h"
-#include "job.h"
+#include "kernels.h"
 
 #define RWKV6_NAME_OF(x) #x
 #define RWKV6_NAME(x) RWKV6_NAME_OF(x)

@@ -162,17 +162,18 @@ class Layer {
 
   // One of the data-dependent token shifts, and w from its own.
   void mix_one(int64_t i) const {
-    const char* const maa[kMixes] = {job.maa_k, job.maa_v, job.maa_r, job.maa_g, job.maa_w};
+    const char* const maa[kMixes] = {job.att_time_maa_k, job.att_time_maa_v, job.att_time_maa_r,
+                                     job.att_time_maa_g, job.att_time_maa_w};
     const int64_t stored[kMixes] = {1, 2, 3, 4, 0};  // as the weights have them: w, k, v, r, g
     const int64_t rank = job.mix_rank, bytes = stored[i] * rank * size_of(job.dtype);
-    low_rank(mixed_x, job.maa_w1 + bytes, kMixes * rank, job.maa_w2 + bytes * D, rank, maa[i],
-             low[i], mixed[i]);
+    low_rank(mixed_x, job.att_time_maa_w1 + bytes, kMixes * rank, job.att_time_maa_w2 + bytes * D,
+             rank, maa[i], low[i], mixed[i]);
     each(mixed[i], D, [&](int64_t j, int64_t m) {
       return fma(at(change, j, m), at(mixed[i], j, m), at(token, j, m));
     });
     if (i == kMixes - 1)
-      low_rank(mixed[i], job.decay_w1, job.decay_rank, job.decay_w2, job.decay_rank, job.time_decay,
-               low[i], w);
+      low_rank(mixed[i], job.att_time_decay_w1, job.decay_rank, job.att_time_decay_w2,
+               job.decay_rank, job.att_time_decay, low[i], w);
   }
 
   struct Product {  // y = x weight^T, with the weight [N, K]
@@ -212,14 +213,14 @@ class Layer {
     const auto heads = [&](const Rows& rows) {
       return Tokens{reinterpret_cast<char*>(rows.data), DTypeOf<T>::value, rows.pitch, 0, job.N};
     };
-    ForwardJob wkv = {};
-    wkv.sequences = job.sequences, wkv.num_sequences = M;
+    ForwardWork wkv = {};
+    wkv.sequences.count = M, wkv.list = job.list;
     wkv.H = job.H, wkv.N = job.N, wkv.parts = 1;
     wkv.r = heads(r), wkv.k = heads(k), wkv.v = heads(v), wkv.w = heads(w), wkv.y = heads(y);
-    wkv.u = {const_cast<char*>(job.time_faaaa), job.dtype, job.N};
+    wkv.u = {const_cast<char*>(job.att_time_faaaa), job.dtype, job.N};
     wkv.initial = wkv.final = job.wkv;
-    const T* const weight = parameter(job.ln_x_weight, 0);
-    const T* const bias = parameter(job.ln_x_bias, 1);
+    const T* const weight = parameter(job.att_ln_x_weight, 0);
+    const T* const bias = parameter(job.att_ln_x_bias, 1);
     parallel(wkv.units(), [&](int64_t begin, int64_t end) {
       forward(wkv, begin, end);
       for (int64_t unit = begin; unit < end; unit++) {
@@ -246,23 +247,23 @@ class Layer {
     for (int64_t m = 0; m < M; m++) load_row(job.x.row(m, 0, 0), job.dtype, D, x.row(m));
 
     next_token(job.ln1_weight, job.ln1_bias, job.att_shift);
-    mix(job.maa_x, mixed_x);
+    mix(job.att_time_maa_x, mixed_x);
     parallel(kMixes, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) mix_one(i);
     });
-    project<4>({{mixed[0], job.key, D, D, k},
-                {mixed[1], job.value, D, D, v},
-                {mixed[2], job.receptance, D, D, r},
-                {mixed[3], job.gate, D, D, g}});
+    project<4>({{mixed[0], job.att_key, D, D, k},
+                {mixed[1], job.att_value, D, D, v},
+                {mixed[2], job.att_receptance, D, D, r},
+                {mixed[3], job.att_gate, D, D, g}});
     recur();
     each(y, D,
          [&](int64_t i, int64_t m) { return at(y, i, m) * at(g, i, m) * sigmoid(at(g, i, m)); });
-    project<1>({{y, job.output, D, D, v}});
+    project<1>({{y, job.att_output, D, D, v}});
     each(x, D, [&](int64_t i, int64_t m) { return at(x, i, m) + at(v, i, m); });
 
     next_token(job.ln2_weight, job.ln2_bias, job.ffn_shift);
-    mix(job.ffn_maa_k, k);
-    mix(job.ffn_maa_r, r);
+    mix(job.ffn_time_maa_k, k);
+    mix(job.ffn_time_maa_r, r);
     project<2>({{k, job.ffn_key, F, D, hidden}, {r, job.ffn_receptance, D, D, g}});
     each(hidden, F, [&](int64_t i, int64_t m) {
       const V h = at(hidden, i, m), zero(T(0));

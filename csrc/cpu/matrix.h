@@ -33,7 +33,7 @@ RWKV6_INLINE void for_columns(Length n, const F& f) {
 // and a are `pitch` apart, those of M n.
 template <int C, bool Add, class T, class Length>
 RWKV6_INLINE void multiply(Length m, Length n, int64_t pitch, const T* a, const T* M, T* out,
-                           Fetch& fetch) {
+                           Prefetcher& prefetcher) {
   typedef Vec<T> V;
   constexpr int R = RWKV6_TILE_ROWS;
   for_columns<2, T>(n, [&](auto q_count, int64_t i) {
@@ -50,7 +50,7 @@ RWKV6_INLINE void multiply(Length m, Length n, int64_t pitch, const T* a, const 
           const V scalar(a[(t + b) * pitch + x]);
           RWKV6_UNROLLED (int q = 0; q < Q; q++) sum[b][q] = fma(scalar, row[q], sum[b][q]);
         }
-        if (x % 2) fetch.line();
+        if (x % 2) prefetcher.next_line();
       }
       RWKV6_UNROLLED (int b = 0; b < R; b++)
         RWKV6_UNROLLED (int q = 0; q < Q; q++)
@@ -63,7 +63,7 @@ RWKV6_INLINE void multiply(Length m, Length n, int64_t pitch, const T* a, const 
 // tokens t.
 template <int C, class T, class Length>
 RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, const T* decay_low,
-                         const T* a, const T* b, const T* from, T* to, Fetch& fetch) {
+                         const T* a, const T* b, const T* from, T* to, Prefetcher& prefetcher) {
   typedef Vec<T> V;
   constexpr int R = RWKV6_TILE_ROWS < V::W ? RWKV6_TILE_ROWS : V::W;  // m is whole vectors
   for_columns<2, T>(n, [&](auto q_count, int64_t i) {
@@ -83,7 +83,7 @@ RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, cons
           const V scalar(a[t * pitch + x + r]);
           RWKV6_UNROLLED (int q = 0; q < Q; q++) M[r][q] = fma(scalar, row[q], M[r][q]);
         }
-        fetch.line();
+        prefetcher.next_line();
       }
       RWKV6_UNROLLED (int r = 0; r < R; r++)
         RWKV6_UNROLLED (int q = 0; q < Q; q++) M[r][q].store(to + (x + r) * n + i + q * V::W);

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "job.h"
+#include "kernels.h"
 
 namespace rwkv6 {
 

@@ -12,8 +12,8 @@ void sum(const SumJob& job, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < job.N; j++) total[j] = T(0);
       for (int64_t at = job.first[s]; at < job.first[s + 1]; at++) {
         const int64_t m = job.members[at];
-        const T* part = static_cast<const T*>(job.parts) + ((m * job.H + h) * job.rows + i) * job.N;
-        for (int64_t j = 0; j < job.N; j++) total[j] += part[j];
+        const T* term = static_cast<const T*>(job.terms) + ((m * job.H + h) * job.rows + i) * job.N;
+        for (int64_t j = 0; j < job.N; j++) total[j] += term[j];
       }
       const int64_t offset = i * job.out.stride_row * size_of(job.out.dtype);
       store_row(total, job.N, job.out.dtype, job.out.matrix(s, h) + offset);

@@ -115,8 +115,8 @@ void wkv4_backward(const Wkv4Job& job, int64_t begin, int64_t end) {
     }
     alignas(64) T w[C];
     channels.load(job.w.row(0), job.w.dtype, w);
-    T* const out_w = static_cast<T*>(job.grad_w) + b * job.D + channels.first;
-    T* const out_u = static_cast<T*>(job.grad_u) + b * job.D + channels.first;
+    T* const out_w = static_cast<T*>(job.grad_w_terms) + b * job.D + channels.first;
+    T* const out_u = static_cast<T*>(job.grad_u_terms) + b * job.D + channels.first;
     for (int64_t i = 0; i < channels.n; i++) {
       out_w[i] = grad_w[i] * (w[i] >= T(80) ? T(0) : channels.decay[i]);  // bounded there
       out_u[i] = grad_u[i];

@@ -72,7 +72,7 @@ RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
 // R, K, A and the decay of the whole chunk. u [N], residual [N]: what the decays of the head's
 // chunks so far have lost, relative to their product.
 template <class T, class X, int C>
-RWKV6_INLINE void weigh(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
+RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;
   typedef ForwardChunk<T> Chunk;
   V A[Chunk::pair(C, 0)];
@@ -117,7 +117,7 @@ RWKV6_INLINE void weigh(int64_t N, const T* u, T* residual, ForwardChunk<T>& chu
 // many times as large is rounded once.
 template <class T, class X, int C, bool Settles, int Q, bool Partial>
 RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
-                               const StateMove<T>& state, int64_t columns, Fetch& fetch) {
+                               const StateMove<T>& state, int64_t columns, Prefetcher& prefetcher) {
   typedef Vec<T> V;
   V v[C][Q], y[C][Q];
   RWKV6_UNROLLED (int t = 0; t < C; t++) {
@@ -171,7 +171,7 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
       RWKV6_UNROLLED (int64_t j = 0; j < Q * V::W; j += 64 / int64_t(sizeof(T)))
         __builtin_prefetch(from + 16 * from_stride + j);
     else
-      fetch.line();
+      prefetcher.next_line();
     from += from_stride, to += to_stride;
   }
   RWKV6_UNROLLED (int t = 0; t < C; t++)
@@ -182,24 +182,25 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
 // One head's y and state through the chunk.
 template <class T, class X, int C, bool Settles>
 void forward_tiles(ForwardChunk<T>& chunk, int64_t N, int64_t columns, const StateMove<T>& state,
-                   Fetch& fetch) {
+                   Prefetcher& prefetcher) {
   typedef Vec<T> V;
   constexpr int Q = C == 1 ? 4 : RWKV6_TILE_VECTORS;
   int64_t j = 0;
   for (; j + Q * V::W <= columns; j += Q * V::W)
-    forward_tile<T, X, C, Settles, Q, false>(chunk, N, j, state, 0, fetch);
+    forward_tile<T, X, C, Settles, Q, false>(chunk, N, j, state, 0, prefetcher);
   if (j + 2 * V::W <= columns) {
-    forward_tile<T, X, C, Settles, 2, false>(chunk, N, j, state, 0, fetch);
+    forward_tile<T, X, C, Settles, 2, false>(chunk, N, j, state, 0, prefetcher);
     j += 2 * V::W;
   }
   for (; j + V::W <= columns; j += V::W)
-    forward_tile<T, X, C, Settles, 1, false>(chunk, N, j, state, 0, fetch);
-  if (j < columns) forward_tile<T, X, C, Settles, 1, true>(chunk, N, j, state, columns - j, fetch);
+    forward_tile<T, X, C, Settles, 1, false>(chunk, N, j, state, 0, prefetcher);
+  if (j < columns)
+    forward_tile<T, X, C, Settles, 1, true>(chunk, N, j, state, columns - j, prefetcher);
 }
 
 // Moves to y what could not be written there at once.
 template <class T>
-void pack(const ForwardJob& job, const Sequence& sequence, Columns part,
+void pack(const ForwardWork& job, const Sequence& sequence, Columns part,
           const ForwardChunk<T>& chunk) {
   const int64_t n = part.last - part.first, size = size_of(job.y.dtype);
   if (n % Vec<T>::W == 0) return;
@@ -212,7 +213,7 @@ void pack(const ForwardJob& job, const Sequence& sequence, Columns part,
 // Points state.from at the head's initial state, where the first chunk can read it; otherwise that
 // is put into state.to.
 template <class T>
-void start(const ForwardJob& job, const Sequence& sequence, int64_t h, Columns part,
+void start(const ForwardWork& job, const Sequence& sequence, int64_t h, Columns part,
            StateMove<T>& state) {
   const char* initial = sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h);
   if (initial && size_of(job.initial.dtype) == sizeof(T) && sequence.length) {
@@ -245,8 +246,8 @@ struct ForwardScratch {
 // The way through one sequence, heads [first, last) and the columns of one part: block after block,
 // the heads in turn, chunk after chunk. X is the dtype of the inputs.
 template <class T, class X>
-struct ForwardWalk {
-  const ForwardJob& job;
+struct SequenceForward {
+  const ForwardWork& job;
   const Sequence& sequence;
   const int64_t first, last;
   const Columns part;
@@ -261,7 +262,7 @@ struct ForwardWalk {
   // its first token's rows: [N], of v and y the part's columns
   const char *r = nullptr, *k = nullptr, *v = nullptr, *w = nullptr;
   char* y = nullptr;
-  Fetch fetch = {};
+  Prefetcher prefetcher = {};
 
   int64_t block_end() const {
     return sequence.length - block < kBlock ? sequence.length : block + kBlock;
@@ -275,15 +276,15 @@ struct ForwardWalk {
     const int64_t offset = part.first * int64_t(sizeof(X));
     r = row(job.r), k = row(job.k), v = row(job.v) + offset, w = row(job.w);
     y = row(job.y) + offset;
-    load_row(job.u.row(h), job.u.dtype, job.N, u);
-    fetch.clear();
+    load_row(job.u.row(h, sequence.b), job.u.dtype, job.N, u);
+    prefetcher.clear();
     const bool same_block = h + 1 < last;  // or else the first head's, with the next block
     const int64_t next_t = same_block ? 0 : kBlock, next_h = same_block ? 1 : first - h;
     const int64_t left = sequence.length - block - next_t;
     const int64_t tokens = left < kBlock ? left : kBlock;
     if (tokens < kChunk) return;
     const auto want = [&](const Tokens& x, const char* at, int64_t n) {
-      fetch.want(x, at + x.distance(next_t, next_h), tokens, n);
+      prefetcher.want(x, at + x.distance(next_t, next_h), tokens, n);
     };
     want(job.w, w, job.N);
     want(job.r, r, job.N);
@@ -318,7 +319,7 @@ struct ForwardWalk {
       chunk.y[t] = columns % Vec<T>::W ? static_cast<void*>(chunk.y_copy.row[t]) : y;
       y += job.y.stride_t * int64_t(sizeof(X));
     }
-    weigh<T, X, C>(N, u, residuals[h - first], chunk);
+    intra_chunk<T, X, C>(N, u, residuals[h - first], chunk);
   }
 
   void unpack_next(ForwardChunk<T>& chunk) {
@@ -341,11 +342,11 @@ struct ForwardWalk {
     StateMove<T> state = state_of(chunk.h);
     if (chunk.step == 0) start(job, sequence, chunk.h, part, state);
     if (chunk.tokens == 1)
-      forward_tiles<T, X, 1, true>(chunk, job.N, columns, state, fetch);
+      forward_tiles<T, X, 1, true>(chunk, job.N, columns, state, prefetcher);
     else if (chunk.settles)
-      forward_tiles<T, X, kChunk, true>(chunk, job.N, columns, state, fetch);
+      forward_tiles<T, X, kChunk, true>(chunk, job.N, columns, state, prefetcher);
     else
-      forward_tiles<T, X, kChunk, false>(chunk, job.N, columns, state, fetch);
+      forward_tiles<T, X, kChunk, false>(chunk, job.N, columns, state, prefetcher);
     pack(job, sequence, part, chunk);
   }
 
@@ -372,7 +373,7 @@ struct ForwardWalk {
 };
 
 template <class T, class X>
-void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t first, int64_t last,
+void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t first, int64_t last,
                    Columns part, bool alone, ForwardScratch<T>& scratch) {
   const int64_t columns = part.last - part.first, L = sequence.length;
   if (sequence.final < 0) {  // a padding row
@@ -384,14 +385,14 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
     return;
   }
   const bool aside = !alone && L >= kAsideTokens && job.N * columns <= kAside;
-  ForwardWalk<T, X> walk{job,
-                         sequence,
-                         first,
-                         last,
-                         part,
-                         scratch.u,
-                         scratch.residuals,
-                         aside ? scratch.aside[0] : nullptr};
+  SequenceForward<T, X> walk{job,
+                             sequence,
+                             first,
+                             last,
+                             part,
+                             scratch.u,
+                             scratch.residuals,
+                             aside ? scratch.aside[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
       StateMove<T> state = walk.state_of(h);
@@ -413,7 +414,7 @@ void forward_heads(const ForwardJob& job, const Sequence& sequence, int64_t firs
 }
 
 template <class T, class X>
-void forward_units(const ForwardJob& job, int64_t begin, int64_t end) {
+void forward_units(const ForwardWork& job, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t N = job.N, units_per_sequence = job.H * job.parts;
   const bool alone = begin == 0 && end == job.units();
@@ -421,7 +422,7 @@ void forward_units(const ForwardJob& job, int64_t begin, int64_t end) {
   // updates a state in place cannot fail half-way for want of memory.
   ForwardScratch<T> scratch;
   while (begin < end) {
-    const Sequence& sequence = job.sequences[begin / units_per_sequence];
+    const Sequence& sequence = job.list[begin / units_per_sequence];
     const int64_t h = begin % units_per_sequence / job.parts, part = begin % job.parts;
     int64_t heads = 1;
     if (job.parts == 1) {
@@ -434,7 +435,7 @@ void forward_units(const ForwardJob& job, int64_t begin, int64_t end) {
   }
 }
 
-inline void forward(const ForwardJob& job, int64_t begin, int64_t end) {
+inline void forward(const ForwardWork& job, int64_t begin, int64_t end) {
   if (job.r.dtype == DType::f64)
     forward_units<double, double>(job, begin, end);
   else if (job.r.dtype == DType::f32)

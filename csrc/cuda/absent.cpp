@@ -20,6 +20,6 @@ int current_device() { return -1; }
 
 void forward(const rwkv6_context*, int, ForwardJob) { refuse(); }
 
-void backward(const rwkv6_context*, int, BackwardJob, const States&) { refuse(); }
+void backward(const rwkv6_context*, int, BackwardJob) { refuse(); }
 
 }  // namespace rwkv6::cuda

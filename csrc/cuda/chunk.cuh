@@ -20,7 +20,7 @@
 // four neighbouring tokens (a quad) of K neighbouring keys.
 #pragma once
 
-#include "cuda/job.h"
+#include "job.h"
 #include "cuda/mma.cuh"
 #include "cuda/segments.h"
 #include "cuda/span.cuh"

@@ -205,19 +205,17 @@ void forward(const rwkv6_context* context, int device, ForwardJob job) {
   family == Family::chunked ? forward_chunked(launch, job) : forward_recurrent(launch, job);
 }
 
-void backward(const rwkv6_context* context, int device, BackwardJob job,
-              const States& grad_initial_state) {
+void backward(const rwkv6_context* context, int device, BackwardJob job) {
   const CurrentDevice current(device);
   const Launch launch = launch_on(context, device);
   if (job.H == 0) return;
   const DType acc = state_dtype(job.r.dtype);
   const int64_t count = job.sequences.count, state_size = job.N * job.N;
+  const States grad_initial_state = job.grad_initial;  // the kernels are given one per sequence
   const bool wanted = grad_initial_state.data != nullptr;
   const bool one_to_one = job.sequences.states == count && !job.sequences.state_map.data &&
                           grad_initial_state.dtype == acc;
-  if (wanted && one_to_one) {
-    job.grad_initial = grad_initial_state;
-  } else if (wanted) {
+  if (wanted && !one_to_one) {
     job.grad_initial = {launch.workspace<char>(count * job.H * state_size * size_of(acc)), acc,
                         job.H * state_size, state_size, job.N};
   }

@@ -2,7 +2,7 @@
 // a library that was built without nvcc.
 #pragma once
 
-#include "cuda/job.h"
+#include "job.h"
 #include "rwkv6.h"
 
 namespace rwkv6::cuda {
@@ -18,9 +18,7 @@ int current_device();
 // std::bad_alloc.
 void forward(const rwkv6_context* context, int device, ForwardJob job);
 
-// job.grad_initial is filled in here: grad_initial_state, [S, H, N, N], gets the sum over the
-// sequences that start from each row, in their order; absent: not wanted.
-void backward(const rwkv6_context* context, int device, BackwardJob job,
-              const States& grad_initial_state);
+// The sum over the sequences that start from each row of job.grad_initial is taken in their order.
+void backward(const rwkv6_context* context, int device, BackwardJob job);
 
 }  // namespace rwkv6::cuda

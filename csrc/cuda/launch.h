@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/job.h"
+#include "job.h"
 #include "rwkv6.h"
 
 namespace rwkv6::cuda {

@@ -2,7 +2,7 @@
 // device, because reading state_map or cu_seqlens on the host would wait for the GPU.
 #pragma once
 
-#include "cuda/job.h"
+#include "job.h"
 
 namespace rwkv6::cuda {
 

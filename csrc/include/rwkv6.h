@@ -8,13 +8,13 @@
 //
 // Shapes: B batch rows, T tokens, H heads, N head size (1 to 256), S states, M packed sequences.
 // Strides are arbitrary as long as the last dimension is contiguous; output tensors must not
-// overlap themselves, each other or the inputs. Optional tensors may be NULL.
+// overlap themselves, each other or the inputs. Optional tensors may be NULL. Structs are to be
+// initialised to zero before their fields are set, so that what a later version adds is absent.
 //
 // All tensors of a call are on the CPU, or all on one CUDA device, for WKV6. On a GPU a call only
 // launches kernels: it returns before they are done, and it looks at no value. A sequence whose
 // entry of state_map is out of range, and every sequence when cu_seqlens does not rise from 0 to T,
-// then gets NaN, and no memory outside the tensors is touched. There u and grad_u may also be
-// [B, H, N]: every batch row with a u of its own, or with the gradient of u that is its own share.
+// then gets NaN, and no memory outside the tensors is touched.
 #pragma once
 
 #include <ATen/dlpack.h>  // the DLPack header, as torch's wheel ships it
@@ -48,92 +48,91 @@ typedef struct {
   void* (*allocate)(void* pool, size_t bytes);
 } rwkv6_context;
 
+// What WKV6 is computed from:
+//
 //   y_t[j]  = sum_i r_t[i] * (S[i][j] + u[i] * k_t[i] * v_t[j])
 //   S[i][j] = exp(-exp(w_t[i])) * S[i][j] + k_t[i] * v_t[j]
-RWKV6_API const char* rwkv6_wkv_forward(
-    const rwkv6_context* context,
-    const DLTensor* r,              // [B, T, H, N], f64 f32 bf16 f16
-    const DLTensor* k,              // [B, T, H, N], as r
-    const DLTensor* v,              // [B, T, H, N], as r
-    const DLTensor* w,              // [B, T, H, N], as r or f32
-    const DLTensor* u,              // [H, N], as r or f32
-    const DLTensor* initial_state,  // [S, H, N, N] or NULL, f32 (f64 for f64) or as r
-    const DLTensor* state_map,      // [B] or [M], or NULL, i32 i64
-    const DLTensor* cu_seqlens,     // [M + 1] or NULL, i32 i64
-    DLTensor* y,                    // [B, T, H, N], as r
-    DLTensor* final_state);         // [B or M, H, N, N], f32 (f64 for f64)
+typedef struct {
+  const DLTensor* r;              // [B, T, H, N], f64 f32 bf16 f16
+  const DLTensor* k;              // [B, T, H, N], as r
+  const DLTensor* v;              // [B, T, H, N], as r
+  const DLTensor* w;              // [B, T, H, N], as r or f32
+  const DLTensor* u;              // [H, N], or [B, H, N] for one per batch row, as r or f32
+  const DLTensor* initial_state;  // [S, H, N, N] or NULL (zeros), f32 (f64 for f64) or as r
+  const DLTensor* state_map;      // [B] or [M], or NULL, i32 i64
+  const DLTensor* cu_seqlens;     // [M + 1] or NULL, i32 i64
+} rwkv6_wkv_inputs;
+
+RWKV6_API const char* rwkv6_wkv_forward(const rwkv6_context* context,
+                                        const rwkv6_wkv_inputs* inputs,
+                                        DLTensor* y,             // [B, T, H, N], as r
+                                        DLTensor* final_state);  // [B or M, H, N, N], f32 (f64)
+
+// The gradients of the inputs, each of its input's shape and dtype.
+typedef struct {
+  DLTensor* grad_r;              // [B, T, H, N]
+  DLTensor* grad_k;              // [B, T, H, N]
+  DLTensor* grad_v;              // [B, T, H, N]
+  DLTensor* grad_w;              // [B, T, H, N]
+  DLTensor* grad_u;              // [H, N], or [B, H, N]: each batch row's share, whatever u's shape
+  DLTensor* grad_initial_state;  // [S, H, N, N]; NULL when initial_state is
+} rwkv6_wkv_gradients;
 
 RWKV6_API const char* rwkv6_wkv_backward(
-    const rwkv6_context* context,
+    const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
     const DLTensor* grad_y,            // [B, T, H, N] or NULL (zeros), as r
     const DLTensor* grad_final_state,  // [B or M, H, N, N] or NULL (zeros), f32 (f64 for f64)
-    const DLTensor* r,                 // [B, T, H, N]
-    const DLTensor* k,                 // [B, T, H, N]
-    const DLTensor* v,                 // [B, T, H, N]
-    const DLTensor* w,                 // [B, T, H, N]
-    const DLTensor* u,                 // [H, N]
-    const DLTensor* initial_state,     // [S, H, N, N] or NULL
-    const DLTensor* state_map,         // [B] or [M], or NULL
-    const DLTensor* cu_seqlens,        // [M + 1] or NULL
-    DLTensor* grad_r,                  // [B, T, H, N], each gradient of its input's dtype
-    DLTensor* grad_k,                  // [B, T, H, N]
-    DLTensor* grad_v,                  // [B, T, H, N]
-    DLTensor* grad_w,                  // [B, T, H, N]
-    DLTensor* grad_u,                  // [H, N]
-    DLTensor* grad_initial_state);     // [S, H, N, N]; NULL when initial_state is
+    const rwkv6_wkv_gradients* gradients);
 
-// As forward, but reads and writes rows of `state`. A negative entry of state_map is a padding row:
-// its y is zero and no state is touched. The other entries must be distinct.
-RWKV6_API const char* rwkv6_wkv_update(
-    const rwkv6_context* context,
-    const DLTensor* r,           // [B, T, H, N]
-    const DLTensor* k,           // [B, T, H, N]
-    const DLTensor* v,           // [B, T, H, N]
-    const DLTensor* w,           // [B, T, H, N]
-    const DLTensor* u,           // [H, N]
-    DLTensor* state,             // [S, H, N, N], f32 (f64 for f64)
-    const DLTensor* state_map,   // [B] or [M], or NULL (S is the number of sequences)
-    const DLTensor* cu_seqlens,  // [M + 1] or NULL
-    DLTensor* y);                // [B, T, H, N]
+// As forward, but reads and writes rows of `state`; inputs->initial_state is NULL. A negative entry
+// of state_map is a padding row: its y is zero and no state is touched. The other entries must be
+// distinct. Without state_map, S is the number of sequences.
+RWKV6_API const char* rwkv6_wkv_update(const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
+                                       DLTensor* state,  // [S, H, N, N], f32 (f64 for f64)
+                                       DLTensor* y);     // [B, T, H, N], as r
 
-// RWKV-4's operator: every channel's average of the values so far, weighted by e^key and faded by
-// e^-exp(w) a token; u is what the current token's key gains. D channels, of any number:
-//   y_t = (a e^p + e^(u + k_t) v_t) / (b e^p + e^(u + k_t))
-//   a e^p = e^(p - exp(w)) a + e^k_t v_t, b e^p = e^(p - exp(w)) b + e^k_t
-// where p is the larger exponent of the two, so that nothing overflows.
-RWKV6_API const char* rwkv6_wkv4_forward(
-    const rwkv6_context* context,
-    const DLTensor* k,              // [B, T, D], f64 f32 bf16 f16
-    const DLTensor* v,              // [B, T, D], as k
-    const DLTensor* w,              // [D], as k or f32
-    const DLTensor* u,              // [D], as k or f32
-    const DLTensor* initial_state,  // [B, 3, D] or NULL: a, b and p, f32 (f64 for f64)
-    DLTensor* y,                    // [B, T, D], as k
-    DLTensor* final_state);         // [B, 3, D], f32 (f64 for f64)
+// What RWKV-4's operator is computed from. Every channel has an average of the values so far, in
+// which token s has the weight e^k_s, and every later token multiplies that weight by e^-exp(w). For
+// the current token u is added to its key. D channels, of any number:
+//
+//   y_t     = (a e^p + e^(u + k_t) v_t) / (b e^p + e^(u + k_t))
+//   a e^p  <- e^(p - exp(w)) a + e^k_t v_t
+//   b e^p  <- e^(p - exp(w)) b + e^k_t
+//
+// where p is the larger exponent of the two terms of the sum, so that nothing overflows.
+typedef struct {
+  const DLTensor* k;              // [B, T, D], f64 f32 bf16 f16
+  const DLTensor* v;              // [B, T, D], as k
+  const DLTensor* w;              // [D], as k or f32
+  const DLTensor* u;              // [D], as k or f32
+  const DLTensor* initial_state;  // [B, 3, D] or NULL: a, b and p, f32 (f64 for f64)
+} rwkv6_wkv4_inputs;
+
+RWKV6_API const char* rwkv6_wkv4_forward(const rwkv6_context* context,
+                                         const rwkv6_wkv4_inputs* inputs,
+                                         DLTensor* y,             // [B, T, D], as k
+                                         DLTensor* final_state);  // [B, 3, D], f32 (f64 for f64)
+
+// The gradients of the inputs, each of its input's shape and dtype.
+typedef struct {
+  DLTensor* grad_k;              // [B, T, D]
+  DLTensor* grad_v;              // [B, T, D]
+  DLTensor* grad_w;              // [D]
+  DLTensor* grad_u;              // [D]
+  DLTensor* grad_initial_state;  // [B, 3, D] or NULL: not wanted
+} rwkv6_wkv4_gradients;
 
 RWKV6_API const char* rwkv6_wkv4_backward(
-    const rwkv6_context* context,
+    const rwkv6_context* context, const rwkv6_wkv4_inputs* inputs,
     const DLTensor* grad_y,            // [B, T, D] or NULL (zeros), as k
     const DLTensor* grad_final_state,  // [B, 3, D] or NULL (zeros), f32 (f64 for f64)
-    const DLTensor* k,                 // [B, T, D]
-    const DLTensor* v,                 // [B, T, D]
-    const DLTensor* w,                 // [D]
-    const DLTensor* u,                 // [D]
-    const DLTensor* initial_state,     // [B, 3, D] or NULL
-    DLTensor* grad_k,                  // [B, T, D], each gradient of its input's dtype
-    DLTensor* grad_v,                  // [B, T, D]
-    DLTensor* grad_w,                  // [D]
-    DLTensor* grad_u,                  // [D]
-    DLTensor* grad_initial_state);     // [B, 3, D] or NULL: not wanted
+    const rwkv6_wkv4_gradients* gradients);
 
-// As forward, but reads and writes `state`.
+// As forward, but reads and writes `state`; inputs->initial_state is NULL.
 RWKV6_API const char* rwkv6_wkv4_update(const rwkv6_context* context,
-                                        const DLTensor* k,  // [B, T, D]
-                                        const DLTensor* v,  // [B, T, D]
-                                        const DLTensor* w,  // [D]
-                                        const DLTensor* u,  // [D]
-                                        DLTensor* state,    // [B, 3, D], f32 (f64 for f64)
-                                        DLTensor* y);       // [B, T, D]
+                                        const rwkv6_wkv4_inputs* inputs,
+                                        DLTensor* state,  // [B, 3, D], f32 (f64 for f64)
+                                        DLTensor* y);     // [B, T, D], as k
 
 // y = x weight^T, for a few rows of x: at the speed that the weight can be read. 16-bit inputs are
 // summed in f32.
@@ -142,27 +141,14 @@ RWKV6_API const char* rwkv6_matvec(const rwkv6_context* context,
                                    const DLTensor* weight,  // [N, K], as x
                                    DLTensor* y);            // [M, N], as x
 
-// The parameters of one layer of RWKV-6 under the names of its checkpoints; all dense (but for
-// dimensions of 1 in front, which do not count) and of one dtype, f64 f32 bf16 f16. D = H * N
-// channels, F hidden ones; the ranks are any.
+// The parameters of one layer of RWKV-6: rwkv6_layer_parameters.inc lists them with their shapes.
+// All are dense (but for dimensions of 1 in front, which do not count) and of one dtype, f64 f32
+// bf16 f16.
 typedef struct {
-  const DLTensor *ln1_weight, *ln1_bias;                                         // [D]
-  const DLTensor *att_time_maa_x, *att_time_maa_w, *att_time_maa_k;              // [D]
-  const DLTensor *att_time_maa_v, *att_time_maa_r, *att_time_maa_g;              // [D]
-  const DLTensor* att_time_maa_w1;                                               // [D, 5 * rank]
-  const DLTensor* att_time_maa_w2;                                               // [5, rank, D]
-  const DLTensor* att_time_decay;                                                // [D]
-  const DLTensor* att_time_decay_w1;                                             // [D, rank]
-  const DLTensor* att_time_decay_w2;                                             // [rank, D]
-  const DLTensor* att_time_faaaa;                                                // [H, N]
-  const DLTensor *att_receptance, *att_key, *att_value, *att_gate, *att_output;  // [D, D]
-  const DLTensor *att_ln_x_weight, *att_ln_x_bias;                               // [D]
-  const DLTensor *ln2_weight, *ln2_bias;                                         // [D]
-  const DLTensor *ffn_time_maa_k, *ffn_time_maa_r;                               // [D]
-  const DLTensor* ffn_key;                                                       // [F, D]
-  const DLTensor* ffn_receptance;                                                // [D, D]
-  const DLTensor* ffn_value;                                                     // [D, F]
-  double ln_eps;                                                                 // of ln1 and ln2
+#define RWKV6_LAYER_PARAMETER(field, name, ...) const DLTensor* field;
+#include "rwkv6_layer_parameters.inc"
+#undef RWKV6_LAYER_PARAMETER
+  double ln_eps;  // of ln1 and ln2
   double ln_x_eps;
 } rwkv6_layer;
 

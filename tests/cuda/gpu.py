@@ -14,10 +14,11 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from dlpack import ALLOCATE, K_CUDA, Context, DLTensor, int64s
+from dlpack import ALLOCATE, K_CUDA, Context, DLTensor, WkvGradients, WkvInputs, int64s
 from ptxcpu import build, runtime
 from samples import Call
 from torch import Tensor
@@ -141,10 +142,17 @@ class Gpu:
         assert size == 0 or self.runtime.cuda.cudaMemcpy(*arguments) == 0
 
     def run(self, name: str, *tensors: Tensor | Memory | None) -> list[Memory | None]:
-        """Calls rwkv6_wkv_<name>. RuntimeError with the message that it returns."""
+        """Calls rwkv6_wkv_<name>. RuntimeError with the message that it returns.
+
+        The tensors are the inputs, r to cu_seqlens, and then the other arguments in their order.
+        """
         memory = [Memory(self, x) if isinstance(x, Tensor) else x for x in tensors]
-        pointers = [None if m is None else ctypes.byref(m.dl) for m in memory]
-        message = getattr(self.library, f"rwkv6_wkv_{name}")(ctypes.byref(self.context), *pointers)
+        pointers = [None if m is None else ctypes.pointer(m.dl) for m in memory]
+        inputs, others = WkvInputs(*pointers[:8]), pointers[8:]
+        if name == "backward":
+            others[2:] = [ctypes.pointer(WkvGradients(*others[2:]))]
+        function = getattr(self.library, f"rwkv6_wkv_{name}")
+        message = function(ctypes.byref(self.context), ctypes.byref(inputs), *others)
         if message is not None:
             checks = [text for each in self.runtime.launches()[-1:] for text in each.messages]
             raise RuntimeError("\n".join([message.decode(), *checks]))
@@ -167,16 +175,16 @@ class Gpu:
     def backward(self, call: Call, grad_y: Tensor | None, grad_state: Tensor | None):
         """The gradients of r, k, v, w, u and, if there is one, initial_state."""
         grads = [None if x is None else _unwritten(x) for x in call.floats()]
-        memory = self.run("backward", grad_y, grad_state, *call.args(), *grads)[10:]
+        memory = self.run("backward", *call.args(), grad_y, grad_state, *grads)[10:]
         outputs = [m.read() for m in memory if m is not None]
         self.free()
         return outputs
 
     def update(self, call: Call):
         """y [B, T, H, N] and the updated state [S, H, N, N]."""
-        y = _unwritten(call.r)
-        memory = self.run("update", *call.args(), y)
-        outputs = memory[8].read(), memory[5].read()
+        inputs = replace(call, initial_state=None).args()
+        *_, state, y = self.run("update", *inputs, call.initial_state, _unwritten(call.r))
+        outputs = y.read(), state.read()
         self.free()
         return outputs
 

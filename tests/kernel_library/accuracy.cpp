@@ -54,10 +54,8 @@ struct Checker {
     entry = "forward";
     Tensor y(in.dtype, in.tokens(), in.layout);
     Tensor final_state(in.acc, in.states(in.sequences()), in.layout);
-    if (!ran(rwkv6_wkv_forward(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
-                               dl(in.initial), dl(in.map), dl(in.offsets), y.dl(),
-                               final_state.dl())))
-      return;
+    const rwkv6_wkv_inputs inputs = in.dl();
+    if (!ran(rwkv6_wkv_forward(nullptr, &inputs, y.dl(), final_state.dl()))) return;
     const Outputs expected = wkv(in.exact);
     close(y, expected.y, "y");
     close(final_state, expected.final_state, "final_state");
@@ -70,17 +68,15 @@ struct Checker {
     if (form.grad_final) grad_final = in.normal(in.acc, in.states(in.sequences()));
     Tensor r(in.dtype, in.tokens(), in.layout), k(in.dtype, in.tokens(), in.layout),
         v(in.dtype, in.tokens(), in.layout), w(in.w.dtype(), in.tokens(), in.layout),
-        u(in.u.dtype(), {in.H, in.N}, in.layout);
+        u(in.u.dtype(), in.shape_of_u(form), in.layout);
     const int64_t state_size = in.H * in.N * in.N;
     std::optional<Tensor> initial;
     if (in.initial)
       initial.emplace(in.initial->dtype(), in.states(in.initial->elements() / state_size),
                       in.layout);
-    if (!ran(rwkv6_wkv_backward(nullptr, dl(grad_y), dl(grad_final), in.r.dl(), in.k.dl(),
-                                in.v.dl(), in.w.dl(), in.u.dl(), dl(in.initial), dl(in.map),
-                                dl(in.offsets), r.dl(), k.dl(), v.dl(), w.dl(), u.dl(),
-                                dl(initial))))
-      return;
+    const rwkv6_wkv_inputs inputs = in.dl();
+    const rwkv6_wkv_gradients gradients = {r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), dl(initial)};
+    if (!ran(rwkv6_wkv_backward(nullptr, &inputs, dl(grad_y), dl(grad_final), &gradients))) return;
     const auto values = [](const std::optional<Tensor>& x) {
       return x ? x->values() : std::vector<double>();
     };
@@ -105,9 +101,9 @@ struct Checker {
     Problem exact = in.exact;
     exact.initial_state = state.values();
     for (size_t m = 0; m < M; m++) exact.spans[m].initial = int64_t(places[m]);
-    if (!ran(rwkv6_wkv_update(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
-                              state.dl(), map.dl(), dl(in.offsets), y.dl())))
-      return;
+    rwkv6_wkv_inputs inputs = in.dl();
+    inputs.initial_state = nullptr, inputs.state_map = map.dl();
+    if (!ran(rwkv6_wkv_update(nullptr, &inputs, state.dl(), y.dl()))) return;
     Outputs expected = wkv(exact);
     std::vector<double> pool = exact.initial_state;
     const size_t row = size_t(in.H * in.N * in.N), token_row = size_t(in.H * in.N);
@@ -193,16 +189,14 @@ void non_finite_values(Report& report) {
             const bool from_y = sources != 1, from_state = sources != 2;
             Tensor y(dtype, in.tokens()), final_state(in.acc, in.states(2));
             Tensor r = y, k = y, v = y, w = y, u(dtype, {in.H, N}), initial = final_state;
-            report.check(
-                !rwkv6_wkv_forward(nullptr, in.r.dl(), in.k.dl(), in.v.dl(), in.w.dl(), in.u.dl(),
-                                   in.initial->dl(), nullptr, nullptr, y.dl(), final_state.dl()),
-                "forward of a non-finite value");
-            report.check(
-                !rwkv6_wkv_backward(nullptr, from_y ? grad_y.dl() : nullptr,
-                                    from_state ? grad_final.dl() : nullptr, in.r.dl(), in.k.dl(),
-                                    in.v.dl(), in.w.dl(), in.u.dl(), in.initial->dl(), nullptr,
-                                    nullptr, r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), initial.dl()),
-                "backward of a non-finite value");
+            const rwkv6_wkv_inputs call = in.dl();
+            const rwkv6_wkv_gradients gradients = {r.dl(), k.dl(), v.dl(),
+                                                   w.dl(), u.dl(), initial.dl()};
+            report.check(!rwkv6_wkv_forward(nullptr, &call, y.dl(), final_state.dl()),
+                         "forward of a non-finite value");
+            report.check(!rwkv6_wkv_backward(nullptr, &call, from_y ? grad_y.dl() : nullptr,
+                                             from_state ? grad_final.dl() : nullptr, &gradients),
+                         "backward of a non-finite value");
             const Outputs out = wkv(in.exact);
             const std::vector<double> none;
             const Gradients g =

@@ -20,6 +20,7 @@ struct Form {
   bool state_as_r = false;   // initial_state in r's dtype
   DType index = DType::i64;  // of state_map and cu_seqlens
   bool extreme = true;       // decays at and beyond the edge of what floats hold
+  bool u_each = false;       // a u, and a gradient of u, of its own for every batch row
   bool grad_y = true, grad_final = true;
 };
 inline const Form kForms[] = {
@@ -46,6 +47,18 @@ inline const Form kForms[] = {
      .side_in_f32 = true,
      .index = DType::i32,
      .grad_y = false},
+    {.name = "u each, strided, state each",
+     .batch = 3,
+     .layout = Layout::strided,
+     .states = StateUse::each,
+     .side_in_f32 = true,
+     .u_each = true},
+    {.name = "u each, packed, reversed",
+     .batch = 1,
+     .layout = Layout::reversed,
+     .states = StateUse::mapped,
+     .packed = true,
+     .u_each = true},
 };
 
 // The inputs of a call, and the same numbers for the oracle.
@@ -60,6 +73,9 @@ struct Inputs {
 
   std::vector<int64_t> tokens() const { return {B, T, H, N}; }
   std::vector<int64_t> states(int64_t rows) const { return {rows, H, N, N}; }
+  std::vector<int64_t> shape_of_u(const Form& form) const {
+    return form.u_each ? std::vector<int64_t>{B, H, N} : std::vector<int64_t>{H, N};
+  }
   int64_t sequences() const { return int64_t(exact.spans.size()); }
 
   Inputs(const Form& form, DType dtype, int64_t N, int64_t T)
@@ -74,7 +90,7 @@ struct Inputs {
         k(normal(dtype, tokens())),
         v(normal(dtype, tokens())),
         w(normal(side(form), tokens(), -2, form.extreme)),
-        u(normal(side(form), {H, N})) {
+        u(normal(side(form), shape_of_u(form))) {
     exact = {B, T, H, N, r.values(), k.values(), v.values(), w.values(), u.values(), {}, {}};
     if (form.packed) {
       const int64_t cut = T / 3;  // the second of three sequences is empty
@@ -98,6 +114,13 @@ struct Inputs {
     }
     initial.emplace(normal(form.state_as_r ? dtype : acc, states(rows)));
     exact.initial_state = initial->values();
+  }
+
+  // As the C interface takes them.
+  rwkv6_wkv_inputs dl() {
+    const auto optional = [](std::optional<Tensor>& x) { return x ? x->dl() : nullptr; };
+    return {r.dl(),        k.dl(),           v.dl(), w.dl(), u.dl(), optional(initial),
+            optional(map), optional(offsets)};
   }
 
   DType side(const Form& form) const {  // of w and u

@@ -14,12 +14,16 @@ struct Span {  // one sequence: tokens [begin, begin + length) of batch row b
 struct Problem {  // all row-major
   int64_t B, T, H, N;
   std::vector<double> r, k, v, w;     // [B, T, H, N]
-  std::vector<double> u;              // [H, N]
+  std::vector<double> u;              // [H, N], or [B, H, N] with one for every batch row
   std::vector<double> initial_state;  // [S, H, N, N], may be empty
   std::vector<Span> spans;            // [M]
 
   size_t token(const Span& span, int64_t t, int64_t h) const {
     return size_t(((span.b * T + span.begin + t) * H + h) * N);
+  }
+  size_t u_of(const Span& span, int64_t h) const {
+    const bool each = int64_t(u.size()) == B * H * N;
+    return size_t(((each ? span.b * H : 0) + h) * N);
   }
   size_t state(int64_t row, int64_t h) const { return size_t((row * H + h) * N * N); }
 };
@@ -31,7 +35,7 @@ struct Outputs {
 
 struct Gradients {
   std::vector<double> r, k, v, w;     // [B, T, H, N]
-  std::vector<double> u;              // [H, N]
+  std::vector<double> u;              // as u
   std::vector<double> initial_state;  // [S, H, N, N]
 };
 
@@ -70,7 +74,7 @@ inline Outputs wkv(const Problem& p) {
         const size_t x = p.token(span, t, h);
         const double* S = &states[size_t(t) * N * N];
         for (size_t i = 0; i < N; i++) {
-          const double bonus = p.u[size_t(h) * N + i] * p.k[x + i];
+          const double bonus = p.u[p.u_of(span, h) + i] * p.k[x + i];
           for (size_t j = 0; j < N; j++)
             out.y[x + j] += p.r[x + i] * (S[i * N + j] + bonus * p.v[x + j]);
         }
@@ -101,7 +105,7 @@ inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_
         const size_t x = p.token(span, t, h);
         const double* S = &states[size_t(t) * N * N];
         const double *r = &p.r[x], *k = &p.k[x], *v = &p.v[x], *w = &p.w[x];
-        const double* u = &p.u[size_t(h) * N];
+        const double* u = &p.u[p.u_of(span, h)];
         for (size_t i = 0; i < N; i++) {
           double grad_decay = 0;
           for (size_t j = 0; j < N && state_matters; j++) {
@@ -125,7 +129,7 @@ inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_
           }
           g.r[x + i] += u[i] * k[i] * v_dy;
           g.k[x + i] += u[i] * r[i] * v_dy;
-          g.u[size_t(h) * N + i] += r[i] * k[i] * v_dy;
+          g.u[p.u_of(span, h) + i] += r[i] * k[i] * v_dy;
         }
         state_matters = true;
       }

@@ -35,9 +35,12 @@ struct Call {
     w.fill(normal(size_t(w.elements()), -2));
   }
 
+  rwkv6_wkv_inputs inputs() {
+    return {r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), initial.dl(), nullptr, nullptr};
+  }
   const char* forward(const rwkv6_context* context = nullptr) {
-    return rwkv6_wkv_forward(context, r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), initial.dl(), nullptr,
-                             nullptr, y.dl(), final_state.dl());
+    const rwkv6_wkv_inputs given = inputs();
+    return rwkv6_wkv_forward(context, &given, y.dl(), final_state.dl());
   }
 };
 
@@ -66,10 +69,10 @@ void same_bits_however_the_work_is_cut(Report& report) {
         out.emplace_back(DType::f32, std::vector<int64_t>{H, N});
         out.emplace_back(DType::f32, std::vector<int64_t>{B, H, N, N});
         report.check(!call.forward(context), "forward in pieces");
-        report.check(!rwkv6_wkv_backward(context, dy.dl(), nullptr, call.r.dl(), call.k.dl(),
-                                         call.v.dl(), call.w.dl(), call.u.dl(), call.initial.dl(),
-                                         nullptr, nullptr, out[0].dl(), out[1].dl(), out[2].dl(),
-                                         out[3].dl(), out[4].dl(), out[5].dl()),
+        const rwkv6_wkv_inputs inputs = call.inputs();
+        const rwkv6_wkv_gradients gradients = {out[0].dl(), out[1].dl(), out[2].dl(),
+                                               out[3].dl(), out[4].dl(), out[5].dl()};
+        report.check(!rwkv6_wkv_backward(context, &inputs, dy.dl(), nullptr, &gradients),
                      "backward in pieces");
         out.push_back(call.y);
         out.push_back(call.final_state);
@@ -79,6 +82,72 @@ void same_bits_however_the_work_is_cut(Report& report) {
             outputs[0][i].same_bits(outputs[1][i]),
             "the same bits in pieces, N " + std::to_string(N) + ", output " + std::to_string(i));
     }
+  }
+}
+
+// A batch whose rows have each their own u [B, H, N] gives the bits of calls for one row and its u
+// [H, N] at a time, the gradients of u included.
+void a_u_for_every_batch_row(Report& report) {
+  const int64_t B = 3, T = 37, H = 4, N = 40;
+  const auto values = [](const Tensor& x, int64_t b) {
+    const Values all = x.values();
+    const auto size = int64_t(all.size()) / B;
+    return Values(all.begin() + b * size, all.begin() + (b + 1) * size);
+  };
+  struct WithGradients : Call {
+    Tensor grad_y, r_, k_, v_, w_, u_, initial_;
+    WithGradients(int64_t B, const std::vector<int64_t>& shape_of_u)
+        : Call(DType::f32, B, T, H, N),
+          grad_y(r),
+          r_(r),
+          k_(r),
+          v_(r),
+          w_(r),
+          u_(DType::f32, shape_of_u),
+          initial_(initial) {
+      u = u_;
+      u.fill(normal(size_t(u.elements())));
+      grad_y.fill(normal(size_t(grad_y.elements())));
+    }
+    bool run(const rwkv6_context* context) {
+      const rwkv6_wkv_inputs given = inputs();
+      const rwkv6_wkv_gradients gradients = {r_.dl(), k_.dl(), v_.dl(),
+                                             w_.dl(), u_.dl(), initial_.dl()};
+      return !forward(context) &&
+             !rwkv6_wkv_backward(context, &given, grad_y.dl(), final_state.dl(), &gradients);
+    }
+    std::vector<Tensor*> given() { return {&r, &k, &v, &w, &u, &initial, &grad_y}; }
+    std::vector<Tensor*> found() { return {&y, &final_state, &r_, &k_, &v_, &w_, &u_, &initial_}; }
+  };
+  for (const rwkv6_context* context : {static_cast<const rwkv6_context*>(nullptr), &kPieces}) {
+    WithGradients batch(B, {B, H, N});
+    report.check(batch.run(context), "a u for every batch row");
+    for (int64_t b = 0; b < B; b++) {
+      WithGradients row(1, {H, N});
+      for (size_t i = 0; i < row.given().size(); i++)
+        row.given()[i]->fill(values(*batch.given()[i], b));
+      report.check(row.run(context), "a batch row by itself");
+      for (size_t i = 0; i < row.found().size(); i++)
+        report.check(row.found()[i]->values() == values(*batch.found()[i], b),
+                     "batch row " + std::to_string(b) + " by itself, output " + std::to_string(i));
+    }
+  }
+}
+
+// Without batch rows a shared gradient of u is zero, and one for every batch row has no elements.
+void an_empty_batch(Report& report) {
+  Call call(DType::f32, 0, 5, 2, 8);
+  const rwkv6_wkv_inputs inputs = call.inputs();
+  Tensor grads(DType::f32, {0, 5, 2, 8}), initial(DType::f32, {0, 2, 8, 8});
+  for (const std::vector<int64_t>& shape :
+       {std::vector<int64_t>{2, 8}, std::vector<int64_t>{0, 2, 8}}) {
+    Tensor u(DType::f32, shape, Layout::compact, Values(16, 7));
+    const rwkv6_wkv_gradients gradients = {grads.dl(), grads.dl(), grads.dl(),
+                                           grads.dl(), u.dl(),     initial.dl()};
+    report.check(!rwkv6_wkv_backward(nullptr, &inputs, grads.dl(), nullptr, &gradients),
+                 "backward of an empty batch");
+    report.check(u.values() == Values(size_t(u.elements()), 0), "gradient of u, empty batch");
+    report.check(!u.stray_bytes(), "an empty batch writes beside no gradient of u");
   }
 }
 
@@ -148,9 +217,8 @@ void messages(Report& report) {
   Call call(DType::f32, 1, 2, 1, 4);
   call.v = Tensor(DType::f32, {1, 2, 1, 5});
   says(call.forward(), "v: expected shape [1, 2, 1, 4] (-1: any), got [1, 2, 1, 5]");
-  says(rwkv6_wkv_forward(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                         nullptr, nullptr, nullptr),
-       "r: required, got NULL");
+  const rwkv6_wkv_inputs nothing = {};
+  says(rwkv6_wkv_forward(nullptr, &nothing, nullptr, nullptr), "r: required, got NULL");
   const char* forced = getenv("RWKV6_CPU_ISA");
   if (forced && *forced) says(rwkv6_cpu_isa(), forced);
 }
@@ -160,6 +228,8 @@ void messages(Report& report) {
 void test_promises(Report& report) {
   denormals(report);
   same_bits_however_the_work_is_cut(report);
+  a_u_for_every_batch_row(report);
+  an_empty_batch(report);
   every_16_bit_float(report, DType::f16, 5);
   every_16_bit_float(report, DType::bf16, 8);
   padding_keeps_the_state(report);

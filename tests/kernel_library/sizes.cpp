@@ -168,16 +168,36 @@ class Layer {
         y_(dtype, {M, H * N}) {}
 
   const char* run(const rwkv6_context* context) {
-    const rwkv6_layer layer = {ln1_w_.dl(),     ln1_b_.dl(),   maa_x_.dl(),
-                               maa_w_.dl(),     maa_k_.dl(),   maa_v_.dl(),
-                               maa_r_.dl(),     maa_g_.dl(),   maa_w1_.dl(),
-                               maa_w2_.dl(),    decay_.dl(),   decay_w1_.dl(),
-                               decay_w2_.dl(),  u_.dl(),       receptance_.dl(),
-                               key_.dl(),       value_.dl(),   gate_.dl(),
-                               output_.dl(),    ln_x_w_.dl(),  ln_x_b_.dl(),
-                               ln2_w_.dl(),     ln2_b_.dl(),   ffn_maa_k_.dl(),
-                               ffn_maa_r_.dl(), ffn_key_.dl(), ffn_receptance_.dl(),
-                               ffn_value_.dl(), kEps,          kHeadEps};
+    rwkv6_layer layer = {};
+    layer.ln1_weight = ln1_w_.dl();
+    layer.ln1_bias = ln1_b_.dl();
+    layer.att_time_maa_x = maa_x_.dl();
+    layer.att_time_maa_w = maa_w_.dl();
+    layer.att_time_maa_k = maa_k_.dl();
+    layer.att_time_maa_v = maa_v_.dl();
+    layer.att_time_maa_r = maa_r_.dl();
+    layer.att_time_maa_g = maa_g_.dl();
+    layer.att_time_maa_w1 = maa_w1_.dl();
+    layer.att_time_maa_w2 = maa_w2_.dl();
+    layer.att_time_decay = decay_.dl();
+    layer.att_time_decay_w1 = decay_w1_.dl();
+    layer.att_time_decay_w2 = decay_w2_.dl();
+    layer.att_time_faaaa = u_.dl();
+    layer.att_receptance = receptance_.dl();
+    layer.att_key = key_.dl();
+    layer.att_value = value_.dl();
+    layer.att_gate = gate_.dl();
+    layer.att_output = output_.dl();
+    layer.att_ln_x_weight = ln_x_w_.dl();
+    layer.att_ln_x_bias = ln_x_b_.dl();
+    layer.ln2_weight = ln2_w_.dl();
+    layer.ln2_bias = ln2_b_.dl();
+    layer.ffn_time_maa_k = ffn_maa_k_.dl();
+    layer.ffn_time_maa_r = ffn_maa_r_.dl();
+    layer.ffn_key = ffn_key_.dl();
+    layer.ffn_receptance = ffn_receptance_.dl();
+    layer.ffn_value = ffn_value_.dl();
+    layer.ln_eps = kEps, layer.ln_x_eps = kHeadEps;
     return rwkv6_decode_layer(context, &layer, x_.dl(), att_shift_.dl(), wkv_.dl(), ffn_shift_.dl(),
                               y_.dl());
   }
@@ -287,7 +307,8 @@ void updates(Report& report, int calls) {
     const auto tokens = [&](double mean = 0) {
       return normal(dtype, {B, T, H, N}, 1, mean, any_layout());
     };
-    Tensor r = tokens(), k = tokens(), v = tokens(), w = tokens(-2), u = normal(dtype, {H, N});
+    Tensor r = tokens(), k = tokens(), v = tokens(), w = tokens(-2);
+    Tensor u = normal(dtype, numbers.percent() < 50 ? Shape{H, N} : Shape{B, H, N});
     Tensor state = normal(wide(dtype), {S, H, N, N}, 1, 0, any_layout());
     Tensor y(dtype, {B, T, H, N}, any_layout());
 
@@ -306,8 +327,9 @@ void updates(Report& report, int calls) {
       std::copy_n(out.final_state.begin() + int64_t(m) * H * N * N, H * N * N,
                   expected.begin() + problem.spans[m].initial * H * N * N);
 
-    const char* message = rwkv6_wkv_update(any_context(), r.dl(), k.dl(), v.dl(), w.dl(), u.dl(),
-                                           state.dl(), map.dl(), nullptr, y.dl());
+    const rwkv6_wkv_inputs inputs = {r.dl(), k.dl(),  v.dl(),   w.dl(),
+                                     u.dl(), nullptr, map.dl(), nullptr};
+    const char* message = rwkv6_wkv_update(any_context(), &inputs, state.dl(), y.dl());
     const std::string where = "B " + std::to_string(B) + ", T " + std::to_string(T) + ", H " +
                               std::to_string(H) + ", N " + std::to_string(N);
     report.check(!message, "update, " + where + ": " + (message ? message : ""));

@@ -24,8 +24,8 @@ from torch_rwkv6.nn.time_mix import TimeMix
 
 __all__ = ["decode_"]
 
-# The parameters of a block by the modules that hold them, in the order of rwkv6_layer in
-# csrc/include/rwkv6.h.
+# The parameters of a block by the modules that hold them, in the order that decode_layer takes them
+# in: that of csrc/include/rwkv6_layer_parameters.inc.
 _NAMES = {
     "ln1": ("weight", "bias"),
     "att": (

@@ -1,14 +1,16 @@
-// Rows of a head are far apart in memory, where no hardware prefetcher finds the next one: the
-// kernels name those that they will want, and then fetch them a line at a time from within their
-// inner loops. (All at once they would fill the buffers that every other access needs.)
+// Prefetches the rows that a kernel is going to need next.
+//
+// The rows of one head lie far apart in memory, and hardware prefetchers do not find the next one.
+// So a kernel names the rows in advance and then prefetches them one cache line at a time from its
+// inner loops. (All lines at once would fill the buffers that every other access needs too.)
 // Included by isa.inc inside the namespace of one instruction set.
 
-class Fetch {
+class Prefetcher {
   struct Rows {
     const char* row;
     int64_t stride, bytes, count;
   };
-  Rows wanted_[9];  // r, k, v, w, dy and the gradients of the first four
+  Rows wanted_[9];  // at most r, k, v, w, grad_y and the gradients of the first four
   int next_ = 0, size_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 
@@ -18,12 +20,12 @@ class Fetch {
     at_ = end_ = nullptr;
   }
 
-  // `count` rows of n values of a tensor, from a row on. A null row is none.
+  // Adds `count` rows of n values of a tensor, of which `row` is the first. Nothing for a null row.
   void want(const Tokens& x, const char* row, int64_t count, int64_t n) {
     if (row && count) wanted_[size_++] = {row, x.distance(1, 0), n * size_of(x.dtype), count};
   }
 
-  RWKV6_INLINE void line() {
+  RWKV6_INLINE void next_line() {
     if (at_ >= end_) {
       if (next_ == size_) return;
       Rows& rows = wanted_[next_];

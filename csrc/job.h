@@ -1,0 +1,47 @@
+// What the kernels of WKV6 are asked to do, on the CPU as on a GPU: raw pointers and strides, after
+// all checks that need no values.
+#pragma once
+
+#include "views.h"
+
+namespace rwkv6 {
+
+// The sequences of a call: batch rows, or the pieces of cu_seqlens.
+struct Sequences {
+  int64_t count;   // B, or M with cu_seqlens
+  int64_t tokens;  // T, of one batch row
+  int64_t states;  // S, the rows of the tensor that sequences start from; 0: they start from zeros
+  Indices state_map;   // [count]; absent: sequence m starts from row m, or from row 0 if S is 1
+  Indices cu_seqlens;  // [count + 1], or absent
+  bool in_place;  // final states go where the initial ones came from, negative entries of state_map
+                  // are padding rows
+  // On a GPU: set where cu_seqlens does not rise from 0 to T. The launch fills it in, with
+  // cu_seqlens only.
+  const int* bad_cu_seqlens;
+};
+
+// The inputs of a call, of which the gradients are wanted in the backward.
+struct WkvInputs {
+  Sequences sequences;
+  int64_t H, N;
+  Tokens r, k, v, w;
+  Heads u;
+  States initial;  // [S, H, N, N] of the accumulator's dtype or r's; absent: zeros
+};
+
+struct ForwardJob : WkvInputs {
+  Tokens y;
+  States final;  // [count, H, N, N] of the accumulator's dtype; in place: initial itself
+};
+
+struct BackwardJob : WkvInputs {
+  Tokens grad_y;      // absent: y plays no part
+  States grad_final;  // [count, H, N, N] of the accumulator's dtype; absent: zeros
+  Tokens grad_r, grad_k, grad_v, grad_w;
+  Heads grad_u;
+  States
+      grad_initial;  // [S, H, N, N] of initial's dtype; absent: not wanted. The kernels are given
+                     // one of [count, H, N, N] of the accumulator's dtype, per sequence.
+};
+
+}  // namespace rwkv6
