@@ -50,7 +50,7 @@ int64_t elements(const DLTensor* x) {
   return n;
 }
 
-// The memory from the first byte of a tensor's elements to behind the last.
+// The addresses of the first byte of a tensor's elements and of the byte after the last.
 std::pair<intptr_t, intptr_t> bounds(const DLTensor* x) {
   const intptr_t size = x->dtype.bits / 8, at = reinterpret_cast<intptr_t>(data(x));
   if (!elements(x)) return {at, at};
@@ -243,7 +243,7 @@ void check_apart(const char* name, const DLTensor* x, const char* input_name,
                  const DLTensor* input) {
   const auto [begin, end] = bounds(x);
   const auto [input_begin, input_end] = bounds(input);
-  if (begin >= input_end || input_begin >= end) return;  // nearly always; it costs nothing
+  if (begin >= input_end || input_begin >= end) return;  // the usual case, at no cost
   if (overlap(extent(x), extent(input)))
     fail(name, ": it is updated in place, but shares memory with ", input_name);
 }

@@ -18,7 +18,7 @@ struct ArgumentError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Where a tensor is; memory that is pinned for a GPU is the CPU's.
+// Where a tensor is. Memory that is pinned for a GPU counts as the CPU's.
 struct Device {
   bool cuda = false;
   int index = 0;
@@ -75,20 +75,19 @@ Heads channel_vector(const char* name, const DLTensor* x, const Sizes& sizes, DT
                      DType or_dtype);
 States channel_states(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype);
 
-// A [rows, columns] matrix on the CPU, as one token of each of `rows` batch rows; -1 takes any
+// A [rows, columns] matrix on the CPU, as one token of each of `rows` batch rows; -1 accepts any
 // number.
 Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype);
 
-// The values of a dense tensor of this shape on the CPU, in front of which it may have dimensions
-// of 1.
+// The values of a dense tensor on the CPU, of this shape or with further dimensions of 1 in front.
 const char* parameter(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
                       DType dtype);
 
-// Refuses a tensor two elements of which share memory: the kernels would race to write it.
+// Refuses an output of which two elements share memory: threads would race to write it.
 void check_writable(const char* name, const DLTensor* x);
 
-// Refuses a written tensor that shares memory with an input. Interleaved views of one buffer share
-// none and are fine.
+// Refuses an output that shares memory with an input. Interleaved views of one buffer share none
+// and are accepted.
 void check_apart(const char* name, const DLTensor* x, const char* input_name,
                  const DLTensor* input);
 

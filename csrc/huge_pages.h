@@ -9,10 +9,11 @@
 
 namespace rwkv6 {
 
-// Wants huge pages under large memory that is about to be written from one end to the other, as
-// NumPy does for its arrays. Memory fresh from the system is handed out at the first write, with
-// huge pages 2 MiB at a time and five times as fast; what has been written before stays where it
-// is. (static: nothing is to be shared between instruction sets.)
+// Asks for huge pages under large memory that is about to be written from one end to the other, as
+// NumPy does for its arrays. The system provides fresh memory page by page at the first write; with
+// huge pages of 2 MiB that is five times as fast. Memory that has been written before is not moved.
+// (static, so that the copies compiled for different instruction sets are not merged by the
+// linker.)
 static inline void want_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(1) << 21;

@@ -100,8 +100,9 @@ bool overlaps_itself(const std::vector<Dimension>& dims) {
   return Search(terms).solvable_besides_the_middle();
 }
 
-// They share a byte when begin_a + sum stride i + p = begin_b + sum stride j + q for indices i and
-// j and bytes p and q of their elements. What is subtracted is counted from its other end instead.
+// Tensors a and b share a byte when begin_a + sum stride i + p = begin_b + sum stride j + q for
+// indices i and j and bytes p and q of their elements. What is subtracted is counted from its other
+// end instead.
 bool overlap(const Extent& a, const Extent& b) {
   std::vector<Term> terms;
   int64_t target = b.begin - a.begin;

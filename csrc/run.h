@@ -80,7 +80,7 @@ const char* message_of(const F& f) {
   try {
     f();
     return nullptr;
-  } catch (const std::runtime_error& error) {  // the caller's mistake, or what a GPU refused
+  } catch (const std::runtime_error& error) {  // the caller's mistake, or an error of CUDA
     message = error.what();
   } catch (const std::bad_alloc&) {
     return "rwkv6: out of memory";

@@ -1,4 +1,4 @@
-// Raw pointers and strides: what the kernels see of the tensors, on the CPU as on a GPU.
+// Views of tensors as raw pointers and strides: what the kernels are given, on the CPU as on a GPU.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ RWKV6_HOST_DEVICE inline int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
-// The state's dtype, and the accumulator's, for inputs of this one.
+// The dtype of the state and of the accumulator, for inputs of this dtype.
 inline DType state_dtype(DType inputs) { return inputs == DType::f64 ? DType::f64 : DType::f32; }
 
 // A [B, T, H, N] tensor; strides in elements, N contiguous.
@@ -39,12 +39,12 @@ struct Tokens {
   }
 };
 
-// A [H, N] tensor, N contiguous.
+// A [H, N] or [B, H, N] tensor, N contiguous.
 struct Heads {
   char* data = nullptr;
   DType dtype = DType::f32;
   int64_t stride_h = 0;
-  int64_t stride_b = 0;  // 0: all batch rows share the [H, N]
+  int64_t stride_b = 0;  // 0: all batch rows share one [H, N]
 
   RWKV6_HOST_DEVICE char* row(int64_t h, int64_t b = 0) const {
     return data + (b * stride_b + h * stride_h) * size_of(dtype);

@@ -95,8 +95,8 @@ int32_t dtype_of(const Tensor& x) {
   return dtype;
 }
 
-// A new contiguous tensor on the device of `beside`: what torch::stable::empty ends in, without the
-// dispatcher on the way.
+// A new contiguous tensor on the device of `beside`. It calls what torch::stable::empty calls in
+// the end, without going through the dispatcher.
 Tensor empty(const Tensor& beside, std::initializer_list<int64_t> sizes, int32_t dtype) {
   constexpr size_t kMaxDim = 4;
   int64_t strides[kMaxDim] = {}, step = 1;
@@ -117,7 +117,7 @@ Tensor empty(const Tensor& beside, std::initializer_list<int64_t> sizes, int32_t
   return x;
 }
 
-// An output of the shape and dtype of x; empty for a shape that the library is going to refuse.
+// An output of the shape and dtype of x; empty if the shape is one that the library refuses.
 Tensor empty_for(const Tensor& x) {
   const auto n = x.sizes();
   switch (n.size()) {
@@ -151,8 +151,8 @@ Tensor empty_channel_states(const Tensor& k) {
   return empty(k, {n[0], 3, n[2]}, state_dtype(k));
 }
 
-// aoti_torch_get_current_cuda_stream of the torch in this process; nullptr where that is not a CUDA
-// build. Looked up, not linked, so that one binary serves CPU builds as well.
+// aoti_torch_get_current_cuda_stream of the torch in this process; nullptr if that is not a CUDA
+// build. It is looked up at run time, not linked, so that one binary serves CPU builds as well.
 using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 CurrentStream current_stream() {
   static const CurrentStream function = [] {
@@ -424,8 +424,9 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("decode_layer", TORCH_BOX(&decode_layer));
 }
 
-// A CUDA build of torch gets the CUDA kernels if the kernel library has them; the reference serves
-// everybody else's GPUs, and the other operators (torch_rwkv6/registration/fallback.py).
+// The CUDA kernels are registered where torch is a CUDA build and the kernel library has them. On
+// all other GPUs, and for the other operators, torch_rwkv6/registration/fallback.py runs the
+// reference.
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CUDA, m) {
   if (!rwkv6_cuda_architectures() || !current_stream()) return;
   m.impl("wkv", TORCH_BOX(&wkv));

@@ -2,8 +2,8 @@
 //
 // Only XLA's header-only FFI is used. A handler runs where the runtime's API is at least as new as
 // the headers it was built with; neither jaxlib, TensorFlow nor torch is linked. Compiling it needs
-// no CUDA, whose kernels are in the kernel library. Handlers of the CPU and of XLA's platform "CUDA"
-// differ in what XLA lends to a call: class Cpu and class Gpu.
+// no CUDA, whose kernels are in the kernel library. Handlers of the CPU and of XLA's platform
+// "CUDA" differ in what XLA lends to a call: class Cpu and class Gpu.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -53,8 +53,8 @@ class View {
   operator DLTensor*() { return present_ ? &dl_ : nullptr; }
 };
 
-// XLA's own threads. The calling thread works too and waits only for work that another thread has
-// begun: a pool without a free thread cannot block it.
+// Runs body on XLA's thread pool. The calling thread takes shards too, and waits only for shards
+// that another thread has begun, so that a pool without a free thread cannot block it.
 void run_on_pool(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), void* data) {
   struct Work {
     int64_t n, shards;
@@ -151,8 +151,8 @@ ffi::Error result_of(const char* problem) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, problem);
 }
 
-// One of the optional buffers at the end. Of the operands, the first is the state that each sequence
-// starts from [B, H, N, N], and the second says which of the initial states that was [B].
+// One of the optional buffers at the end. Of the operands, the first is the state that each
+// sequence starts from [B, H, N, N], and the second says which of the initial states that was [B].
 std::optional<ffi::AnyBuffer> optional(const ffi::RemainingArgs& operands, size_t i) {
   if (operands.size() <= i) return std::nullopt;
   return operands.get<ffi::AnyBuffer>(i).value();
@@ -297,8 +297,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward, backward<Cpu>, bind_backward<C
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_forward_cuda, forward<Gpu>, bind_forward<Gpu>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rwkv6_xla_backward_cuda, backward<Gpu>, bind_backward<Gpu>());
 
-// Registers those of the CPU with a runtime that has no Python interface for it (TensorFlow), whose
-// API is `api`. Zero, or non-zero where the runtime is too old or refuses.
+// Registers the CPU's handlers with a runtime that has no Python interface for that (TensorFlow);
+// `api` is its API. Returns zero, or non-zero where the runtime is too old or refuses.
 extern "C" RWKV6_API int rwkv6_xla_register(const XLA_FFI_Api* api) {
   if (!api || api->api_version.major_version != XLA_FFI_API_MAJOR ||
       api->api_version.minor_version < XLA_FFI_API_MINOR)

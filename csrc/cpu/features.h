@@ -1,5 +1,5 @@
-// What the processor and the operating system offer, asked of the processor itself: the compiler's
-// __builtin_cpu_supports answers "nothing" under some runtime libraries.
+// Which instruction sets the processor and the operating system support, from CPUID: the compiler's
+// __builtin_cpu_supports reports none under some runtime libraries.
 #pragma once
 
 #if defined(__x86_64__)
@@ -34,7 +34,7 @@ class CpuFeatures {
            all(leaf7_ebx_, bit(5));                         // AVX2
   }
 
-  // AVX-512 F, BW, DQ and VL besides, of isa_avx512.cpp.
+  // Also AVX-512 F, BW, DQ and VL, which the kernels of isa_avx512.cpp are compiled for.
   bool avx512() const {
     return avx2() && all(saved_, bit(5) | bit(6) | bit(7)) &&       // masks, ZMM
            all(leaf7_ebx_, bit(16) | bit(17) | bit(30) | bit(31));  // F, DQ, BW, VL

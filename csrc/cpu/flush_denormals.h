@@ -1,5 +1,6 @@
-// Treats denormal numbers as zero while it lives, on this thread only. A dying state would
-// otherwise spend its last steps in numbers that cost a hundred times more to compute with.
+// While an object of this class exists, its thread treats denormal numbers as zero. A state that
+// decays to zero would otherwise spend its last steps in denormal numbers, with which computing
+// takes a hundred times as long.
 // Included by isa.inc inside the namespace of one instruction set.
 
 class FlushDenormals {
@@ -16,7 +17,7 @@ class FlushDenormals {
   FlushDenormals() {
     __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
     const uint64_t flush = saved_ | (uint64_t(1) << 24);
-    // "memory": arithmetic on what is loaded and stored in between stays in between
+    // "memory" keeps the loads and stores in between, and arithmetic on them, from moving across
     __asm__ volatile("msr fpcr, %0" : : "r"(flush) : "memory");
   }
   ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }

@@ -1,5 +1,6 @@
-// What the kernels include, before the file's instruction set is switched on: standard headers must
-// not be compiled for it, lest the linker take their functions for everybody's.
+// Everything that the kernels include, before the file switches its instruction set on. An inline
+// function of a standard header is compiled in every file that uses it, and the linker keeps one of
+// these copies for all. Had it been compiled for AVX-512, it would crash an older CPU.
 #pragma once
 
 #include <cmath>

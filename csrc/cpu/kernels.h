@@ -21,7 +21,8 @@ struct ForwardWork : ForwardJob {
 };
 
 // A backward cut into the same units. A part contributes a term to the gradients of r, k, w and u:
-// it writes its own grad_r, grad_k and grad_w, `part_stride` elements from those of the part before.
+// it writes its own grad_r, grad_k and grad_w, `part_stride` elements from those of the part
+// before.
 struct BackwardWork : BackwardJob {
   const Sequence* list;
   int64_t parts;

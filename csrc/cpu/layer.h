@@ -1,8 +1,9 @@
-// One token of each of a few sequences through one layer of RWKV-6: decoding.
+// Decoding: one token of each of a few sequences through one layer of RWKV-6.
 //
-// What takes time at one token is reading the weights, and would be calling some seventy small
+// For one token, reading the weights is what takes time, and so would be calling some seventy small
 // operations on a thousand numbers each. Here these are loops between the products with the
 // weights. Everything is computed in the accumulator's dtype T.
+//
 // Included by isa.inc inside the namespace of one instruction set.
 
 RWKV6_INLINE Vec<float> exponential(Vec<float> x) {
@@ -69,9 +70,9 @@ class Layer {
 
   const LayerJob& job;
   const int64_t M, D, F;
-  const int64_t pitch, wide;  // rows of D and of F values, in whole steps of matvec
+  const int64_t pitch, wide;  // length of rows of D and of F values, in whole steps of matvec
   const int64_t ranks;        // the larger rank, in whole vectors
-  const int64_t weight_row;   // a row of any low-rank weight: of D values or of a rank
+  const int64_t weight_row;   // length of a row of any low-rank weight: D or a rank
   Scratch<T> scratch;
 
   struct Rows {  // one for each sequence
@@ -82,16 +83,16 @@ class Layer {
   Rows rows(int64_t row_pitch) { return {scratch.take(M * row_pitch), row_pitch}; }
 
   const Rows x = rows(pitch);        // residual stream
-  const Rows token = rows(pitch);    // its norm
-  const Rows change = rows(pitch);   // that of the token before, minus this one's
-  const Rows mixed_x = rows(pitch);  // what the token shifts depend on
+  const Rows token = rows(pitch);    // x after ln1 or ln2
+  const Rows change = rows(pitch);   // the same of the previous token, minus this one's
+  const Rows mixed_x = rows(pitch);  // what the data-dependent token shifts are computed from
   const Rows mixed[kMixes] = {rows(pitch), rows(pitch), rows(pitch), rows(pitch), rows(pitch)};
   const Rows k = rows(pitch), v = rows(pitch), r = rows(pitch), g = rows(pitch), w = rows(pitch);
   const Rows y = rows(pitch);
   const Rows hidden = rows(wide);
   const Rows laid_out[4] = {rows(wide), rows(pitch), rows(pitch), rows(pitch)};
   T* const parameters[2] = {scratch.take(pitch), scratch.take(pitch)};
-  // Working memory of the low-rank products, for each mix its own.
+  // Working memory of the low-rank products; every mix has its own, as they run on several threads.
   struct LowRank {
     T* hidden;  // [ranks]
     T* row;     // [weight_row], the row of a weight that is being multiplied
@@ -111,7 +112,7 @@ class Layer {
     job.parallel_for(job.pool, n, body, const_cast<G*>(&f));
   }
 
-  // A parameter of D values as T. Two can be in use at once.
+  // A parameter of D values, converted to T. Two can be in use at a time: `which` is 0 or 1.
   const T* parameter(const char* values, int which = 0) const {
     load_row(values, job.dtype, D, parameters[which]);
     return parameters[which];
@@ -127,7 +128,8 @@ class Layer {
     return V::load(rows.row(m) + i);
   }
 
-  // The norm of x becomes the token, and the token of the next call's `shift`.
+  // The layer norm of x becomes `token`; `change` is that of the previous token, which `shift`
+  // holds, minus this one. `shift` then holds this token for the next call.
   void next_token(const char* weight, const char* bias, const Tokens& shift) const {
     const T *const weights = parameter(weight, 0), *const biases = parameter(bias, 1);
     for (int64_t m = 0; m < M; m++) {
@@ -139,7 +141,7 @@ class Layer {
     each(change, D, [&](int64_t i, int64_t m) { return at(change, i, m) - at(token, i, m); });
   }
 
-  // token + change * maa, of the same share in every sequence.
+  // out = token + change * maa.
   void mix(const char* maa, const Rows& out) const {
     const T* const share = parameter(maa);
     each(out, D, [&](int64_t i, int64_t m) {
@@ -160,11 +162,11 @@ class Layer {
     each(out, D, [&](int64_t i, int64_t m) { return at(out, i, m) + V::load(own.row + i); });
   }
 
-  // One of the data-dependent token shifts, and w from its own.
+  // One of the data-dependent token shifts; from the last one also w.
   void mix_one(int64_t i) const {
     const char* const maa[kMixes] = {job.att_time_maa_k, job.att_time_maa_v, job.att_time_maa_r,
                                      job.att_time_maa_g, job.att_time_maa_w};
-    const int64_t stored[kMixes] = {1, 2, 3, 4, 0};  // as the weights have them: w, k, v, r, g
+    const int64_t stored[kMixes] = {1, 2, 3, 4, 0};  // place in the weights: w, k, v, r, g
     const int64_t rank = job.mix_rank, bytes = stored[i] * rank * size_of(job.dtype);
     low_rank(mixed_x, job.att_time_maa_w1 + bytes, kMixes * rank, job.att_time_maa_w2 + bytes * D,
              rank, maa[i], low[i], mixed[i]);
@@ -183,7 +185,7 @@ class Layer {
     Rows y;
   };
 
-  // Several at once, their rows shared out among all threads.
+  // Several products at once, whose rows are shared out among all threads.
   template <int n>
   void project(const Product (&products)[n]) const {
     MatvecJob jobs[n];
@@ -208,7 +210,7 @@ class Layer {
     });
   }
 
-  // WKV6 of one token, and the norm of every head of y.
+  // WKV6 of one token, and the group norm of y, head by head.
   void recur() const {
     const auto heads = [&](const Rows& rows) {
       return Tokens{reinterpret_cast<char*>(rows.data), DTypeOf<T>::value, rows.pitch, 0, job.N};
@@ -267,7 +269,7 @@ class Layer {
     project<2>({{k, job.ffn_key, F, D, hidden}, {r, job.ffn_receptance, D, D, g}});
     each(hidden, F, [&](int64_t i, int64_t m) {
       const V h = at(hidden, i, m), zero(T(0));
-      const V positive = h.x < zero.x ? zero.x : h.x;  // a NaN stays one
+      const V positive = h.x < zero.x ? zero.x : h.x;  // a NaN stays a NaN
       return positive * positive;
     });
     project<1>({{hidden, job.ffn_value, D, F, v}});

@@ -1,5 +1,6 @@
-// Products of small row-major matrices of whole vectors: what the chunked backward is made of. A
-// length is an int64_t, or for the head sizes with a fast path a constant that converts to one.
+// Products of small row-major matrices, of which the chunked backward consists. Lengths are whole
+// vectors. A Length is an int64_t or, for the head sizes with a fast path, a compile-time constant
+// that converts to one.
 // Included by isa.inc inside the namespace of one instruction set.
 
 // out[a * S + b] = x[a] . y[b] for R rows x and S rows y of n values, `pitch` apart.
@@ -21,7 +22,8 @@ RWKV6_INLINE void dots(Length n, int64_t pitch, const T* x, const T* y, T* out) 
   memcpy(out, lanes, sizeof(T) * R * S);
 }
 
-// The rows, R at a time, and their columns, Q vectors at a time, of out [.., n].
+// Calls f(integral_constant<int, q>, i) for n columns in blocks of q vectors from column i on: q =
+// Q as long as so many are left, then 1.
 template <int Q, class T, class Length, class F>
 RWKV6_INLINE void for_columns(Length n, const F& f) {
   int64_t i = 0;
@@ -65,7 +67,7 @@ template <int C, class T, class Length>
 RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, const T* decay_low,
                          const T* a, const T* b, const T* from, T* to, Prefetcher& prefetcher) {
   typedef Vec<T> V;
-  constexpr int R = RWKV6_TILE_ROWS < V::W ? RWKV6_TILE_ROWS : V::W;  // m is whole vectors
+  constexpr int R = RWKV6_TILE_ROWS < V::W ? RWKV6_TILE_ROWS : V::W;  // divides m
   for_columns<2, T>(n, [&](auto q_count, int64_t i) {
     constexpr int Q = q_count;
     for (int64_t x = 0; x < m; x += R) {
@@ -91,7 +93,8 @@ RWKV6_INLINE void update(Length m, Length n, int64_t pitch, const T* decay, cons
   });
 }
 
-// Swaps the off-diagonal blocks of `half` lanes in the squares that a and b hold.
+// One step of a transposition by blocks: in every square of 2 * half lanes that rows a and b belong
+// to, the off-diagonal blocks are exchanged.
 template <int half, class V, int... lane>
 RWKV6_INLINE void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
   const V x = a, y = b;

@@ -1,16 +1,18 @@
-// A weight times a few vectors, y = x weight^T: decoding's own work, bound by reading the weight.
+// The product of a weight with a few vectors, y = x weight^T: the main work of decoding, limited by
+// the time to read the weight.
 //
-// The rows of the weight are read as a few streams side by side, each from its first byte to its
-// last with prefetches far ahead, which also cross the ends of rows and of pages. Rows of x share
-// what was read. Every y is summed in one order, however rows are grouped and cut.
+// The rows of the weight are read as a few sequential streams side by side, each with prefetches
+// far ahead, which continue into the next row and the next page. What was read is used for all rows
+// of x. Every element of y is summed in the same order, however rows are grouped and work is cut.
+//
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int64_t kPrefetch = 2048;  // bytes ahead in every stream
-constexpr int kStreams = 4;          // of rows of the weight
-constexpr int kVectors = 2;          // rows of x at a time
+constexpr int64_t kPrefetch = 2048;  // how many bytes ahead each stream is prefetched
+constexpr int kStreams = 4;          // rows of the weight that are read side by side
+constexpr int kVectors = 2;          // rows of x that are multiplied at a time
 
-// Two vectors of a row of the weight in the accumulator's dtype. What bf16 needs is cheapest for
-// the even and the odd elements apart, so x is laid out that way for it.
+// Loads two vectors of a row of the weight in the accumulator's dtype. bf16 is converted most
+// cheaply into the even and the odd elements, so the elements of x are put into that order for it.
 template <class T, DType D>
 RWKV6_INLINE void load_pair(const char* p, Vec<T>& x, Vec<T>& y) {
   if constexpr (D == DType::bf16) {
@@ -42,8 +44,8 @@ RWKV6_INLINE void matvec_step(const T* x, int64_t padded, const char* const (&w)
   }
 }
 
-// R rows of the weight, `distance` rows apart, times M rows of x, [M, padded]; the two vectors of a
-// step are summed apart.
+// R rows of the weight, `distance` rows apart, times M rows of x, [M, padded]. The two vectors of a
+// step have sums of their own.
 template <class T, DType D, int M, int R>
 RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, int64_t row,
                               int64_t distance, int64_t m) {
@@ -60,7 +62,7 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
     RWKV6_UNROLLED (int r = 0; r < R; r++) __builtin_prefetch(w[r] + k * size + kPrefetch);
     matvec_step<T, D, M, R>(x + k, padded, w, k * size, sum);
   }
-  if (whole < job.K) {  // the rest of the rows, padded with zeros
+  if (whole < job.K) {  // the last elements of the rows, padded with zeros
     alignas(64) char rest[R][kStep * sizeof(T)] = {};
     const char* p[R];
     RWKV6_UNROLLED (int r = 0; r < R; r++) {
@@ -82,7 +84,8 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
   }
 }
 
-// One tile with all rows of x, kVectors at a time: the tile stays in cache between them.
+// One tile of the weight times all rows of x, kVectors at a time; the tile stays in cache
+// meanwhile.
 template <class T, DType D, int R>
 void matvec_tiles(const MatvecJob& job, const T* x, int64_t padded, int64_t row, int64_t distance) {
   int64_t m = 0;
@@ -91,7 +94,7 @@ void matvec_tiles(const MatvecJob& job, const T* x, int64_t padded, int64_t row,
   for (; m < job.M; m++) matvec_tile<T, D, 1, R>(job, x + m * padded, padded, row, distance, m);
 }
 
-// All rows of x with the rows [first, last) of the weight.
+// The rows [first, last) of the weight times all rows of x.
 template <class T, DType D>
 void matvec_rows_of(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
   const int64_t length = (last - first) / kStreams;
@@ -101,7 +104,7 @@ void matvec_rows_of(const MatvecJob& job, const T* x, int64_t padded, int64_t fi
     matvec_tiles<T, D, 1>(job, x, padded, i, 0);
 }
 
-// The blocks [begin, end) of rows of the weight; x as matvec_layout has made it.
+// The blocks [begin, end) of rows of the weight times x, whose rows come from matvec_layout.
 template <class T>
 void matvec_blocks(const MatvecJob& job, const T* x, int64_t padded, int64_t begin, int64_t end) {
   const int64_t first = begin * kMatvecRows;
@@ -117,14 +120,14 @@ void matvec_blocks(const MatvecJob& job, const T* x, int64_t padded, int64_t beg
   }
 }
 
-// The length of a row of x as the steps of a tile read it.
+// The length of a row of x, padded to whole steps of a tile.
 template <class T>
 int64_t matvec_padded(int64_t K) {
   constexpr int64_t kStep = 2 * Vec<T>::W;
   return (K + kStep - 1) / kStep * kStep;
 }
 
-// Lays a row of K values out for a weight of this dtype.
+// Writes a row of K values of x, padded, in the order that load_pair has for this dtype.
 template <class T>
 void matvec_layout(const T* row, int64_t K, DType weight, T* out) {
   const int64_t W = Vec<T>::W, length = matvec_padded<T>(K);

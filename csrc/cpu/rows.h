@@ -1,9 +1,10 @@
-// Rows of N values on their way between memory of any dtype and the accumulator's dtype T.
+// Loads and stores of rows of N values: conversions between memory of any dtype and the
+// accumulator's dtype T, and the decays computed from rows of w.
 // Included by isa.inc inside the namespace of one instruction set.
 
 RWKV6_INLINE float f32_of_f16(uint16_t h) {
-  // The exponent is rebiased by a product, exactly; f16 denormals are integers times 2^-24. Neither
-  // meets an f32 denormal, which the kernels flush.
+  // A normal number's exponent is rebiased; an f16 denormal is an integer times 2^-24. Neither way
+  // passes through an f32 denormal, which the kernels treat as zero.
   const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
   float f;
   if (magnitude < 0x400) {
@@ -29,7 +30,7 @@ RWKV6_INLINE uint16_t f16_of_f32(float f) {  // to nearest, ties to even
   if (magnitude < 0x38800000) {                                 // an f16 denormal: 2^-24 units
     float m;
     __builtin_memcpy(&m, &magnitude, 4);
-    const float shifted = m + 0.5f;  // the sum's last bit is 2^-24: the addition rounds for us
+    const float shifted = m + 0.5f;  // the last bit of the sum is 2^-24, so the addition rounds
     uint32_t units;
     __builtin_memcpy(&units, &shifted, 4);
     return uint16_t(sign | (units - 0x3f000000));
@@ -38,7 +39,7 @@ RWKV6_INLINE uint16_t f16_of_f32(float f) {  // to nearest, ties to even
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + odd) >> 13));
 }
 
-// One vector's width of T from memory of another format, and to it.
+// 16-bit numbers in memory, and loads and stores of one vector of T from and to any dtype.
 struct BF16 {
   uint16_t bits;
 };
@@ -86,7 +87,7 @@ RWKV6_INLINE void store_as(Vec<float> v, F16* p) {
 #endif
 }
 
-// n values in whole vectors.
+// n rounded up to whole vectors.
 template <class T>
 constexpr int64_t padded(int64_t n) {
   return (n + Vec<T>::W - 1) / Vec<T>::W * Vec<T>::W;
@@ -133,7 +134,7 @@ RWKV6_INLINE void load_row(const void* row, DType dtype, int64_t n, double* out)
     for (int64_t i = 0; i < n; i++) out[i] = double(static_cast<const float*>(row)[i]);
 }
 
-// Writes n values; `in` is there up to a multiple of the vector width.
+// Writes n values; `in` can be read up to a multiple of the vector width.
 RWKV6_INLINE void store_row(const float* in, int64_t n, DType dtype, void* row) {
   if (dtype == DType::f32)
     store_values<float, float>(in, n, row);
@@ -147,8 +148,9 @@ RWKV6_INLINE void store_row(const double* in, int64_t n, DType dtype, void* row)
   for (int64_t i = 0; i < n; i++) static_cast<float*>(row)[i] = float(in[i]);
 }
 
-// Copies whole lines of 64 bytes past the caches, where that can be asked for: memory that is
-// written for somebody else, long after, need not be read first. finish_streams() comes after.
+// Copies whole cache lines of 64 bytes with stores that bypass the caches, where the CPU has them:
+// the old contents of the memory need not be read first. For memory that is not read again soon;
+// finish_streams() must be called after the last copy.
 RWKV6_INLINE void stream_lines(const void* from, int64_t bytes, void* to) {
 #if defined(__x86_64__)
   const __m128i* in = static_cast<const __m128i*>(from);
@@ -164,8 +166,8 @@ RWKV6_INLINE void finish_streams() {
 #endif
 }
 
-// p * 2^n for whole n, p in [0.7, 1.5]; 0 where that is no normal number. n may be from -126 on,
-// where the instruction set has a scaling of its own also below.
+// p * 2^n for an integer n and p in [0.7, 1.5], or 0 where that is not a normal number. n may be as
+// low as -126, and any where the instruction set has an instruction for this.
 RWKV6_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {
 #ifdef RWKV6_SCALE_F32
   return FloatLanes(RWKV6_SCALE_F32(p.x, n.x));
@@ -174,8 +176,8 @@ RWKV6_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {
 #endif
 }
 
-// p[t] = c[0] + c[1] x[t] + c[2] x[t]^2 + ... The C chains of dependent instructions are
-// interleaved, since one alone would wait at every step.
+// p[t] = c[0] + c[1] x[t] + c[2] x[t]^2 + ... by Horner's rule. The C chains of dependent
+// instructions are interleaved, since a single chain would wait at every step.
 template <int terms, int C>
 RWKV6_INLINE void polynomial(const float (&c)[terms], const Vec<float> (&x)[C],
                              Vec<float> (&p)[C]) {
@@ -193,9 +195,9 @@ constexpr float kScaledExp2[6] = {-1.4426949f,    -1.00000846f,   -0.346468419f,
                                   -0.0805403516f, -0.0129688764f, -0.00270877057f};
 #endif
 
-// x[t] = 2^x[t], exactly 1 at 0; relative error 1.6e-7. What n of scale() may be, x may be.
-// change[t] becomes 2^x[t] - 1 where |x[t]| <= 1/2, with all digits also near 0, and below -1/2 for
-// smaller x.
+// Replaces x[t] by 2^x[t], with a relative error of 1.6e-7 and exactly 1 at 0. x has the range of n
+// in scale(). change[t] becomes 2^x[t] - 1 where |x[t]| <= 1/2, accurate also near 0; for smaller x
+// it is some number below -1/2.
 template <int C>
 RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
@@ -224,17 +226,17 @@ RWKV6_INLINE void exp2_lanes(Vec<float> (&x)[C]) {
   exp2_lanes(x, change);
 }
 
-// Of one vector of w of each of C tokens: rate = exp(w), decay = exp(-exp(w)) and, where that is
-// above 1/2, its change of the state, decay - 1, which a decay near 1 has no digits left for; where
-// it is not, change is anything below -1/2. Every w is good: decay is 1 up to -17 and 0 from 80 on
-// at the latest, where also rate * decay, the derivative, is an exact 0. rate is finite, for it
-// does not grow beyond exp(80).
+// From one vector of w of each of C tokens: rate = exp(w), decay = exp(-exp(w)), and change = decay
+// - 1. change is accurate where decay > 1/2, also where decay is so near 1 that the difference
+// would have lost all digits; elsewhere it is some number below -1/2. Every w is valid: decay is 1
+// for w below -17, and 0 from w = 80 on at the latest, where rate * decay, the derivative, is also
+// exactly 0. rate stays finite, because w is bounded by 80 for it.
 template <int C>
 RWKV6_INLINE void decay_lanes(const Vec<float> (&w)[C], Vec<float> (&rate)[C],
                               Vec<float> (&decay)[C], Vec<float> (&change)[C]) {
   typedef Vec<float> V;
 #ifdef RWKV6_SCALE_F32
-  V p[C], y[C], rest[C];  // y = -log2(e) exp(w), whose scale() takes x as it is: 2^floor(x)
+  V p[C], y[C], rest[C];  // y = -log2(e) exp(w); this scale() multiplies by 2^floor of its argument
   RWKV6_UNROLLED (int t = 0; t < C; t++) y[t] = at_most(V(80.f), w[t]) * V(1.44269504f);
   RWKV6_UNROLLED (int t = 0; t < C; t++) rest[t] = FloatLanes(RWKV6_MINUS_FLOOR_F32(y[t].x));
   polynomial(kScaledExp2, rest, p);
@@ -276,9 +278,10 @@ RWKV6_INLINE void decay_lanes(const Vec<double> (&w)[C], Vec<double> (&rate)[C],
   }
 }
 
-// A product of decays in two parts, high + low, from what it changes the state by, product - 1, of
-// which one near 1 has lost digits. low comes with what the products before have lost, relative to
-// themselves, and leaves with what is lost now. (Where decays are fast, that is soon forgotten.)
+// Splits a product of decays into two parts, high + low: its nearest number and what that lost by
+// rounding. change is product - 1, which is more accurate than the product where that is near 1. On
+// entry low is what the products before lost, relative to themselves; it is added before rounding.
+// (Where decays are fast, below 1/2, low is 0: an error in such a state is soon forgotten.)
 template <class T>
 RWKV6_INLINE void split_decay(Vec<T> product, Vec<T> change, Vec<T>& high, Vec<T>& low) {
   typedef Vec<T> V;
@@ -289,7 +292,7 @@ RWKV6_INLINE void split_decay(Vec<T> product, Vec<T> change, Vec<T>& high, Vec<T
   low = V(slow ? (exact - (near - one)).x : zero.x);
 }
 
-// decay and, where wanted, rate and change of decay_lanes() of a row of n values, in whole vectors.
+// decay_lanes() of a row of n values, in whole vectors. rate and change may be nullptr: not wanted.
 template <class T>
 RWKV6_INLINE void decay_row(const T* w, int64_t n, T* decay, T* rate = nullptr,
                             T* change = nullptr) {

@@ -1,12 +1,13 @@
-// Working memory of one kernel call on one thread, handed out in 64-byte aligned pieces.
+// The working memory of one kernel call on one thread: one allocation, from which pieces aligned to
+// 64 bytes are taken.
 // Included by isa.inc inside the namespace of one instruction set.
 
 template <class T>
 class Scratch {
   static constexpr int64_t kAlign = 64 / sizeof(T);
 #ifdef RWKV6_ADDRESS_SANITIZER
-  // Pieces lie apart and what is between them may not be touched: a piece that is overrun is found
-  // even though the pieces are one allocation.
+  // Under AddressSanitizer the pieces have gaps between them that must not be touched, so that an
+  // overrun of one piece is found although all are one allocation.
   static constexpr int64_t kGap = kAlign, kMostPieces = 64;
 #else
   static constexpr int64_t kGap = 0, kMostPieces = 0;

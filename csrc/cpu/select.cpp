@@ -5,7 +5,7 @@
 
 #include "features.h"
 
-// RWKV6_BASELINE_ONLY leaves the wider instruction sets out of a build that is to be quick.
+// RWKV6_BASELINE_ONLY leaves the wider instruction sets out, for a quick build.
 #if defined(__x86_64__) && !defined(RWKV6_BASELINE_ONLY)
 #define RWKV6_WIDER_X86
 #endif
@@ -50,7 +50,7 @@ const Level kLevels[] = {
 #endif
 };
 
-// What RWKV6_CPU_ISA names, or nothing.
+// What RWKV6_CPU_ISA names; empty if nothing.
 const char* forced() {
   const char* name = getenv("RWKV6_CPU_ISA");
   return name ? name : "";

@@ -7,11 +7,11 @@
 
 namespace rwkv6 {
 
-// The best the CPU has, or the one that the environment variable RWKV6_CPU_ISA names; nullptr if it
-// names one that is unknown or that the CPU lacks. Decided once.
+// The kernels of the best instruction set of this CPU, or of the one that the environment variable
+// RWKV6_CPU_ISA names; nullptr if that is unknown or not available. Decided at the first call.
 const Kernels* select_kernels();
 
-// Why select_kernels() is nullptr, for the caller to read.
+// Why select_kernels() is nullptr, as a message for the user.
 std::string no_kernels_message();
 
 }  // namespace rwkv6

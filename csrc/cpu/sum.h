@@ -1,4 +1,4 @@
-// Sums over sequences in a fixed order: gradients of what several sequences share.
+// Sums in a fixed order: the gradients of what several sequences, or parts of one head, share.
 // Included by isa.inc inside the namespace of one instruction set.
 
 template <class T>

@@ -1,4 +1,5 @@
-// A small vector class over the compilers' vector extensions: one source for every instruction set.
+// A small class of SIMD vectors over the compilers' vector extensions: one source for all
+// instruction sets.
 // Included by isa.inc inside the namespace of one instruction set.
 
 #define RWKV6_INLINE inline __attribute__((always_inline))
@@ -43,7 +44,7 @@ struct Vec {
   }
   RWKV6_INLINE void store(T* p) const { __builtin_memcpy(p, &x, sizeof x); }
 
-  // The first n lanes of memory, the others zero; and back.
+  // Loads n lanes, the others are zero; stores only the first n lanes.
   static RWKV6_INLINE Vec load_first(const T* p, int64_t n) {
     T lanes[W] = {};
     memcpy(lanes, p, size_t(n) * sizeof(T));
@@ -56,8 +57,9 @@ struct Vec {
   friend RWKV6_INLINE Vec operator-(Vec a, Vec b) { return a.x - b.x; }
 };
 
-// a * b + c in one rounding where the instruction set has it. Spelled out, for the build forbids
-// the compiler to contract on its own: the same element must get the same bits in every loop.
+// a * b + c, with one rounding where the instruction set has it. Every fused multiply-add is
+// written out as a call of this function, and the build forbids the compiler to make its own
+// (-ffp-contract=off): an element must get the same bits in whichever loop it is computed.
 RWKV6_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #ifdef RWKV6_FMA_F32
   return FloatLanes(RWKV6_FMA_F32(a.x, b.x, c.x));
@@ -73,7 +75,7 @@ RWKV6_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// low and high bound x; a NaN stays one.
+// x bounded from below or from above; a NaN stays a NaN.
 RWKV6_INLINE Vec<float> at_least(Vec<float> low, Vec<float> x) {
 #ifdef RWKV6_MAX_F32
   return FloatLanes(RWKV6_MAX_F32(low.x, x.x));
@@ -90,7 +92,7 @@ RWKV6_INLINE Vec<float> at_most(Vec<float> high, Vec<float> x) {
 }
 
 template <int... lanes>
-struct Shuffle {  // lanes of a, and from W on those of b
+struct Shuffle {  // lanes 0 to W - 1 are a's, lanes W to 2 W - 1 b's
   template <class Lanes>
   static RWKV6_INLINE Lanes of(Lanes a, Lanes b) {
 #ifdef __clang__
@@ -103,8 +105,8 @@ struct Shuffle {  // lanes of a, and from W on those of b
   }
 };
 
-// Each run of 2 * half lanes of a, then of b, folded into one of half as many: its two halves
-// added.
+// Adds the two halves of each run of 2 * half lanes, first of a and then of b: the result has runs
+// of `half` lanes.
 template <int half, class V, int... lane>
 RWKV6_INLINE V fold(V a, V b, std::integer_sequence<int, lane...>) {
   return V(Shuffle<(lane / half * 2 * half + lane % half)...>::of(a.x, b.x)) +

@@ -1,12 +1,15 @@
 // RWKV-4's operator, backward: the adjoint of the recurrence, channel by channel.
 //
-// The states before every token are recomputed from checkpoints, one per segment of about sqrt(T)
-// tokens, so a thread needs O(sqrt(T)) of them. y does not change when a and b are taken relative
-// to another e^p, so its gradient for p is that of the exponent alone; the state's own p goes where
-// the larger exponent came from. The formulas are those of torch_rwkv6/reference4.py.
+// A forward pass keeps the state before every segment of about sqrt(T) tokens. Then, segment by
+// segment from the last to the first, the state before each token is recomputed and the gradients
+// follow in reverse order, so a thread needs memory for O(sqrt(T)) states. y does not depend on the
+// p that a and b are taken relative to, only on the exponents themselves; the gradient of the
+// state's p goes to whichever exponent was the larger one. The formulas are those of
+// torch_rwkv6/reference4.py.
+//
 // Included by isa.inc inside the namespace of one instruction set.
 
-// Gradients of the state after a token, turned step by step into those before it.
+// The gradient of the state after a token, which becomes that of the state before it.
 template <class T>
 struct AverageGrad {
   typedef Vec<T> V;
@@ -16,7 +19,8 @@ struct AverageGrad {
 
   static RWKV6_INLINE V minus(V x, V y) { return V(x.x - y.x); }
 
-  // Through Average::add; returns the gradient that p and decay share, and adds to k's and v's.
+  // The adjoint of Average::add: returns the gradient that p and decay share, sets those of k and
+  // v.
   RWKV6_INLINE V add(const Average<T>& before, const Average<T>& after, V k, V v, V decay,
                      V& grad_k, V& grad_v) {
     const V kept = before.p + decay;
@@ -31,7 +35,7 @@ struct AverageGrad {
     return p;
   }
 
-  // Through Average::y; returns the gradient that u and k share.
+  // The adjoint of Average::y: returns the gradient that u and k share, adds to that of v.
   RWKV6_INLINE V y(const Average<T>& before, V k, V v, V u, V grad_y, V& grad_v) {
     const Factors<T> f(before.p, u + k);
     const V total = fma(f.of_x, before.b, f.of_y);
@@ -55,7 +59,7 @@ void wkv4_backward(const Wkv4Job& job, int64_t begin, int64_t end) {
   const int64_t segments = (job.T + segment - 1) / segment;
   Scratch<T> scratch((segments + segment + 1) * 3 * C);
   T* const checkpoints = scratch.take(segments * 3 * C);  // before the first token of each segment
-  T* const states = scratch.take((segment + 1) * 3 * C);  // before each token of one, and after it
+  T* const states = scratch.take((segment + 1) * 3 * C);  // before each of its tokens, and after
   each_block_of_channels<T>(job, begin, end, [&](int64_t b, const Channels<T>& channels) {
     const int64_t width = channels.vectors * V::W;
     alignas(64) T k[C], v[C], grad_y[C], grad[3 * C], grad_w[C] = {}, grad_u[C] = {};
@@ -63,9 +67,9 @@ void wkv4_backward(const Wkv4Job& job, int64_t begin, int64_t end) {
       channels.load(job.k.row(b, t, 0), job.k.dtype, k);
       channels.load(job.v.row(b, t, 0), job.v.dtype, v);
     };
-    // Walks tokens [from, to) on from the state `before`; keep is 0 or 3 * C, the step from one
-    // state to the next.
-    const auto walk = [&](int64_t from, int64_t to, T* state, int64_t keep) {
+    // Computes the states after tokens [from, to) from the one before them. `keep` is the distance
+    // from one state to the next: 3 * C, or 0 to keep only the last.
+    const auto recompute_states = [&](int64_t from, int64_t to, T* state, int64_t keep) {
       for (int64_t t = from; t < to; t++, state += keep) {
         load(t);
         for (int64_t j = 0; j < width; j += V::W) {
@@ -78,14 +82,14 @@ void wkv4_backward(const Wkv4Job& job, int64_t begin, int64_t end) {
     channels.load_state(job.initial, b, states);
     for (int64_t s = 0; s < segments; s++) {
       memcpy(checkpoints + s * 3 * C, states, 3 * C * sizeof(T));
-      if (s + 1 < segments) walk(s * segment, (s + 1) * segment, states, 0);
+      if (s + 1 < segments) recompute_states(s * segment, (s + 1) * segment, states, 0);
     }
     for (int64_t i = 0; i < 3; i++)
       channels.load(job.grad_final.matrix(b, i), job.grad_final.dtype, grad + i * C);
     for (int64_t s = segments; s-- > 0;) {
       const int64_t first = s * segment, last = first + segment < job.T ? first + segment : job.T;
       memcpy(states, checkpoints + s * 3 * C, 3 * C * sizeof(T));
-      walk(first, last, states, 3 * C);
+      recompute_states(first, last, states, 3 * C);
       for (int64_t t = last; t-- > first;) {
         load(t);
         channels.load(job.grad_y.row(b, t, 0), job.grad_y.dtype, grad_y);

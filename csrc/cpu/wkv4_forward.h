@@ -1,12 +1,14 @@
-// RWKV-4's operator, forward: every channel walks its own average through the tokens.
+// RWKV-4's operator, forward: token by token, each channel with its own weighted average.
 //
-// A numerator a and a denominator b are kept relative to e^p. Of the two terms that meet in a step
-// one is always taken with factor 1, so a step costs one exponential for y and one for the state.
+// The average's numerator a and denominator b are kept relative to e^p. Of the two terms that a
+// step adds, the one with the larger exponent has the factor 1, so a step needs one exponential for
+// y and one for the state.
+//
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int64_t kChannelVectors = 4;  // channels that walk together: enough to hide an exp
+constexpr int64_t kChannelVectors = 4;  // computed together: enough to hide the latency of an exp
 
-// e^x for x <= 0, exactly 0 where that is beyond the dtype; NaN stays NaN.
+// e^x for x <= 0, exactly 0 where that is too small for the dtype; a NaN stays a NaN.
 RWKV6_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   typedef Vec<float> V;
   const V low(-87.f);
@@ -28,8 +30,9 @@ RWKV6_INLINE Vec<T> larger(Vec<T> x, Vec<T> y) {
   return Vec<T>(x.x <= y.x ? y.x : other);
 }
 
-// The factors of two terms with exponents x and y, relative to the larger: e^(x - max), e^(y -
-// max). An infinite exponent has no factor: NaN.
+// The factors of two terms with exponents x and y relative to the larger one, max:
+//   e^(x - max), e^(y - max)
+// NaN where an exponent is infinite.
 template <class T>
 struct Factors {
   Vec<T> of_x, of_y;
@@ -45,7 +48,7 @@ struct Factors {
   }
 };
 
-// The a, b and p of some channels.
+// The state a, b and p of one vector of channels.
 template <class T>
 struct Average {
   Vec<T> a, b, p;
@@ -66,7 +69,7 @@ struct Average {
   }
 };
 
-// Some channels [first, first + n) of a job, n up to kChannelVectors vectors, padded with zeros.
+// The channels [first, first + n) of a job: up to kChannelVectors vectors, padded with zeros.
 template <class T>
 struct Channels {
   static constexpr int64_t C = kChannelVectors * Vec<T>::W;
@@ -78,11 +81,11 @@ struct Channels {
     alignas(64) T factor[C] = {};
     load(job.w.row(0), job.w.dtype, decay);
     load(job.u.row(0), job.u.dtype, u);
-    decay_row(decay, n, factor, decay);  // its rate is exp(w)
+    decay_row(decay, n, factor, decay);  // decay becomes the rate, exp(w)
     for (int64_t i = 0; i < vectors * Vec<T>::W; i++) decay[i] = -decay[i];
   }
 
-  // Of one row of D values; a null row is zeros.
+  // Loads or stores these channels of a row of D values; a null row is zeros.
   void load(const char* row, DType dtype, T* out) const {
     load_row(row ? row + first * size_of(dtype) : nullptr, dtype, n, out);
   }
@@ -90,7 +93,7 @@ struct Channels {
     store_row(in, n, dtype, row + first * size_of(dtype));
   }
 
-  // a, b and p of batch row b, [3, C]; without states those of a start.
+  // a, b and p of batch row b, [3, C]; without states, those of an empty average.
   void load_state(const States& states, int64_t b, T* out) const {
     if (states.data) {
       for (int64_t i = 0; i < 3; i++) load(states.matrix(b, i), states.dtype, out + i * C);

@@ -10,12 +10,13 @@
 
 constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
 constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
-// Bytes of the checkpoints of the heads that are processed in turn, unless kBackwardHeads need more.
+// Bytes of the checkpoints of the heads that are processed in turn, unless kBackwardHeads need
+// more.
 constexpr int64_t kCheckpoints = int64_t(1) << 24;
 // Gradients of as many bytes have left the caches before anybody reads them.
 constexpr int64_t kStreamed = int64_t(1) << 24;
 
-// What one thread works with.
+// One thread's working memory.
 template <class T>
 struct BackwardScratch {
   BackwardChunk<T> chunk;

@@ -22,8 +22,8 @@
 
 constexpr int64_t kBackwardChunk = 16;
 
-// One chunk of one head: rows [C, kPitch], of which the first `keys` or `values` are in use. A short
-// chunk is filled up with tokens that leave the state as it is.
+// One chunk of one head: rows [C, kPitch], of which the first `keys` or `values` are in use. A
+// short chunk is filled up with tokens that leave the state as it is.
 template <class T>
 struct BackwardChunk {
   static constexpr int C = kBackwardChunk;
@@ -34,9 +34,9 @@ struct BackwardChunk {
   };
   Rows v, grad_y, grad_v;  // [C, values]
   // [C, keys]. For a token t in its block of the current level: from_start is the product of the
-  // decays from the block's start to t, to_end that from t to the block's end, both without t's own;
-  // R = r from_start, K = k to_end. all[b] is the product of all decays of the block that starts at
-  // token b. rate = exp(w).
+  // decays from the block's start to t, to_end that from t to the block's end, both without t's
+  // own; R = r from_start, K = k to_end. all[b] is the product of all decays of the block that
+  // starts at token b. rate = exp(w).
   Rows R, K, from_start, to_end, all, rate;
   Rows grad_r, grad_k, q, sums;
   // For s <= t, A[t][s] is the factor of v_s in y_t, and M[t][s] = dy_t . v_s.
@@ -73,8 +73,8 @@ void backward_decays(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   }
 }
 
-// The pairs of a token with itself, whose weight is u: A[t][t], and the first terms of the gradients
-// of r, k and u.
+// The pairs of a token with itself, whose weight is u: A[t][t], and the first terms of the
+// gradients of r, k and u.
 template <class T, class Length>
 void backward_diagonal(Length keys, BackwardChunk<T>& c) {
   typedef Vec<T> V;
@@ -102,11 +102,11 @@ void backward_diagonal(Length keys, BackwardChunk<T>& c) {
   }
 }
 
-// One level of the tree: for every two neighbouring blocks of m tokens, the pairs of a source in the
-// left and a target in the right one. They add their terms to A, q and the gradients of r and k;
-// then the two blocks are merged: from_start, to_end, R, K and `all` become those of a block of 2 m
-// tokens. At m = 1 from_start and to_end are 1 and q is 0. Blocks after the last of the `tokens`
-// that exist have no pairs.
+// One level of the tree: for every two neighbouring blocks of m tokens, the pairs of a source in
+// the left and a target in the right one. They add their terms to A, q and the gradients of r and
+// k; then the two blocks are merged: from_start, to_end, R, K and `all` become those of a block of
+// 2 m tokens. At m = 1 from_start and to_end are 1 and q is 0. Blocks after the last of the
+// `tokens` that exist have no pairs.
 template <int m, class T, class Length>
 void intra_chunk_backward_level(Length keys, int64_t tokens, BackwardChunk<T>& c) {
   typedef Vec<T> V;

@@ -19,26 +19,34 @@
 //
 // The state is kept in the output itself (final_state, or the caller's state). A chunk of one token
 // is the recurrence: it serves decoding and the tokens left over at the end of a sequence.
+//
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int64_t kChunk = 4;         // tokens, measured best on every instruction set
-constexpr int64_t kBlock = 8;         // tokens of a head before the next head's turn
-constexpr int64_t kHeadGroup = 32;    // heads that take turns: the rows of a token are neighbours
-constexpr int64_t kAside = 64 * 64;   // values of the largest state that is kept aside, and the
-constexpr int64_t kAsideTokens = 64;  // tokens from which on that is worth its copies
+// The order of a group of heads: kBlock tokens of the first head, the same tokens of the second and
+// so on, then the next kBlock tokens. For one token, the rows of all heads are neighbours in
+// memory.
+constexpr int64_t kChunk = 4;       // tokens, measured best on every instruction set
+constexpr int64_t kBlock = 8;       // tokens of one head before the next head's
+constexpr int64_t kHeadGroup = 32;  // heads
+// States of up to kCopiedState values are copied to memory of the thread's own while it works on
+// them (see SequenceForward::copies), for sequences of kCopiedTokens and more.
+constexpr int64_t kCopiedState = 64 * 64;
+constexpr int64_t kCopiedTokens = 64;
 
 // One chunk of one head, for the columns of one part.
 template <class T>
 struct ForwardChunk {
-  // between rows: known to the compiler, and no power of two, which the first-level cache dislikes
+  // From row to row. Known to the compiler; not a power of two, since rows that far apart would
+  // fall into the same sets of the first-level cache.
   static constexpr int64_t kPitch = kMaxHeadSize + 64 / sizeof(T);
   struct Rows {
     alignas(64) T row[kChunk][kPitch];
   };
   int64_t h, step, tokens;  // head, first token, number of tokens: kChunk or 1
-  bool settles;             // whether its decay is exact: see ForwardScratch::residuals
-  // [C, N], v and y [C, columns of the part], in the tensors' dtype: rows of the tensors
-  // themselves, where these are whole vectors, or else of padded copies
+  bool settles;             // whether decay_low is applied: see ForwardScratch::residuals
+  // The rows of the tokens in the tensors' dtype: r and k [C, N], v and y [C, columns of the part].
+  // They are the tensors' own memory where a row is a number of whole vectors, otherwise padded
+  // copies.
   const void *r[kChunk], *k[kChunk], *v[kChunk];
   void* y[kChunk];
   const T* w[kChunk];  // [C, N], converted
@@ -46,15 +54,16 @@ struct ForwardChunk {
   Rows R, K;                    // [C, N]
   alignas(64) T decay[kPitch];  // [N], of the whole chunk
   alignas(64) T A[32];          // A[t][s] at pair(t, s)
-  // [N], what decay lacks: of a chunk of one token in decay_rest, else in the head's residuals
+  // [N], what `decay` lost by rounding: decay_rest for a chunk of one token, otherwise the head's
+  // residuals.
   const T* decay_low;
   alignas(64) T decay_rest[kPitch];
 
   static constexpr int pair(int t, int s) { return t * (t + 1) / 2 + s; }
 };
 
-// Where a head's state comes from and goes to, at the part's first column. Both may be the same
-// memory.
+// Where a chunk reads its head's state and where it writes it, from the part's first column on.
+// Both may be the same memory.
 template <class T>
 struct StateMove {
   const T* from;
@@ -63,14 +72,15 @@ struct StateMove {
   int64_t to_stride;
 };
 
-// Spelled out, for of a loop the compiler makes a slow memset.
+// Written without a loop, because the compiler turns a loop into a slow memset.
 template <class V, int... i>
 RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
   ((v[i] = V(0)), ...);
 }
 
-// R, K, A and the decay of the whole chunk. u [N], residual [N]: what the decays of the head's
-// chunks so far have lost, relative to their product.
+// Computes R, K, A and the decay of the whole chunk: all that does not depend on the state. u [N]
+// is the head's. residual [N] is what the decays of the head's earlier chunks lost by rounding,
+// relative to their product; it is added to this chunk's decay before that is rounded.
 template <class T, class X, int C>
 RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;
@@ -112,9 +122,9 @@ RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T
   store_sums<Chunk::pair(C, 0)>(A, chunk.A);
 }
 
-// Q vectors of columns of y and of the state through the chunk. Partial: of the one vector only
-// the first `columns` are there. The old state comes to the sum last: all that is added to a state
-// many times as large is rounded once.
+// Computes y and the next state of one chunk, for Q vectors of value columns from column j on. With
+// Partial there is one vector, of which only the first `columns` exist. The old state is added to
+// the sum last, so that what is added to a state many times as large is rounded only once.
 template <class T, class X, int C, bool Settles, int Q, bool Partial>
 RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
                                const StateMove<T>& state, int64_t columns, Prefetcher& prefetcher) {
@@ -132,7 +142,8 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
   }
   const T* from = state.from + j;
   T* to = state.to + j;
-  // in registers: for all the compiler knows, stores to the state might change them
+  // Copied to registers, since for all the compiler knows the stores to the state might change
+  // them.
   const int64_t from_stride = state.from_stride, to_stride = state.to_stride;
   const T* const decay_low = chunk.decay_low;
   const auto load = [&](int q) {
@@ -179,7 +190,7 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
       store_as(y[t][q], static_cast<X*>(chunk.y[t]) + j + q * V::W);
 }
 
-// One head's y and state through the chunk.
+// Computes y and the next state of one chunk of one head, tile by tile of value columns.
 template <class T, class X, int C, bool Settles>
 void forward_tiles(ForwardChunk<T>& chunk, int64_t N, int64_t columns, const StateMove<T>& state,
                    Prefetcher& prefetcher) {
@@ -198,7 +209,7 @@ void forward_tiles(ForwardChunk<T>& chunk, int64_t N, int64_t columns, const Sta
     forward_tile<T, X, C, Settles, 1, true>(chunk, N, j, state, columns - j, prefetcher);
 }
 
-// Moves to y what could not be written there at once.
+// Copies y to the tensor where it was computed in a padded copy.
 template <class T>
 void pack(const ForwardWork& job, const Sequence& sequence, Columns part,
           const ForwardChunk<T>& chunk) {
@@ -210,8 +221,8 @@ void pack(const ForwardWork& job, const Sequence& sequence, Columns part,
   }
 }
 
-// Points state.from at the head's initial state, where the first chunk can read it; otherwise that
-// is put into state.to.
+// Prepares the state for the head's first chunk: state.from becomes the initial state's own memory
+// where that has the accumulator's dtype, otherwise the initial state is converted into state.to.
 template <class T>
 void start(const ForwardWork& job, const Sequence& sequence, int64_t h, Columns part,
            StateMove<T>& state) {
@@ -231,20 +242,21 @@ void start(const ForwardWork& job, const Sequence& sequence, int64_t h, Columns 
   }
 }
 
-// What one thread works with.
+// One thread's working memory.
 template <class T>
 struct ForwardScratch {
   ForwardChunk<T> chunks[2];
   alignas(64) T u[ForwardChunk<T>::kPitch];
-  alignas(64) T aside[2][kAside];
-  // of the heads that take turns. A chunk's decay is rounded to nearest, and what it loses goes to
-  // the next one's, so that a state that lives for thousands of tokens never is off by more than
-  // one rounding. The last chunk of a sequence settles what is left.
+  alignas(64) T copies[2][kCopiedState];
+  // One row for every head of the group. A chunk's decay is rounded to nearest, and what it loses
+  // is added to the decay of the head's next chunk, so that a state that lives for thousands of
+  // tokens is never off by more than one rounding. The last chunk of a sequence applies what is
+  // left.
   alignas(64) T residuals[kHeadGroup][ForwardChunk<T>::kPitch];
 };
 
-// The way through one sequence, heads [first, last) and the columns of one part: block after block,
-// the heads in turn, chunk after chunk. X is the dtype of the inputs.
+// Goes through one sequence, for heads [first, last) and the columns of one part: block by block of
+// tokens, in each block head by head, and for each head chunk by chunk. X is the inputs' dtype.
 template <class T, class X>
 struct SequenceForward {
   const ForwardWork& job;
@@ -253,13 +265,13 @@ struct SequenceForward {
   const Columns part;
   T* const u;                                     // [N], of head h
   T (*const residuals)[ForwardChunk<T>::kPitch];  // [last - first, N]
-  // [2][kAside], or nullptr: where the states of the first and the last head are meanwhile. Their
-  // neighbours in memory are other threads', and the prefetchers of two that rewrite lines side by
-  // side keep taking these from each other.
-  T* const aside;
+  // [2][kCopiedState] or nullptr: where the states of the first and the last head are kept until
+  // the end. In the tensor, their neighbours belong to other threads, and when two threads rewrite
+  // neighbouring lines, their prefetchers keep taking these lines from each other.
+  T* const copies;
   const int64_t columns = part.last - part.first;
-  int64_t block = 0, h = first, step = 0;  // the next chunk to unpack
-  // its first token's rows: [N], of v and y the part's columns
+  int64_t block = 0, h = first, step = 0;  // of the next chunk to unpack
+  // The rows of its first token: [N], for v and y the part's columns.
   const char *r = nullptr, *k = nullptr, *v = nullptr, *w = nullptr;
   char* y = nullptr;
   Prefetcher prefetcher = {};
@@ -270,15 +282,16 @@ struct SequenceForward {
 
   bool done() const { return block >= sequence.length; }
 
-  // A head's turn: finds the rows of its tokens in the block, and wants those of the turn after it.
-  void begin_turn() {
+  // Finds the rows of a head's tokens in the block, and has the rows that come after them
+  // prefetched: the next head's in the same block, or the first head's in the next block.
+  void begin_block_of_head() {
     const auto row = [&](const Tokens& x) { return x.row(sequence.b, sequence.begin + block, h); };
     const int64_t offset = part.first * int64_t(sizeof(X));
     r = row(job.r), k = row(job.k), v = row(job.v) + offset, w = row(job.w);
     y = row(job.y) + offset;
     load_row(job.u.row(h, sequence.b), job.u.dtype, job.N, u);
     prefetcher.clear();
-    const bool same_block = h + 1 < last;  // or else the first head's, with the next block
+    const bool same_block = h + 1 < last;
     const int64_t next_t = same_block ? 0 : kBlock, next_h = same_block ? 1 : first - h;
     const int64_t left = sequence.length - block - next_t;
     const int64_t tokens = left < kBlock ? left : kBlock;
@@ -293,7 +306,8 @@ struct SequenceForward {
     want(job.y, y, columns);
   }
 
-  // The rows of C tokens: in place where these are whole vectors, w also of its own dtype.
+  // Gives the chunk the rows of C tokens, as pointers into the tensors where possible, and computes
+  // what does not depend on the state.
   template <int C>
   RWKV6_INLINE void unpack(ForwardChunk<T>& chunk) {
     const int64_t N = job.N;
@@ -323,7 +337,7 @@ struct SequenceForward {
   }
 
   void unpack_next(ForwardChunk<T>& chunk) {
-    if (step == block) begin_turn();
+    if (step == block) begin_block_of_head();
     if (step == 0) memset(residuals[h - first], 0, sizeof *residuals);
     chunk.h = h, chunk.step = step;
     chunk.tokens = step + kChunk <= block_end() ? kChunk : 1;
@@ -359,8 +373,8 @@ struct SequenceForward {
   }
 
   StateMove<T> state_of(int64_t head) const {
-    if (!aside || (head != first && head != last - 1)) return in_final(head);
-    T* state = aside + (head == first ? 0 : kAside);
+    if (!copies || (head != first && head != last - 1)) return in_final(head);
+    T* state = copies + (head == first ? 0 : kCopiedState);
     return {state, columns, state, columns};
   }
 
@@ -376,7 +390,7 @@ template <class T, class X>
 void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t first, int64_t last,
                    Columns part, bool alone, ForwardScratch<T>& scratch) {
   const int64_t columns = part.last - part.first, L = sequence.length;
-  if (sequence.final < 0) {  // a padding row
+  if (sequence.final < 0) {  // a padding row: y is zero
     for (int64_t t = 0; t < L; t++)
       for (int64_t h = first; h < last; h++) {
         char* y = job.y.row(sequence.b, sequence.begin + t, h);
@@ -384,7 +398,7 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
       }
     return;
   }
-  const bool aside = !alone && L >= kAsideTokens && job.N * columns <= kAside;
+  const bool copied = !alone && L >= kCopiedTokens && job.N * columns <= kCopiedState;
   SequenceForward<T, X> walk{job,
                              sequence,
                              first,
@@ -392,7 +406,7 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
                              part,
                              scratch.u,
                              scratch.residuals,
-                             aside ? scratch.aside[0] : nullptr};
+                             copied ? scratch.copies[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
       StateMove<T> state = walk.state_of(h);
@@ -400,8 +414,8 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
     }
     return;
   }
-  // Unpacking is one chunk ahead: its chains of dependent instructions run in the shadow of the
-  // tiles of the chunk before.
+  // Unpacking is one chunk ahead of the tiles. Its long chains of dependent instructions then
+  // overlap with the multiply-adds of the chunk before.
   walk.unpack_next(scratch.chunks[0]);
   int n = 0;
   for (; !walk.done(); n ^= 1) {
@@ -418,8 +432,8 @@ void forward_units(const ForwardWork& job, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t N = job.N, units_per_sequence = job.H * job.parts;
   const bool alone = begin == 0 && end == job.units();
-  // On the stack (132 KiB of f32, 257 of f64), so that a call that
-  // updates a state in place cannot fail half-way for want of memory.
+  // On the stack (132 KiB for f32, 257 KiB for f64), so that a call that updates a state in place
+  // cannot run out of memory half-way.
   ForwardScratch<T> scratch;
   while (begin < end) {
     const Sequence& sequence = job.list[begin / units_per_sequence];

@@ -92,8 +92,8 @@ RWKV6_API const char* rwkv6_wkv_update(const rwkv6_context* context, const rwkv6
                                        DLTensor* y);     // [B, T, H, N], as r
 
 // What RWKV-4's operator is computed from. Every channel has an average of the values so far, in
-// which token s has the weight e^k_s, and every later token multiplies that weight by e^-exp(w). For
-// the current token u is added to its key. D channels, of any number:
+// which token s has the weight e^k_s, and every later token multiplies that weight by e^-exp(w).
+// For the current token u is added to its key. D channels, of any number:
 //
 //   y_t     = (a e^p + e^(u + k_t) v_t) / (b e^p + e^(u + k_t))
 //   a e^p  <- e^(p - exp(w)) a + e^k_t v_t
