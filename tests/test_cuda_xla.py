@@ -148,6 +148,8 @@ def test_an_empty_batch(gpu):
     y, state = run(gpu, "rwkv6_xla_forward_cuda", operands, unwritten(operands[0], operands[5]))
     assert y.shape == (0, 33, 2, 20)
     assert state.shape == (0, 2, 20, 20)
+    gradients = run(gpu, "rwkv6_xla_backward_cuda", [y, state, *operands], unwritten(*operands))
+    assert [x.shape for x in gradients] == [x.shape for x in operands]
 
 
 def test_wrong_shapes_are_an_error(gpu):
