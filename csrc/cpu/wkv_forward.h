@@ -399,7 +399,7 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
     return;
   }
   const bool copied = !alone && L >= kCopiedTokens && job.N * columns <= kCopiedState;
-  SequenceForward<T, X> walk{job,
+  SequenceForward<T, X> pass{job,
                              sequence,
                              first,
                              last,
@@ -409,22 +409,22 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
                              copied ? scratch.copies[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
-      StateMove<T> state = walk.state_of(h);
+      StateMove<T> state = pass.state_of(h);
       start(job, sequence, h, part, state);
     }
     return;
   }
   // Unpacking is one chunk ahead of the tiles. Its long chains of dependent instructions then
   // overlap with the multiply-adds of the chunk before.
-  walk.unpack_next(scratch.chunks[0]);
+  pass.unpack_next(scratch.chunks[0]);
   int n = 0;
-  for (; !walk.done(); n ^= 1) {
-    walk.unpack_next(scratch.chunks[n ^ 1]);
-    walk.compute(scratch.chunks[n]);
+  for (; !pass.done(); n ^= 1) {
+    pass.unpack_next(scratch.chunks[n ^ 1]);
+    pass.compute(scratch.chunks[n]);
   }
-  walk.compute(scratch.chunks[n]);
-  walk.put_back(first);
-  walk.put_back(last - 1);
+  pass.compute(scratch.chunks[n]);
+  pass.put_back(first);
+  pass.put_back(last - 1);
 }
 
 template <class T, class X>
