@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import state_dtype
+from torch_rwkv6.contract import state_dtype
 
 __all__ = ["wkv4", "wkv4_backward"]
 
