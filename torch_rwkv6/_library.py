@@ -27,7 +27,7 @@ def _load() -> bool:
             "--force-reinstall --no-deps --no-binary torch_rwkv6 torch_rwkv6, or `pip install .` "
             "in a checkout.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
         return False
     return True
