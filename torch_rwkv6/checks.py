@@ -1,8 +1,7 @@
 """Argument checks shared by everything in Python that computes without the kernel library.
 
 All but `check_values` and `check_memory` look at shapes, strides, dtypes and devices only, so they
-run on fake tensors and disappear from compiled code. The kernel library has the same ones for
-whoever calls it.
+run on fake tensors and disappear from compiled code. The kernel library makes the same checks.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _check_tensor(
         alone = argument.dtype in (Dtype.FLOAT, Dtype.INDEX)
         beside = "" if alone else f" beside {lead.name} of {first.dtype}"
         raise TypeError(f"{name}: expected {names}{beside}, got {x.dtype}")
-    if argument.dtype is Dtype.INDEX:  # how many there must be depends on the values of others
+    if argument.dtype is Dtype.INDEX:  # its length is checked in _check_sequences
         if x.dim() != 1:
             raise ValueError(f"{name}: expected 1 dimension, got shape {tuple(x.shape)}")
     elif argument is lead:
@@ -110,7 +109,7 @@ def _shape_name(argument: Argument, lead: Argument, expected: Sequence[int | str
 
 
 def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Which sequence starts from which state; adds M, the number of sequences, to the sizes."""
+    """Checks state_map and cu_seqlens against the states; adds M, the number of sequences."""
     state_map, cu_seqlens = given["state_map"], given["cu_seqlens"]
     sequences = sizes["B"]
     if cu_seqlens is not None:
@@ -120,7 +119,7 @@ def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str,
                 f"got B = {sequences}"
             )
         offsets = cu_seqlens.shape[0]
-        # not an if: the number may be known only when compiled code runs
+        # Not an if, because the number may be known only when compiled code runs.
         torch._check_value(
             offsets >= 1,
             lambda: "cu_seqlens: expected at least one offset (M + 1 of them), got none",
@@ -171,7 +170,7 @@ def check_values(
     cu_seqlens: Tensor | None,  # [M + 1]
     negative_skips: bool = False,
 ) -> None:
-    """Raises RuntimeError for index values out of range, where a look at them is cheap: on the CPU.
+    """Raises RuntimeError for index values out of range, on the CPU, where reading them is cheap.
 
     Args:
         tokens: T.
@@ -203,11 +202,11 @@ def check_values(
 
 
 def check_memory(state: Tensor) -> None:
-    """Raises ValueError for a state two elements of which share memory, whatever its strides."""
+    """Raises ValueError if two elements of the state share memory."""
     if state.numel() <= 1:
         return
     dims = sorted((step, size) for step, size in zip(state.stride(), state.shape) if size > 1)
-    span = 1  # of the dimensions so far; where each steps over the smaller ones nothing overlaps
+    span = 1  # of the dimensions so far; if each stride is at least this, nothing overlaps
     nested = True
     for step, size in dims:
         nested = nested and step >= span
@@ -225,7 +224,7 @@ def check_memory(state: Tensor) -> None:
 
 
 def _values(x: Tensor | None) -> list[int] | None:
-    """The values of a CPU tensor; None where there is none, or only one that a tracer follows."""
+    """The values of a CPU tensor; None if there is no tensor or it is traced and has no values."""
     x = None if x is None else concrete(x)
     if type(x) is not Tensor or x.device.type != "cpu":
         return None

@@ -1,4 +1,4 @@
-"""The operators as Python functions: the registered op, and errors that name the argument."""
+"""The operators as Python functions, whose errors name the wrong argument."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def wkv(
         state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
             Repeats are allowed, their gradients add up.
         cu_seqlens: [M + 1], int32 or int64: B must be 1 and its T tokens are M sequences packed
-            one behind the other, sequence m being tokens ``cu_seqlens[m]`` to
+            one after the other, sequence m being tokens ``cu_seqlens[m]`` to
             ``cu_seqlens[m + 1]``. M then takes B's place in the state shapes and in state_map.
 
     Returns:
@@ -115,8 +115,8 @@ def wkv4(
 ) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
     r"""RWKV-4 time mixing over whole sequences, channel by channel. Differentiable.
 
-    For every batch row and channel the average of the values so far, weighted by e^k and faded by
-    e^-exp(w) a token::
+    For every batch row and channel, the average of the values so far, weighted by e^k and decayed
+    by exp(-exp(w)) per token::
 
         y_t = (num + exp(u + k_t) * v_t) / (den + exp(u + k_t))
         num = exp(-exp(w)) * num + exp(k_t) * v_t
@@ -131,8 +131,9 @@ def wkv4(
         v: value, as k.
         w: decay before its two exponentials, [D]; k's dtype or float32 (an official
             ``time_decay``).
-        u: what the current token's key gains, [D]; k's dtype or float32 (``time_first``).
-        initial_state: a, b and p after the tokens before, [B, 3, D], float32 (float64 for float64
+        u: bonus that is added to the key of the current token, [D]; k's dtype or float32
+            (``time_first``).
+        initial_state: a, b and p after the previous tokens, [B, 3, D], float32 (float64 for float64
             inputs); None is the start: a = b = 0, p = -1e30.
 
     Returns:
@@ -170,11 +171,12 @@ def wkv4_update(
 def _call(operator: Operator, op: Any, arguments: tuple[Tensor | None, ...]) -> Any:
     """The results of `op`, or what `check` raises where the op refuses its arguments.
 
-    The op refuses what `check` does, but most of it in a RuntimeError, and what is no tensor
-    without the argument's name. Asking `check` only then saves a call more time than the op itself
-    needs. Where autocast has a rule for the operator, that rule checks what it has cast.
+    The op refuses the same arguments as `check`, but most of them by a RuntimeError, and what is no
+    tensor without naming the argument. Running `check` only after a failure saves more time per
+    call than the op itself takes. Where autocast has a rule for the operator, that rule checks the
+    arguments after casting them.
     """
-    if torch.compiler.is_compiling():  # only shapes are known yet; checks leave no code behind
+    if torch.compiler.is_compiling():  # only shapes are known, and checks add no code to the graph
         if not _autocast_casts(operator, arguments[0]):
             check(operator, arguments)
         return op(*arguments)

@@ -18,7 +18,7 @@ START = -1e30  # the exponent p before any token: e^p is 0 beside every key
 
 
 def _log_decay(w: Tensor) -> Tensor:
-    """-exp(w), as far as it makes a difference. w, result: [D]."""
+    """The log of the decay, -exp(w), with w clamped where the decay is 0 anyway. [D]."""
     return -torch.exp(torch.where(w > 80.0, 80.0, w))
 
 
@@ -67,8 +67,9 @@ def wkv4_backward(
     """Gradients of `wkv4` for k, v [B, T, D], w, u [D] and initial_state [B, 3, D].
 
     Each in its input's dtype; the fifth is empty ([0], float32) where there is no initial_state.
-    y does not change when a and b are taken relative to another e^p; only the state itself does,
-    whose p goes where the larger exponent came from.
+    y does not depend on the exponent p that a and b are relative to, so no gradient flows through
+    the maximum there. The final state does depend on it: the gradient of its p goes to whichever
+    exponent was the larger one.
     """
     acc = state_dtype(k)
     kf, vf, wf, uf = (x.to(acc) for x in (k, v, w, u))

@@ -1,4 +1,4 @@
-"""What the time mixing of RWKV-5 and RWKV-6 have in common: all behind r, k, v, w and the gate."""
+"""What the time mixing of RWKV-5 and RWKV-6 share: everything after r, k, v, w and the gate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["MultiHeadTimeMix"]
 class MultiHeadTimeMix(nn.Module):
     """Time mixing over H matrix states: projections, WKV6, GroupNorm over heads, gate, output.
 
-    A subclass adds its token shift, decay and bonus, and says in `_inputs` what goes into WKV6.
+    A subclass adds its token shift, decay and bonus, and computes the inputs of WKV6 in `_inputs`.
     """
 
     time_decay: Tensor  # of the subclass

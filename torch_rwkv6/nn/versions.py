@@ -1,4 +1,4 @@
-"""The language models RWKV-4, RWKV-5 and RWKV-6: which mixes they are made of."""
+"""The language models RWKV-4, RWKV-5 and RWKV-6: `RWKV` with the mixes of each version."""
 
 from __future__ import annotations
 

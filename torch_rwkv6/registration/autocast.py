@@ -1,7 +1,7 @@
 """Mixed precision: r, k, v go to the autocast dtype; w, u and the state stay float32.
 
 The decay exp(-exp(w)) acts on the state once per token: rounded to 8 bits it would change what a
-model remembers. `wkv_backward` needs no rule: it gets what the forward pass saved, already cast.
+model remembers. `wkv_backward` needs no rule, because the forward pass saves inputs already cast.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def _rule(operator: Operator, device_type: str) -> Callable[..., Any]:
 
 
 def _cast(argument: Argument, x: Any, low: torch.dtype) -> Any:
-    # PyTorch's own rules leave float64 alone as well. What is no tensor is left to the check, and
-    # a state that is updated in place (Dtype.STATE) must stay the caller's own.
+    # float64 is left alone, as by PyTorch's own rules. Arguments that are no tensors are left to
+    # the check. A state that is updated in place (Dtype.STATE) must remain the caller's tensor.
     if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
         return x
     if argument.dtype in (Dtype.FLOAT, Dtype.SAME):

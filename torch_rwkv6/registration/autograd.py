@@ -1,8 +1,8 @@
-"""Derivatives. Reverse mode runs the kernels; what they cannot do goes through the reference.
+"""Derivatives: reverse mode runs the kernels, everything else runs the reference.
 
-A kernel on the Autograd key of our own, instead of torch.library.register_autograd, because that
-one gives silently zero forward-mode derivatives, fails inside torch.func transforms and costs
-about twice as much a call.
+These are kernels for the Autograd key. torch.library.register_autograd would be shorter, but its
+forward-mode derivatives are silently zero, it fails inside torch.func transforms, and a call costs
+about twice as much.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch_rwkv6.registration.schema import library
 
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Under torch.func transforms and forward-mode AD the reference's own operations are traced."""
+    """Whether torch.func or forward-mode AD must see the operations of the reference."""
     if transforms_active():
         return True
     if not forward_mode_active():
@@ -49,7 +49,7 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _autograd_function(op: Any, backward: Any) -> Any:
-    """The autograd function of `op`, under its name: grad_fn and anomaly mode show it."""
+    """The autograd function of `op`. Its name is what grad_fn and anomaly mode show."""
 
     def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
@@ -88,11 +88,11 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
         grads: list[Tensor | None] = [None] * len(saved)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # An alias of each input of its own, so that a path from one input to another in
-            # the caller's graph is not walked here as well.
+            # A separate alias of each input, so that autograd.grad does not also follow paths
+            # from one input to another in the caller's graph.
             inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
             outputs = reference_backward(*inputs)
-            # Some depend on nothing: the state's without a state, most without any token.
+            # Some outputs depend on no input: the state's gradient without a state, most if T = 0.
             paths = [
                 (out, g)
                 for out, g in zip(outputs, grad_outputs)
@@ -138,7 +138,7 @@ def _bump_version(op: Any, state_index: int) -> Any:
     def kernel(keyset: Any, *args: Any) -> Tensor:
         below = keyset & after_inplace_or_view
         y = op.redispatch(below, *args)
-        # lets autograd notice that a tensor saved for a backward pass was overwritten since
+        # Lets autograd notice that a tensor saved for a backward pass has been overwritten.
         torch.autograd.graph.increment_version(args[state_index])
         return y
 
@@ -146,7 +146,7 @@ def _bump_version(op: Any, state_index: int) -> Any:
 
 
 def _resolve_negated(op: Any, state_index: int) -> Any:
-    """`op` where an argument is a view that negates (``x.conj().imag``): inputs are computed."""
+    """`op` for arguments that are lazily negated views (``x.conj().imag``), which it resolves."""
 
     def kernel(*args: Any) -> Tensor:
         if args[state_index].is_neg():
@@ -160,7 +160,7 @@ def _resolve_negated(op: Any, state_index: int) -> Any:
 
 
 def _without_derivatives(name: str, differentiable_name: str, update: Any) -> Any:
-    """The Autograd kernel of an operator that updates its state: refuses what it cannot do."""
+    """The Autograd kernel of an update operator, which refuses to be differentiated."""
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
         if _needs_reference(args):
@@ -173,7 +173,7 @@ def _without_derivatives(name: str, differentiable_name: str, update: Any) -> An
                 f"rwkv6::{name} overwrites its state and has no derivative: call it under "
                 f"torch.no_grad() or torch.inference_mode(), or use rwkv6::{differentiable_name}"
             )
-        # Not from the dispatcher's start again, which would take as long as all the rest.
+        # Redispatched, because a new call of the operator would double the overhead.
         return update(keyset, *args)
 
     return kernel

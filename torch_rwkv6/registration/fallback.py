@@ -1,6 +1,6 @@
-"""The reference as the kernel of every device that has none of its own.
+"""The reference as the kernel of every device that has no native one.
 
-Registered for all backends: the binary's kernels take precedence where they are loaded.
+It is registered for all backends; kernels of the binary take precedence where they are loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch_rwkv6.registration.schema import library
 
 
 def _kernel(operator: Operator, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` behind the operator's checks."""
+    """`function` with the operator's checks before it."""
 
     def kernel(*arguments: Any) -> Any:
         sizes = check(operator, arguments)
@@ -49,7 +49,7 @@ def _kernel(operator: Operator, function: Callable[..., Any]) -> Callable[..., A
 
 
 def _in_place(operator: Operator, forward: Callable[..., Any]) -> Callable[..., Tensor]:
-    """`forward` from and to the operator's state."""
+    """An update operator: runs `forward` from the state and writes the final state back to it."""
 
     def update(*arguments: Any) -> Tensor:
         given = operator.named(arguments)
@@ -61,8 +61,8 @@ def _in_place(operator: Operator, forward: Callable[..., Any]) -> Callable[..., 
             return y
         skipped = state_map < 0
         y, final_state = forward(*(given | {"state_map": state_map.clamp(min=0)}).values())
-        # A row that does not exist, on a device where the values are not looked at, has given NaN
-        # and is not written.
+        # On a device where the values were not checked, an entry out of range has given NaN as y;
+        # there is no row to write it to.
         written = ~skipped & (state_map < state.shape[0])
         state[state_map[written]] = final_state[written]
         cu_seqlens = given["cu_seqlens"]
@@ -82,7 +82,7 @@ def _matvec(
 
 
 def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which says once that kernels would be faster."""
+    """`function`, which warns once that kernels would be faster."""
 
     @functools.wraps(function)
     def kernel(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The operators' schemas, where the binary has not brought them (csrc/bindings/torch.cpp)."""
+"""Defines the operators where the binary (csrc/bindings/torch.cpp) has not done so."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Batching rules for torch.vmap: the mapped dimension is folded into the heads.
 
-Heads (the channels of RWKV-4) are independent and every float tensor has them, u as well, so one
-rule serves any mixture of mapped and shared tensors. Only a mapped state_map or cu_seqlens, which
-say something about all heads at once, are taken one slice after the other.
+Heads (in RWKV-4 channels) are independent, and every float tensor has an axis for them, so one
+rule serves any mixture of mapped and shared tensors. Only if state_map or cu_seqlens is mapped,
+which all heads share, does the operator run once per slice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | 
 def _empty(
     op: Any, args: tuple[Tensor | None, ...], in_dims: tuple[int | None, ...]
 ) -> tuple[Tensor, ...]:
-    """The outputs of a mapped dimension of size 0: shapes from the fake implementation."""
+    """The outputs for a mapped dimension of size 0; the fake implementation gives their shapes."""
     device = next(x.device for x in args if x is not None)
     slices = []
     for x, dim in zip(args, in_dims, strict=True):
@@ -121,7 +121,7 @@ def _batched_update(operator: Operator, forward: Operator) -> Any:
         if info.batch_size == 0:
             (y,) = _empty(lambda *slices: (op(*slices),), args, in_dims)
             return y, 0
-        # On a copy, so that the state is untouched when a slice is refused.
+        # Works on a copy, so that the state is unchanged if a slice raises.
         new = state.clone()
         args = (*args[:state_index], new, *args[state_index + 1 :])
         slices = [
