@@ -1,8 +1,8 @@
 """keras_adapter on each backend, in a process of its own: native, high level, and the rivals.
 
 Rivals: the recurrence as `lax.scan` or `tf.while_loop`, the operator of rwkv6-keras-operator where
-that is installed (its gradients exist on torch alone), and torch's native operator, which is in
-every run as the measure of all.
+that is installed (it has gradients on torch only), and torch's native operator, which is part of
+every run as the common measure.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _peer(backend: str, shape: tuple[int, int, int, int], x: list[Any]) -> Conte
 
 
 def _bridge() -> None:
-    """What the way from JAX to the kernel costs, on the smallest tensors."""
+    """The overhead of calling the kernel from JAX, on the smallest tensors."""
     import jax
     import jax.numpy as jnp
 

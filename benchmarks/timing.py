@@ -1,6 +1,6 @@
-"""Interleaved timing: all contenders take turns, so that a machine's moods hit them alike.
+"""Interleaved timing: contenders take turns, so changes of the machine's speed affect all alike.
 
-Imports no framework, so that contenders' processes (worker.py) use the same clock.
+It imports no framework, so that the processes of contenders (worker.py) can use the same clock.
 """
 
 from __future__ import annotations

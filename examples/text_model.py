@@ -156,10 +156,10 @@ def scheduled(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) 
 
 
 def fit(trainer: lightning.Trainer, *arguments: Any, **options: Any) -> bool:
-    """As ``trainer.fit``; Ctrl-C ends it in good order, after the current step.
+    """As ``trainer.fit``, but Ctrl-C ends it after the current step.
 
     Returns:
-        Whether there was a Ctrl-C. What has been learnt until then is there to be written.
+        Whether there was a Ctrl-C; what was learnt until then can still be written.
     """
     interrupted = False
 
@@ -198,7 +198,7 @@ def bits_per_token(
     length: int,
     pieces: int = 256,
 ) -> float:
-    """Of ``pieces`` pieces of a text, always the same ones, each from the initial state."""
+    """The mean over ``pieces`` fixed pieces of a text, each from the initial state."""
     tokens, targets = next(iter(Crops(text, pieces, length)))
     losses = []
     for part in zip(tokens.split(16), targets.split(16), strict=True):  # less memory than all
