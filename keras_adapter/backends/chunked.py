@@ -21,6 +21,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_adapter.checks import state_dtype
+
 CHUNK = 32  # a power of two
 UNROLLED = 32  # up to this many chunks the graph is unrolled; beyond that it has a loop
 Steps = tuple[Any, Any, Any]  # see _step
@@ -38,7 +40,7 @@ def wkv(
     state_map: Any | None = None,  # [B]
 ) -> tuple[Any, Any]:  # y [B, T, H, N], final_state [B, H, N, N]
     dtype = keras.backend.standardize_dtype(r.dtype)
-    wide = "float64" if dtype == "float64" else "float32"
+    wide = state_dtype(r)
     # keras.ops' products of float64 are float32 everywhere else
     acc = wide if keras.backend.backend() == "tensorflow" else "float32"
     r, k, v, w, u = (ops.cast(x, acc) for x in (r, k, v, w, u))

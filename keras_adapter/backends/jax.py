@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from keras_adapter import _library
 from keras_adapter.backends import chunked, jax_mesh
 from keras_adapter.backends.jax_mesh import HEADS, ROWS, STATES, TOKENS
+from keras_adapter.checks import state_dtype
 
 Array = Any
 Arrays = tuple[Array, ...]
@@ -83,12 +84,11 @@ def _native(
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
     batch, _, heads, size = r.shape
     # in the dtype of the state, because the gradients of u are still to be summed over the batch
-    u = jnp.broadcast_to(u.astype(_state_dtype(r)), (batch, heads, size))
+    u = jnp.broadcast_to(u.astype(state_dtype(r)), (batch, heads, size))
     operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
-        dtype = jnp.dtype(_state_dtype(r)).name
-        operands.append(chunked.state_of_each(r, initial_state, state_map, dtype))
+        operands.append(chunked.state_of_each(r, initial_state, state_map, state_dtype(r)))
         if state_map is not None:
             # an entry out of range is an error of the custom call on the CPU; on a GPU, where
             # nobody looks at it, its state is NaN. The call takes 32 bits.
@@ -175,10 +175,6 @@ batching.primitive_batchers[_tangent] = _refuse
 ad.primitive_transposes[_tangent] = lambda grad, x: (grad,)
 
 
-def _state_dtype(r: Array) -> Any:
-    return jnp.float64 if r.dtype == jnp.float64 else jnp.float32
-
-
 def _call_forward(
     r: Array,  # [B, T, H, N]
     *operands: Array,  # k, v, w, u, perhaps state and state_map
@@ -189,7 +185,7 @@ def _call_forward(
         _library.FORWARD,
         (
             jax.ShapeDtypeStruct(r.shape, r.dtype),
-            jax.ShapeDtypeStruct((batch, heads, size, size), _state_dtype(r)),
+            jax.ShapeDtypeStruct((batch, heads, size, size), state_dtype(r)),
         ),
         # XLA updates the state in place where the old one is not needed
         input_output_aliases={5: 1} if len(operands) > 4 else {},

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_adapter import _library
 from keras_adapter.backends import chunked
+from keras_adapter.checks import state_dtype
 
 Tensor = Any
 Tensors = tuple[Tensor, ...]
@@ -66,12 +67,11 @@ def wkv(
         return chunked.wkv(r, k, v, w, u, initial_state, state_map)
     heads, size = u.shape
     # in the dtype of the state, because the gradients of u are still to be summed over the batch
-    u = tf.broadcast_to(tf.cast(u, _state_dtype(r)), (tf.shape(r)[0], heads, size))
+    u = tf.broadcast_to(tf.cast(u, state_dtype(r)), (tf.shape(r)[0], heads, size))
     operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
-        dtype = _state_dtype(r).name
-        operands.append(chunked.state_of_each(r, initial_state, state_map, dtype))
+        operands.append(chunked.state_of_each(r, initial_state, state_map, state_dtype(r)))
         if state_map is not None and initial_state.shape[0] is not None:
             states = initial_state.shape[0]
             # an entry out of range is an error of the custom call, which takes 32 bits; where it
@@ -104,10 +104,6 @@ def _probe() -> bool:
     return works and not tf.config.list_logical_devices("GPU")
 
 
-def _state_dtype(r: Tensor) -> Any:
-    return tf.float64 if r.dtype == tf.float64 else tf.float32
-
-
 @functools.cache
 def _native(states: int) -> Callable[..., Tensors]:
     """WKV of r, k, v, w, u [B, H, N] and perhaps state and state_map [B]; states: see there."""
@@ -116,7 +112,7 @@ def _native(states: int) -> Callable[..., Tensors]:
     def wkv(*operands: Tensor) -> tuple[Tensors, Callable[..., Any]]:
         r = operands[0]
         state: Dims = ((0, 0), (0, 2), (0, 3), (0, 3))
-        results = ((_dims_of(0, r), r.dtype), (state, _state_dtype(r)))
+        results = ((_dims_of(0, r), r.dtype), (state, tf.as_dtype(state_dtype(r))))
         outputs = _call(_library.FORWARD, operands, results, states)
 
         def gradient(*grads: Tensor) -> tuple[Any, ...]:
