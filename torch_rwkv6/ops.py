@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check
+from torch_rwkv6.checks import check, explain
 from torch_rwkv6.contract import WKV, WKV4, WKV4_UPDATE, WKV_UPDATE, Operator
 from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
@@ -169,12 +169,9 @@ def wkv4_update(
 
 
 def _call(operator: Operator, op: Any, arguments: tuple[Tensor | None, ...]) -> Any:
-    """The results of `op`, or what `check` raises where the op refuses its arguments.
+    """The results of `op`, or an error that names the argument.
 
-    The op refuses the same arguments as `check`, but most of them by a RuntimeError, and what is no
-    tensor without naming the argument. Running `check` only after a failure saves more time per
-    call than the op itself takes. Where autocast has a rule for the operator, that rule checks the
-    arguments after casting them.
+    Where autocast has a rule for the operator, that rule checks the arguments after casting them.
     """
     if torch.compiler.is_compiling():  # only shapes are known, and checks add no code to the graph
         if not _autocast_casts(operator, arguments[0]):
@@ -184,10 +181,7 @@ def _call(operator: Operator, op: Any, arguments: tuple[Tensor | None, ...]) -> 
         return op(*arguments)
     except Exception:
         if not _autocast_casts(operator, arguments[0]):
-            try:
-                check(operator, arguments)
-            except (TypeError, ValueError) as error:
-                raise error from None
+            explain(operator, arguments)
         raise
 
 

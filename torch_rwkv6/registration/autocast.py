@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check
+from torch_rwkv6.checks import explain
 from torch_rwkv6.contract import OPERATORS, Argument, Dtype, Operator
 from torch_rwkv6.registration.schema import library
 
@@ -26,8 +26,11 @@ def _rule(operator: Operator, device_type: str) -> Callable[..., Any]:
         low = torch.get_autocast_dtype(device_type)
         with torch.amp.autocast(device_type, enabled=False):
             cast = [_cast(a, x, low) for a, x in zip(operator.arguments, arguments)]
-            check(operator, cast)
-            return op(*cast)
+            try:
+                return op(*cast)
+            except Exception:
+                explain(operator, cast)
+                raise
 
     return kernel
 
