@@ -1,4 +1,4 @@
-"""Inputs for contenders, what is exactly right in float64, and how far off a result is."""
+"""Inputs for contenders, the exact results in float64, and the errors of results."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def exact(work: Work, inputs: Arrays) -> Arrays:
 
 
 def relative_error(found: Arrays, expected: Arrays) -> float:
-    """The largest relative RMS error of the tensors; NaN if one holds what is no number."""
+    """The largest relative RMS error of the tensors; NaN if one contains a NaN."""
     errors = []
     for name, right in expected.items():
         difference = np.linalg.norm((found[name].astype(np.float64) - right).ravel())
         errors.append(float(difference / max(np.linalg.norm(right.ravel()), 1e-30)))
-    return float(np.max(errors))  # np.max hands NaN on
+    return float(np.max(errors))  # np.max propagates NaN

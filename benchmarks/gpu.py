@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from benchmarks import figure
 from benchmarks.contenders import chunked, compiled, eager
 from benchmarks.report import RACE_COLUMNS, Column, Report, Table, number
 from benchmarks.shapes import Shape, add_shape_option
+from benchmarks.timing import gpu_clock, interleave
 from benchmarks.work import Work
 from torch_rwkv6 import reference
 
@@ -34,6 +34,7 @@ LOOPED_TOKENS = 1024  # a loop over more is only a matter of patience
 CHECKED_TOKENS = 256  # compared with float64
 WRONG = 1e-2  # a contender with a larger error is not timed
 TURNS, SHORT_TURNS = 20, 5
+TURN = 1e-3  # seconds: a shorter call is repeated to fill a turn
 COLUMNS = (
     Column("contender", "", left=True),
     Column("median_us", "median, us", number),
@@ -172,32 +173,10 @@ def _table(work: Work, turns: int) -> Table:
             calls[name] = call
         except torch.OutOfMemoryError:
             row["note"] = "out of memory"
-    times = _race(calls, turns)
+    times = interleave(calls, turns, gpu_clock, TURN)
     for row in rows:
         if row["contender"] in times:
-            measured = times[row["contender"]]
-            row["median_us"], row["min_us"] = statistics.median(measured), min(measured)
-            row["ratio"] = row["median_us"] / statistics.median(times["torch_rwkv6"])
+            row["min_us"], row["median_us"] = (s * 1e6 for s in times[row["contender"]])
+            row["ratio"] = row["median_us"] / (times["torch_rwkv6"][1] * 1e6)
             row["gb_per_s"] = work.traffic / row["median_us"] / 1e3
     return Table(f"{work.kind}, {work}, {work.dtype}", COLUMNS, rows)
-
-
-def _race(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Microseconds of each call, taken in turns. A turn repeats a short call for a millisecond."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            once = times[name][0] if times[name] else _time(call, 1)
-            repeats = max(1, round(1000 / once))
-            times[name].append(_time(call, repeats))
-    return times
-
-
-def _time(call: Callable[[], Any], repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / repeats

@@ -1,8 +1,8 @@
 """keras_adapter on each backend, in a process of its own: native, high level, and the rivals.
 
 Rivals: the recurrence as `lax.scan` or `tf.while_loop`, the operator of rwkv6-keras-operator where
-that is installed (its gradients exist on torch alone), and torch's native operator, which is in
-every run as the measure of all.
+that is installed (it has gradients on torch only), and torch's native operator, which is part of
+every run as the common measure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from benchmarks.timing import interleave
 
 BACKENDS = ("jax", "tensorflow", "torch")
 SHAPES = [(2, 512, 4, 64), (1, 2048, 12, 64)]  # B, T, H, N
@@ -37,7 +39,7 @@ def run_backend() -> None:
     import keras
     import torch
 
-    from benchmarks.timing import interleave, machine_line
+    from benchmarks.report import machine_line
 
     backend = keras.backend.backend()
     print(f"\n{backend}: {machine_line()}, keras {keras.__version__}")
@@ -55,7 +57,7 @@ def run_backend() -> None:
             measure = seconds[f"{name.split(', ')[0]}, torch native"][0]
             print(f"{name:48} {least * 1e3:9.2f} {median * 1e3:9.2f} {least / measure:15.2f}x")
     if backend == "jax":
-        _bridge(interleave)
+        _bridge()
 
 
 def _inputs(shape: tuple[int, int, int, int]) -> list[Any]:
@@ -210,9 +212,8 @@ def _peer(backend: str, shape: tuple[int, int, int, int], x: list[Any]) -> Conte
     return {name: (lambda: operator(*constants)[0].numpy(), None)}
 
 
-def _bridge(interleave: Callable[..., Any]) -> None:
-    """What the way from JAX to the kernel costs, on the smallest tensors."""
-
+def _bridge() -> None:
+    """The overhead of calling the kernel from JAX, on the smallest tensors."""
     import jax
     import jax.numpy as jnp
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleave, machine_line
+from benchmarks.report import machine_line
+from benchmarks.timing import interleave
 from torch_rwkv6.models import load, save
 from torch_rwkv6.nn import RWKV, RWKV6
 
@@ -31,7 +32,7 @@ def peer(path: Path) -> Any:
 
 
 def random_weights() -> RWKV6:
-    """Of a trained model's sizes in every layer, so that nothing is zero or a denormal."""
+    """Random weights as large as a trained model's, so that no value is zero or a denormal."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = RWKV6(VOCAB, LAYERS, WIDTH)
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def race_decoding(model: RWKV, half: RWKV, other: Any, read: int) -> None:
-    """Decoding, and as its limit how fast the largest weight can be read at all."""
+    """Decoding, and its limit: the speed at which the largest weight can be read from memory."""
     head, x = model.head.weight, torch.randn(1, WIDTH)
     contenders: dict[str, Callable[[], object]] = {
         "decoding, fp32": decoder(model),

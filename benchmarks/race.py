@@ -1,7 +1,7 @@
 """Contenders on the same tensors: each checked against float64, then timed turn by turn.
 
-Taking turns makes a machine's moods hit all of them alike: ratios of one race can be trusted
-further than its times.
+Because they take turns, changes of the machine's speed affect all of them alike: the ratios within
+one race are more reliable than its times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.workers import Dropout, Worker
 TURN = 0.02  # seconds: a turn is as many calls as fill it
 MOST_TURNS = 30
 MOST_CALLS = 100_000
-PAUSE = 0.01  # between turns, in which waiting threads of the one before go to sleep
+PAUSE = 0.01  # between turns, so that spinning threads of the previous contender go to sleep
 WRONG = 1e-2  # a contender with a larger error is not timed
 EXTREME_TOKENS = 128  # of the check on extreme decays
 
@@ -39,7 +39,7 @@ class Entrant:
 
 @dataclass
 class Result:
-    """What came of an entrant: seconds of each turn, or a note that says why there are none."""
+    """The result of an entrant: seconds of each turn, or a note that says why there are none."""
 
     entrant: Entrant
     seconds: list[float] = field(default_factory=list)
@@ -173,7 +173,7 @@ def _check(result: Result, worker: Worker, desk: _Desk, job: int) -> None:
 
 
 def _judge_ours(result: Result) -> None:
-    """Our own failure is no row of a table, but for an instruction set that the CPU lacks."""
+    """A failure of torch_rwkv6 is an error, unless the CPU lacks a forced instruction set."""
     contender, work = result.entrant.contender, result.entrant.work
     forced = result.note and contender.environment
     if not contender.ours or result.declined or forced:
@@ -188,7 +188,7 @@ def _judge_ours(result: Result) -> None:
 
 @dataclass
 class _Lane:
-    """An entrant on its way: how many calls a turn and how many turns it gets."""
+    """An entrant during the race: its calls per turn and its number of turns."""
 
     result: Result
     worker: Worker

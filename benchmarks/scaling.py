@@ -66,7 +66,7 @@ def _growth(args: argparse.Namespace) -> Table:
                 if contender is CHUNKED and CHUNKED_LONGEST < T:
                     continue
                 work = Work(kind, 1, T, 4, 64)
-                # a new process each: what one length leaves behind would hide what the next needs
+                # A new process each: memory left by one length would hide what the next needs.
                 with Stable(args.rivals) as stable:
                     (result,) = stable.race([Entrant(contender, work, threads)], args.seconds)
                 rows.append(_memory(result.row(None), work))

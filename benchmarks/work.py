@@ -1,4 +1,4 @@
-"""What contenders are given to do, and what they hand over. Imports no framework."""
+"""What contenders compute and what they return. Imports no framework."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Tokens times heads: what times are divided by."""
+        """Tokens times heads, by which times are divided."""
         return self.B * self.T * self.H
 
     @property

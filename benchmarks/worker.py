@@ -1,13 +1,13 @@
-"""A contender in a process of its own: reads one JSON message a line, answers with one.
+"""The process of a contender: reads one JSON message per line and answers each with one.
 
     {"prepare": {work}, "job": number, "inputs": folder, "results": folder}
                                    -> {"version", "peak_bytes"}, files NAME.npy in results
     {"run": calls, "job": number}  -> {"elapsed", "seconds": for doing the work once}
     {"forget": true}               -> {}, and every job's memory is free
 
-or with {"unsupported" | "missing" | "failed": reason}. A process each keeps packages from clashing,
-and one contender's waiting threads, memory and settings from another. It ends when its standard
-input does. Run by workers.py:
+or with {"unsupported" | "missing" | "failed": reason}. Separate processes keep packages from
+clashing and contenders from sharing threads, memory and settings. The process ends when its
+standard input does. Run by workers.py:
 
     python -m benchmarks.worker module:function threads
 """
@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import wall_clock
 from benchmarks.work import Job, UnsupportedError, Work
 
 
 def main(target: str, threads: int) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not get between the answers
+    os.dup2(2, 1)  # keeps what libraries print out of the answers
     if hasattr(os, "sched_setaffinity"):  # the same cores for all; the only thing XLA listens to
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     _limit_memory()
@@ -59,7 +59,7 @@ def main(target: str, threads: int) -> None:
 
 
 def _limit_memory() -> None:
-    """Half of the machine's: a contender that wants more fails, and not the machine. Linux only."""
+    """To half of the machine's, so that a contender that needs more fails alone. Linux only."""
     if sys.platform == "linux":
         import resource
 
@@ -87,7 +87,7 @@ def _prepare(prepare: Any, message: dict[str, Any], threads: int) -> tuple[Job, 
     job = prepare(Work(**message["prepare"]), inputs, threads)
     results = job.call()  # compiles, where the contender does, and warms up
     peak = _peak()
-    # Linux counts pages in batches: what little a small call needs may not show
+    # Linux counts pages in batches, so the need of a small call may not show.
     needed = peak - base if peak is not None and base is not None and base < peak else None
     answer = {"version": job.version, "peak_bytes": needed}
     if job.arrays is not None:
@@ -97,11 +97,8 @@ def _prepare(prepare: Any, message: dict[str, Any], threads: int) -> tuple[Job, 
 
 
 def _run(job: Job, calls: int) -> dict[str, float]:
-    start = time.perf_counter()
-    for _ in range(calls):
-        job.call()
-    elapsed = time.perf_counter() - start
-    return {"elapsed": elapsed, "seconds": elapsed / (calls * job.repeats)}
+    seconds = wall_clock(job.call, calls)
+    return {"elapsed": seconds * calls, "seconds": seconds / job.repeats}
 
 
 def _reset_peak() -> int | None:

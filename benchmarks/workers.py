@@ -51,7 +51,7 @@ class Worker:
             )
 
     def ask(self, **message: Any) -> dict[str, Any]:
-        """The worker's answer; Dropout if there is none or it is a refusal."""
+        """The worker's answer. Raises Dropout if there is none or it is a refusal."""
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
@@ -79,7 +79,7 @@ class Worker:
             self.ask(forget=True)
 
     def close(self) -> None:
-        """Tells it to end; `wait` sees that it does."""
+        """Asks it to end; `wait` waits until it has."""
         with contextlib.suppress(BrokenPipeError):  # it has ended already
             self.process.stdin.close()
 

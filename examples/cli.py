@@ -1,7 +1,7 @@
 """What the command lines of the examples share.
 
-A script parses its arguments with `parser` and wraps its main in `command`. So nonsense is refused
-by name before anything expensive begins, and whatever a user can put right is one line on stderr.
+A script parses its arguments with `parser` and wraps its main in `command`. So wrong arguments are
+refused by name before anything expensive begins, and an error that a user can act on is one line.
 """
 
 from __future__ import annotations
@@ -21,16 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-MISTAKES = (
-    FloatingPointError,
-    ImportError,
-    IndexError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT
 TOKENIZER = "bytes, world or a .json file; by default as the model's vocabulary says"  # a help text
 EARLY = "interrupted; what was learnt until then is written"
@@ -38,7 +28,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader (`| head`)
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a ValueError for what it refuses, and checks its outputs once all else is right."""
+    """Raises a ValueError for wrong arguments; checks output paths after all other arguments."""
 
     def __init__(self, doc: str | None) -> None:
         super().__init__(
@@ -189,10 +179,15 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             say(script, "interrupted")
             return INTERRUPTED
         except BrokenPipeError:
-            # what is still in the buffer has no reader: Python must not try again at its end
+            # Nobody reads what is still in the buffer: Python must not flush it at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
-        except MISTAKES as error:
+        except Exception as error:
+            # Not imported before, because examples on JAX and NumPy run without torch.
+            from torch_rwkv6.__main__ import MISTAKES
+
+            if not isinstance(error, MISTAKES):
+                raise
             say(script, f"error: {str(error) or type(error).__name__}")
             return 2
         return 0
@@ -207,7 +202,7 @@ def say(script: str, message: str) -> None:
 
 @contextmanager
 def first_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls ``stop``, for an end in good order; the next one interrupts.
+    """Within this context the first Ctrl-C calls ``stop``; a second one interrupts.
 
     Raises:
         KeyboardInterrupt: at a second Ctrl-C.

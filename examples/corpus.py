@@ -1,4 +1,4 @@
-"""The text that the examples train on, and the tokens that a model takes for it."""
+"""The text that the examples train on, and its tokens for a given model."""
 
 from __future__ import annotations
 

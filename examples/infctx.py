@@ -4,12 +4,12 @@
     python examples/infctx.py                      # documents of 2048 bytes, in chunks of 256
     python examples/infctx.py --window 1           # truncated: no gradient beyond a chunk
 
-A document is read in chunks; the state goes on, and from document to document too, so what a model
-reads never ends ("infctx"). The gradient flows back through the states, over ``--window`` chunks,
-and is cut there (truncated backpropagation through time, Williams and Peng 1990). Inside a window
-only the states between chunks are kept and a chunk is computed again when its gradient is due: the
-memory is that of one chunk, and a window as long as the document gives the exact gradient. That
-takes an operator whose initial and final states have gradients.
+A document is read in chunks. The state is carried from chunk to chunk and from document to
+document, so the context is unlimited ("infctx"). The gradient flows back through the states over
+``--window`` chunks and is cut there (truncated backpropagation through time, Williams and Peng
+1990). Inside a window only the states between chunks are kept, and a chunk is recomputed in the
+backward pass: this takes the memory of one chunk, and a window as long as the document gives the
+exact gradient. It needs an operator whose initial and final states have gradients.
 
 Before training, gradient and memory are compared with backpropagation through the whole document.
 """
@@ -55,7 +55,7 @@ def backward_in_chunks(
 
 
 class InfctxModel(TextModel):
-    """A step is a document in each lane; the states stay."""
+    """Each step reads one document per lane; the states are carried from step to step."""
 
     def __init__(self, model: RWKV6, lr: float, steps: int, chunk: int, window: int) -> None:
         super().__init__(model, lr, steps)
@@ -69,10 +69,10 @@ class InfctxModel(TextModel):
         loss, self.state = backward_in_chunks(
             self.model, *batch, self.state, self.chunk, self.window, self.manual_backward
         )
+        self.record(loss)
         self.clip_gradients(optimizer, 1.0, "norm")
         optimizer.step()
         schedule.step()
-        self.record(loss)
 
 
 def gradient(model: RWKV6) -> Tensor:
@@ -80,7 +80,7 @@ def gradient(model: RWKV6) -> Tensor:
 
 
 def compare(model: RWKV6, batch: tuple[Tensor, Tensor], chunk: int, window: int) -> list[str]:
-    """A line for each way to a document's gradient: its peak memory, and how far it is off."""
+    """One line per way of computing a document's gradient: its peak memory and its error."""
     tokens = batch[0].shape[1]
 
     def whole() -> None:

@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 INDEX_DTYPES = ("int32", "int64")
 MAX_HEAD_SIZE = 256
 
-SHOWN = 8  # so many entries of a list are in a message
+SHOWN = 8  # the number of entries of a list that a message shows
 
 Shape = tuple[Any, ...]  # int, or None
 
@@ -29,7 +29,7 @@ def prepare(
     initial_state: Any | None,  # [S, H, N, N]
     state_map: Any | None,  # [B]
 ) -> tuple[Any, ...]:
-    """The arguments as tensors of the backend, checked; KerasTensors stay what they are.
+    """The arguments, checked, as tensors of the backend; KerasTensors stay as they are.
 
     Raises TypeError or ValueError. Values are looked at only in state_map, where they can be seen.
     """
@@ -39,7 +39,7 @@ def prepare(
         initial_state = tensor("initial_state", initial_state)
     if isinstance(state_map, (list, tuple)):
         state_map = _integers("state_map", state_map)
-    # NumPy's is looked at as it is: made a tensor, its entries may be cut to 32 bits
+    # A NumPy array is checked before conversion, which may cut its entries to 32 bits.
     if state_map is not None and not isinstance(state_map, np.ndarray):
         state_map = tensor("state_map", state_map)
     check_wkv(r, k, v, w, u, initial_state, state_map)
@@ -50,7 +50,7 @@ def prepare(
 
 
 def tensor(name: str, x: Any) -> Any:
-    """x as a tensor of the backend; a KerasTensor stays what it is. Raises TypeError."""
+    """x as a tensor of the backend; a KerasTensor stays as it is. Raises TypeError."""
     if isinstance(x, keras.KerasTensor):
         return x
     try:
@@ -152,7 +152,7 @@ def _integers(name: str, x: Any) -> np.ndarray[Any, Any]:
 
 
 def _whole(x: Any) -> int | None:
-    """x as an int; None for what is none, a bool too."""
+    """x as an int; None for anything else, bools included."""
     try:
         return None if isinstance(x, (bool, np.bool_)) else operator.index(x)
     except TypeError:
@@ -160,7 +160,7 @@ def _whole(x: Any) -> int | None:
 
 
 def _check_rows(name: str, x: Any, rows: int | None) -> None:
-    """Raises ValueError for an entry that names no row, where the values can be seen."""
+    """Raises ValueError for an entry out of range, if the values can be read."""
     values = _concrete(x)
     if values is None or rows is None:
         return
@@ -200,7 +200,7 @@ def check_shape(name: str, x: Any, shape: Shape, description: str) -> None:
 
 
 def _concrete(x: Any) -> np.ndarray[Any, Any] | None:
-    """The values on the CPU; None while they are traced, or where a look would wait for a GPU."""
+    """The values on the CPU; None if they are traced, or if reading them would wait for a GPU."""
     backend = keras.backend.backend()
     if isinstance(x, np.ndarray):
         return x

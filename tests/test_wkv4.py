@@ -133,6 +133,18 @@ def test_transforms() -> None:
             torch.testing.assert_close((y[i], final[i]), one)
 
 
+def test_vmap_of_wkv4_update_updates_the_mapped_state() -> None:
+    k, v, w, u = call(2, 3, 4)[:4]
+    keys, states = torch.randn(3, *k.shape), torch.rand(3, k.shape[0], 3, k.shape[2])
+    expected = states.clone()
+    y = torch.vmap(lambda k, s: wkv4_update(k, v, w, u, s))(keys, states)
+    for i in range(3):
+        assert torch.equal(y[i], wkv4_update(keys[i], v, w, u, expected[i]))
+    assert torch.equal(states, expected)
+    with pytest.raises(RuntimeError, match=r"state that is not mapped.*or use rwkv6::wkv4$"):
+        torch.vmap(lambda k: wkv4_update(k, v, w, u, states[0]))(keys)
+
+
 def test_pieces_and_in_place() -> None:
     k, v, w, u, s = call(2, 9, 6)
     whole, last = wkv4(k, v, w, u, s)

@@ -23,7 +23,7 @@ from torch_rwkv6.models.tokenizers import TextStream, Tokenizer
 from torch_rwkv6.nn import RWKV
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# what a user can put right; FloatingPointError is a model whose logits are NaN
+# Exceptions that a user can act on. FloatingPointError: the logits of the model are NaN.
 MISTAKES = (
     FloatingPointError,
     ImportError,
@@ -34,7 +34,7 @@ MISTAKES = (
     TypeError,
     ValueError,
 )
-INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
+INTERRUPTED, PIPE_CLOSED = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
 
 
 class Counted:
@@ -76,7 +76,7 @@ def generate(args: argparse.Namespace) -> None:
         compiled=args.compile,
     )
     start = time.perf_counter()
-    first = next(pieces, "")  # before anything is shown: it may fail
+    first = next(pieces, "")  # may fail, so nothing is printed before
     print(args.prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -171,17 +171,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; 2 after a mistake, which is told in one line."""
+    """Runs one command. Returns 2 after a mistake, which is reported in one line."""
     code, message = 0, ""
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # characters that the terminal does not have
+            sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
         args = _parser().parse_args(argv)
         args.run(args)
-        print(end="", flush=True)  # a full disk is noticed here, not when Python ends
+        print(end="", flush=True)  # reports a full disk here, not when Python exits
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # whoever reads has enough, as head has
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
         code = PIPE_CLOSED
     except MISTAKES as error:
         text = " ".join(line.strip() for line in str(error).splitlines())
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         try:
             print(end="", flush=True)
-        except OSError:  # or Python tries and complains once more when it ends
+        except OSError:  # otherwise Python would flush again at its exit and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print(message, file=sys.stderr)

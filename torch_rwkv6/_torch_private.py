@@ -27,18 +27,18 @@ __all__ = [
     "transforms_active",
 ]
 
-# Contexts in which calls of operators skip the kernels of autograd; the second one also those that
-# count the versions of what is changed in place.
+# Contexts in which operators skip the kernels of autograd, and in the second one also those that
+# count the versions of tensors changed in place.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 below_inplace_or_view = torch._C._AutoDispatchBelowADInplaceOrView
 
-# The dispatch keys behind that of the version counter, for a kernel that goes on from there.
+# The dispatch keys after that of the version counter, for a kernel that redispatches from there.
 after_inplace_or_view = torch._C._after_ADInplaceOrView_keyset
 
-# Whether torch.func's grad, jvp, vmap and so on are at work.
+# Whether a transform of torch.func (grad, jvp, vmap, ...) is active.
 transforms_active = torch._C._are_functorch_transforms_active
 
-# How many modes see every operator first: FakeTensorMode, make_fx, FlopCounterMode and the like.
+# The number of active modes that intercept every operator (FakeTensorMode, make_fx, ...).
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # A namedtuple's name for torch.export.save.
@@ -46,7 +46,7 @@ register_namedtuple = torch.utils._pytree._register_namedtuple
 
 
 def forward_mode_active() -> bool:
-    """Whether forward-mode AD is at work, inside of torch.autograd.forward_ad.dual_level."""
+    """Whether forward-mode AD is active, inside of torch.autograd.forward_ad.dual_level."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
@@ -64,7 +64,7 @@ def has_kernel(operator: str, key: str) -> bool:
 
 
 def concrete(x: Any) -> Tensor | None:
-    """The tensor that torch.func.grad wraps; None for what has no values of its own, as in vmap."""
+    """The tensor inside torch.func.grad's wrapper; None for a tensor of vmap, without values."""
     while torch._C._functorch.is_gradtrackingtensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return None if torch._C._functorch.is_batchedtensor(x) else x

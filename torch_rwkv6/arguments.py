@@ -83,7 +83,7 @@ def tokens(name: str, values: Any, vocab_size: int) -> set[int]:
 
 
 def _index(value: Any) -> int | None:
-    """None for what is no integer; a bool, which Python takes for one, is none here."""
+    """The integer, or None for anything else, bools included."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return None
     try:

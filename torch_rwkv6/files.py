@@ -1,4 +1,4 @@
-"""Files that are read and written: what can be one, and results that are complete or not there."""
+"""Reading and writing files: checks of paths, and files that are written completely or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 
 def file_to_write(path: StrPath) -> Path:
-    """The path, if a file can be there: to be asked before the work whose result it is for.
+    """The path, if a file can be written there. Call it before the work whose result goes there.
 
     Raises:
         OSError: FileNotFoundError where its folder is missing, IsADirectoryError where a folder
@@ -43,9 +43,9 @@ def file_to_write(path: StrPath) -> Path:
 
 @contextlib.contextmanager
 def written(target: Path) -> Iterator[Path]:
-    """Gives an empty file to write to, which takes the place of `target` when it is complete.
+    """Yields a temporary file, which replaces `target` when the block has written it completely.
 
-    A file that is replaced is never lost half-way; its permissions stay, and so does a link to it.
+    If writing fails, an existing target stays as it was. Its permissions and links to it are kept.
 
     Raises:
         OSError: whatever went wrong with writing.

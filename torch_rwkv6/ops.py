@@ -1,17 +1,20 @@
-"""The operators as Python functions: the registered op, and errors that name the argument."""
+"""The operators as Python functions, whose errors name the wrong argument."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv4_update, check_wkv_update
+from torch_rwkv6.checks import check, explain
+from torch_rwkv6.contract import WKV, WKV4, WKV4_UPDATE, WKV_UPDATE, Operator
 from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
 __all__ = ["wkv", "wkv4", "wkv4_update", "wkv_update"]
+
+_wkv, _wkv_update = WKV.overload, WKV_UPDATE.overload
+_wkv4, _wkv4_update = WKV4.overload, WKV4_UPDATE.overload
 
 
 def wkv(
@@ -51,7 +54,7 @@ def wkv(
         state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
             Repeats are allowed, their gradients add up.
         cu_seqlens: [M + 1], int32 or int64: B must be 1 and its T tokens are M sequences packed
-            one behind the other, sequence m being tokens ``cu_seqlens[m]`` to
+            one after the other, sequence m being tokens ``cu_seqlens[m]`` to
             ``cu_seqlens[m + 1]``. M then takes B's place in the state shapes and in state_map.
 
     Returns:
@@ -65,7 +68,7 @@ def wkv(
             them would stall the stream, such a sequence gets NaN instead.)
     """
     arguments = (r, k, v, w, u, initial_state, state_map, cu_seqlens)
-    return _call(torch.ops.rwkv6.wkv.default, check_wkv, arguments, autocast_rule=True)
+    return _call(WKV, _wkv, arguments)
 
 
 def wkv_update(
@@ -100,9 +103,7 @@ def wkv_update(
             record; state is then unchanged.
     """
     arguments = (r, k, v, w, u, state, state_map, cu_seqlens)
-    return _call(
-        torch.ops.rwkv6.wkv_update.default, check_wkv_update, arguments, autocast_rule=True
-    )
+    return _call(WKV_UPDATE, _wkv_update, arguments)
 
 
 def wkv4(
@@ -114,8 +115,8 @@ def wkv4(
 ) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
     r"""RWKV-4 time mixing over whole sequences, channel by channel. Differentiable.
 
-    For every batch row and channel the average of the values so far, weighted by e^k and faded by
-    e^-exp(w) a token::
+    For every batch row and channel, the average of the values so far, weighted by e^k and decayed
+    by exp(-exp(w)) per token::
 
         y_t = (num + exp(u + k_t) * v_t) / (den + exp(u + k_t))
         num = exp(-exp(w)) * num + exp(k_t) * v_t
@@ -130,8 +131,9 @@ def wkv4(
         v: value, as k.
         w: decay before its two exponentials, [D]; k's dtype or float32 (an official
             ``time_decay``).
-        u: what the current token's key gains, [D]; k's dtype or float32 (``time_first``).
-        initial_state: a, b and p after the tokens before, [B, 3, D], float32 (float64 for float64
+        u: bonus that is added to the key of the current token, [D]; k's dtype or float32
+            (``time_first``).
+        initial_state: a, b and p after the previous tokens, [B, 3, D], float32 (float64 for float64
             inputs); None is the start: a = b = 0, p = -1e30.
 
     Returns:
@@ -140,7 +142,7 @@ def wkv4(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    return _call(torch.ops.rwkv6.wkv4.default, check_wkv4, (k, v, w, u, initial_state))
+    return _call(WKV4, _wkv4, (k, v, w, u, initial_state))
 
 
 def wkv4_update(
@@ -163,37 +165,27 @@ def wkv4_update(
         TypeError, ValueError: as for `wkv4`; state is then unchanged.
         RuntimeError: a call that autograd would have to record; state is then unchanged.
     """
-    return _call(torch.ops.rwkv6.wkv4_update.default, check_wkv4_update, (k, v, w, u, state))
+    return _call(WKV4_UPDATE, _wkv4_update, (k, v, w, u, state))
 
 
-def _call(
-    op: Any,
-    check: Callable[..., object],
-    arguments: tuple[Tensor | None, ...],
-    autocast_rule: bool = False,
-) -> Any:
-    """The op's results, or what `check` raises where the op refuses its arguments.
+def _call(operator: Operator, op: Any, arguments: tuple[Tensor | None, ...]) -> Any:
+    """The results of `op`, or an error that names the argument.
 
-    The op refuses what `check` does, but most of it in a RuntimeError, and what is no tensor
-    without the argument's name. Asking `check` only then saves a call more time than the op itself
-    needs. Where autocast has a rule for the op, that one checks what it has cast.
+    Where autocast has a rule for the operator, that rule checks the arguments after casting them.
     """
-    if torch.compiler.is_compiling():  # only shapes are known yet; checks leave no code behind
-        if not (autocast_rule and _autocast_casts(arguments[0])):
-            check(*arguments)
+    if torch.compiler.is_compiling():  # only shapes are known, and checks add no code to the graph
+        if not _autocast_casts(operator, arguments[0]):
+            check(operator, arguments)
         return op(*arguments)
     try:
         return op(*arguments)
     except Exception:
-        if not (autocast_rule and _autocast_casts(arguments[0])):
-            try:
-                check(*arguments)
-            except (TypeError, ValueError) as error:
-                raise error from None
+        if not _autocast_casts(operator, arguments[0]):
+            explain(operator, arguments)
         raise
 
 
-def _autocast_casts(r: Tensor | None) -> bool:
-    if not isinstance(r, Tensor) or r.device.type not in DEVICE_KEYS:
+def _autocast_casts(operator: Operator, first: Tensor | None) -> bool:
+    if not operator.autocast or not isinstance(first, Tensor):
         return False
-    return torch.is_autocast_enabled(r.device.type)
+    return first.device.type in DEVICE_KEYS and torch.is_autocast_enabled(first.device.type)

@@ -3,7 +3,7 @@
 `recurrence` is the operator in three lines (Peng et al., "Eagle and Finch", arXiv:2404.05892,
 section 4.2); `wkv` and `wkv_backward` add the options of `torch.ops.rwkv6.wkv`. They run on every
 device and in every dtype, can be differentiated any number of times and are understood by every
-`torch.func` transform. They are slow: one small group of PyTorch calls a token.
+`torch.func` transform. They are slow: a few PyTorch calls per token.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_rwkv6.contract import state_dtype
+
 __all__ = ["recurrence", "recurrence_backward", "wkv", "wkv_backward"]
 
 
 def _decay(w: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(-exp(w)), differentiable, and what its rounding loses. w, results: [...].
+    """exp(-exp(w)), differentiable, and its rounding error. w, results: [...].
 
-    A decay near 1 has few digits left for what it takes from a state at every one of thousands of
-    tokens. Fast decays lose nothing that would last.
+    A decay near 1 has few digits left for 1 - decay, and over thousands of tokens the same rounding
+    error adds up. Fast decays need no correction, because the state forgets their errors.
     """
     rate = _rate(w)
     decay = torch.exp(-rate)
@@ -27,14 +29,17 @@ def _decay(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decayed(state: Tensor, decay: Tensor, lost: Tensor, added: Tensor | float) -> Tensor:
-    """decay state + added, rounded once. state, added, result: [B, H, N, N]; others [B, H, N]."""
+    """decay * state + added, with the decay's rounding error `lost` corrected.
+
+    state, added and the result are [B, H, N, N]; decay and lost [B, H, N].
+    """
     return decay[..., None] * state + (lost[..., None] * state + added)
 
 
 def _rate(w: Tensor) -> Tensor:
-    """exp(w), as far as it makes a difference. w, result: [...]."""
-    # exp(-exp(7)) is exactly 0 in float64 as well: the bound changes no decay, but it keeps every
-    # derivative, which is 0 there, from becoming inf * 0. (clamp has no derivative at NaN.)
+    """exp(w), with w clamped where the decay is 0 anyway. w, result: [...]."""
+    # exp(-exp(7)) is exactly 0 even in float64, so the bound changes no decay. Without it the
+    # derivative of a large w would be inf * 0 instead of 0. (clamp has no derivative at NaN.)
     return torch.exp(torch.where(w > 7.0, 7.0, w))
 
 
@@ -53,7 +58,7 @@ def recurrence(
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, N, N]
         y.append((r[:, t, :, :, None] * (state + u[:, :, None] * kv)).sum(-2))
         state = _decayed(state, decay[:, t], lost[:, t], kv)
-    return (torch.stack(y, 1) if y else r.clone()), state  # no token, no value
+    return (torch.stack(y, 1) if y else r.clone()), state  # T = 0
 
 
 def recurrence_backward(
@@ -68,8 +73,9 @@ def recurrence_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `recurrence` for r, k, v, w [B, T, H, N], u [H, N] and state [B, H, N, N].
 
-    The adjoint G of the state runs back in time, G = decay_t G + r_t grad_y_t, beside the states
-    of the forward pass; the gradient of w is -exp(w) decay * sum_j S[i][j] G[i][j].
+    The adjoint G of the state is computed backward in time, G = decay_t G + r_t grad_y_t, from the
+    states of the forward pass, which are computed first. The gradient of w is
+    -exp(w) decay * sum_j S[i][j] G[i][j].
     """
     decay, lost = _decay(w)
     slope = -_rate(w) * decay  # d decay / d w
@@ -82,7 +88,7 @@ def recurrence_backward(
     for t in reversed(range(r.shape[1])):
         r_t, k_t, v_t = r[:, t], k[:, t], v[:, t]  # [B, H, N]
         gr, gk, gv = (torch.zeros_like(x) for x in (r_t, k_t, v_t))
-        gw = slope[:, t] * 0.0  # a decay that is NaN has no derivative, whatever depends on it
+        gw = slope[:, t] * 0.0  # NaN where the decay is NaN, even if nothing depends on it
         if grad_state is not None:
             gk = (grad_state * v_t[:, :, None, :]).sum(-1)
             gv = (grad_state * k_t[:, :, :, None]).sum(-2)
@@ -122,7 +128,7 @@ def wkv(
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B or M, H, N, N]
     """`torch.ops.rwkv6.wkv` by the recurrence. A state_map entry out of range gives NaN."""
-    acc = _accumulate_dtype(r)
+    acc = state_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
     rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
@@ -156,7 +162,7 @@ def wkv_backward(
 
     The sixth is empty ([0], float32) where there is no initial_state.
     """
-    acc = _accumulate_dtype(r)
+    acc = state_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
     grad_y = None if grad_y is None else grad_y.to(acc)
     grad_state = None if grad_final_state is None else grad_final_state.to(acc)
@@ -174,13 +180,13 @@ def wkv_backward(
         tokens = []
         gu = torch.zeros_like(uf)
         gs = torch.zeros_like(state) if grad_state is None else grad_state
-        later = None  # the sequence of the token behind
+        later = None  # the sequence of the following token
         for t, row in reversed(list(enumerate(rows))):
             now = slice(t, t + 1)
             g_t = None if grad_y is None else grad_y[:, now]
             inputs = (rf[:, now], kf[:, now], vf[:, now], wf[:, now], uf, states[t])
             found: tuple[Tensor, ...] = recurrence_backward(g_t, gs.index_select(0, row), *inputs)
-            if grad_state is None:  # nothing depends on the state behind a sequence's last token
+            if grad_state is None:  # nothing depends on the state after a sequence's last token
                 last = recurrence_backward(g_t, None, *inputs)
                 if later is None:
                     found = last
@@ -206,12 +212,8 @@ def wkv_backward(
     )
 
 
-def _accumulate_dtype(r: Tensor) -> torch.dtype:
-    return torch.float64 if r.dtype == torch.float64 else torch.float32
-
-
 def _fresh(state: Tensor, start: Tensor | None) -> Tensor:
-    """state [...] in memory of its own: without any token it would be the caller's."""
+    """state [...], copied where T = 0 has left it the caller's own tensor."""
     return state.clone() if state is start else state
 
 
@@ -223,7 +225,7 @@ def _initial_states(
 ) -> Tensor:
     """The state each sequence starts from: [B or M, H, N, N]."""
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    acc = _accumulate_dtype(r)
+    acc = state_dtype(r)
     if initial_state is None:
         heads, size = r.shape[2:]
         return torch.zeros(sequences, heads, size, size, dtype=acc, device=r.device)
@@ -245,8 +247,8 @@ def _grad_initial_state(
         return torch.empty(0, dtype=torch.float32, device=grad.device)
     rows = initial_state.shape[0]
     if state_map is not None:
-        # one sequence after the other adds in a fixed order on every device, index_add does not;
-        # chosen, not multiplied by 0 and 1, for 0 times NaN is NaN
+        # Added one sequence after the other, in a fixed order, which index_add does not promise on
+        # every device. Selected by where, because a product with 0 would spread NaN.
         numbers = torch.arange(rows, device=grad.device)[:, None, None, None]
         total = torch.zeros(rows, *grad.shape[1:], dtype=grad.dtype, device=grad.device)
         for row, sequence in zip(state_map.split(1), grad.split(1), strict=True):
@@ -260,7 +262,7 @@ def _grad_initial_state(
 def _sequence_of_token(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     """For each of the T tokens the index of its packed sequence, as T tensors of shape [1].
 
-    No value is read on the host, so that it can be traced.
+    No value is read on the host, so this can be traced.
     """
     positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     last = max(cu_seqlens.shape[0] - 2, 0)

@@ -1,4 +1,4 @@
-"""Who takes part. A contender is a function (work, inputs, threads) -> Job in a module here."""
+"""The contenders. Each is a function (work, inputs, threads) -> Job in a module of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Contender:
     environment: tuple[tuple[str, str], ...] = ()
 
     def named(self, more: str) -> Contender:
-        """The same in another role: a row and a process of its own."""
+        """The same program in another role, with a table row and a process of its own."""
         return replace(self, label=f"{self.label}, {more}")
 
     @property
@@ -48,5 +48,5 @@ SHORT_RIVALS = (EAGER, COMPILED, CHUNKED, JAX, RWKV_OPS, GGML)  # the other comp
 
 
 def at_level(isa: str) -> Contender:
-    """torch_rwkv6 with its kernels held to one instruction set."""
+    """torch_rwkv6 restricted to one instruction set."""
     return replace(OURS.named(isa), environment=(("RWKV6_CPU_ISA", isa),))

@@ -1,7 +1,7 @@
 """WKV6 over chunks of tokens in plain PyTorch: matrix products instead of a loop over tokens.
 
-Safe for every w: decays are only ever multiplied, so that no exponent is positive, nothing is
-divided and nothing is a difference of sums. Within a chunk, neighbouring blocks are joined two by
+Safe for every w: decays are only multiplied, so no exponent is positive, and there is no division
+and no difference of sums. Within a chunk, neighbouring blocks are joined two by
 two, as in a merge sort, until one block is the chunk. What crosses from the left block into the
 right one is `(r * decays before it in its block) @ (k * decays after it in its block)^T`.
 """

@@ -1,7 +1,7 @@
 """ggml's rwkv_wkv6, which llama.cpp runs, with the operations that make the decays before it.
 
-The graph is built once and computed again and again, as llama.cpp does. Not counted against it:
-the copy of the new state back into llama.cpp's cache.
+The graph is built once and computed repeatedly, as in llama.cpp. Its time does not include the copy
+of the new state back into llama.cpp's cache.
 """
 
 from __future__ import annotations

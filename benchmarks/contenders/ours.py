@@ -18,7 +18,7 @@ def prepare(work: Work, inputs: Arrays, threads: int) -> Job:
 
 def _decode(work: Work, inputs: Arrays, threads: int) -> Job:
     torch.set_num_threads(threads)
-    # As a server does it, which makes all of its tensors in this mode. (The other PyTorch programs
+    # As a server would, which creates all of its tensors in this mode. (The other PyTorch programs
     # have no_grad: what is compiled gets slower in this one.)
     with torch.inference_mode():
         x = torch_inputs(work, inputs)

@@ -1,8 +1,8 @@
 """Language models that differ only in how they mix tokens: the contenders of compare_mixers.py.
 
 All are called as ``logits, state = model(tokens, state)``, as `torch_rwkv6.nn.RWKV6` is: a
-sequence may come in pieces, and ``state`` is all that a model keeps of the tokens before. What is
-in it tells the families apart: a few vectors (LSTM, GRU, RWKV-4), a matrix per head (RWKV-6), or
+sequence may come in pieces, and ``state`` is all that a model keeps of the previous tokens. The
+families differ in its size: a few vectors (LSTM, GRU, RWKV-4), a matrix per head (RWKV-6), or
 something for every token so far (attention, AFT).
 """
 
@@ -55,7 +55,7 @@ def parameters(model: nn.Module) -> int:
 
 
 class LanguageModel(nn.Module):
-    """RWKV's frame around any mixer: what RWKV4 and RWKV6 have around theirs."""
+    """The architecture of RWKV4 and RWKV6 around any mixer."""
 
     def __init__(
         self,

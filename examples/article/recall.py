@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the test of a memory for things seen once.
+"""Multi-query associative recall: a test of memory for things seen once.
 
 Arora et al., "Zoology", arXiv:2312.04927. A text begins with pairs of a key and a value, drawn
 anew for each text, and later asks for the keys again, among blanks:
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -100  # what cross_entropy takes no notice of
+IGNORE = -100  # the target that cross_entropy ignores
 
 
 def batch(

@@ -3,9 +3,9 @@
     python examples/article/rwkv4_to_6.py
     python examples/article/rwkv4_to_6.py --checkpoint runs/article/rwkv6.pth --layer 1
 
-The time mixing of one layer of an RWKV-6 reads a text; then its terms are taken back, one after the
-other, as far as RWKV-4, all with the same matrices for r, k, v and the output. Every stage runs on
-the operator of RWKV-6: it has all of them as special cases.
+The time mixing of one layer of an RWKV-6 reads a text; then its terms are removed one after the
+other, back to RWKV-4, all with the same matrices for r, k, v and the output. Every stage runs on
+the operator of RWKV-6, of which all of them are special cases.
 
 RWKV-4: Peng et al., arXiv:2305.13048. RWKV-5 and 6: arXiv:2404.05892.
 """

@@ -1,4 +1,4 @@
-"""Chooses what computes WKV: the native kernels where this backend reaches them, or keras.ops.
+"""Chooses what computes WKV: the native kernels where the backend can call them, or keras.ops.
 
 Every backend module has ``wkv(r, k, v, w, u, initial_state, state_map)`` over checked tensors of
 the backend, `keras_adapter.ops.wkv` without its checks.
@@ -23,7 +23,7 @@ if _SETTING not in ("0", "1"):
 
 
 def choose(high_level: bool | None = None) -> Wkv:
-    """keras.ops, or what the backend has; None as the environment variable says."""
+    """The implementation: keras.ops, or the backend's own; None follows OPS_KERNEL."""
     if high_level is not None:
         high_level = flag("high_level", high_level)
     elif _SETTING == "1":
@@ -40,7 +40,7 @@ def _high_level() -> Wkv:
 
 
 def _of_backend() -> tuple[Wkv, bool]:
-    """What the backend has, and whether that runs the native kernels."""
+    """The backend's implementation, and whether it runs the native kernels."""
     backend = keras.backend.backend()
     if backend == "torch":
         from keras_adapter.backends import torch
@@ -58,8 +58,8 @@ def _of_backend() -> tuple[Wkv, bool]:
 
 
 if keras.backend.backend() == "torch":
-    # registers an operator, which a .pt2 file may hold
+    # Registers an operator, which an exported .pt2 file may contain.
     from keras_adapter.backends import torch_chunks  # noqa: F401
 
-_found = _of_backend() if _SETTING == "0" else None  # else nothing is loaded before it is wanted
+_found = _of_backend() if _SETTING == "0" else None  # otherwise loaded on demand
 has_kernels: bool = _found is not None and _found[1]

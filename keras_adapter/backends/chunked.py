@@ -1,4 +1,4 @@
-"""WKV in keras.ops: few large products in place of a loop over tokens, on every backend.
+"""WKV in keras.ops: a few large matrix products instead of a loop over tokens, on every backend.
 
 Tokens are cut into chunks of up to 32. With l_t = -exp(w_t), the log of the decay, token t sees
 token s < t through
@@ -6,11 +6,11 @@ token s < t through
     sum_i r_t[i] k_s[i] exp(l_{s+1}[i] + ... + l_{t-1}[i])
 
 Inside a chunk, runs of 1, 2, 4, ... tokens are joined in pairs: each token of the second run sees
-each of the first, r decayed from the border between the runs and k decayed up to it. Across chunks
-they meet through the state. Every exponent is a sum of log decays, never a difference of running
-sums: none is positive, none cancels, so nothing overflows, whatever w is. And nothing is masked by
-a product with zero: what is multiplied is what the recurrence multiplies, so a NaN or an infinity
-reaches, forward and backward, what the recurrence takes it to and nothing else.
+each of the first, with r decayed from the border between the runs and k decayed up to it. Chunks
+see earlier chunks through the state. Every exponent is a sum of log decays and never a difference
+of running sums, so none is positive and none cancels: nothing overflows, whatever w is. Nothing is
+masked by a product with zero, so a NaN or an infinity reaches exactly the results, forward and
+backward, that it reaches in the recurrence.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_adapter.checks import state_dtype
+
 CHUNK = 32  # a power of two
-UNROLLED = 32  # up to this many chunks the graph holds each of them; beyond, a loop
+UNROLLED = 32  # up to this many chunks the graph is unrolled; beyond that it has a loop
 Steps = tuple[Any, Any, Any]  # see _step
 _LARGEST_W = 80.0  # exp(-exp(80)) is 0 in every dtype, and sums of exp(80) are finite in float32
 _SLOW = -0.5  # log decays above it belong to slow decays
@@ -38,7 +40,7 @@ def wkv(
     state_map: Any | None = None,  # [B]
 ) -> tuple[Any, Any]:  # y [B, T, H, N], final_state [B, H, N, N]
     dtype = keras.backend.standardize_dtype(r.dtype)
-    wide = "float64" if dtype == "float64" else "float32"
+    wide = state_dtype(r)
     # keras.ops' products of float64 are float32 everywhere else
     acc = wide if keras.backend.backend() == "tensorflow" else "float32"
     r, k, v, w, u = (ops.cast(x, acc) for x in (r, k, v, w, u))
@@ -58,7 +60,7 @@ def wkv(
 def _bounded(w: Any) -> Any:  # [B, T, H, N]
     """w, or _LARGEST_W where it is larger.
 
-    There tanh is 1, with a derivative of 0 that multiplies what comes: a NaN stays one.
+    There tanh is 1 and its derivative 0, which multiplies the incoming gradient: a NaN stays NaN.
     """
     return ops.where(w > _LARGEST_W, _LARGEST_W * ops.tanh(w), w)
 
@@ -95,8 +97,8 @@ def _one_token(
     state: Any,  # [B, H, N, N]
 ) -> tuple[Any, Any]:  # [B, 1, H, N], [B, H, N, N]
     y = ops.squeeze(ops.matmul(ops.expand_dims(r, -2), ops.expand_dims(state, 1)), -2)
-    # y does not depend on its own token's decay. This puts w into its graph all the same: asked for
-    # the gradient of w, a backend then gives zeros and not None.
+    # y does not depend on the decay of its own token. This adds w to its graph nevertheless, so
+    # that a backend returns zeros as the gradient of w and not None.
     y = ops.where(ops.zeros_like(y, dtype="bool"), log_decay, y)
     keep, change = _decay(ops.expand_dims(log_decay[:, 0], -1))
     update = ops.expand_dims(k[:, 0], -1) * ops.expand_dims(v[:, 0], -2)
@@ -114,10 +116,8 @@ def chunks(
     if keras.backend.backend() == "torch":
         import torch
 
-        if torch.compiler.is_compiling():
-            from keras_adapter.backends.torch_chunks import wkv_chunks
-
-            y, state = wkv_chunks(r, k, v, log_decay, state)
+        if torch.compiler.is_compiling():  # as one operator: see torch_chunks.py
+            y, state = torch.ops.keras_adapter.wkv_chunks(r, k, v, log_decay, state)
             return y, state
     if isinstance(tokens, int):
         chunk = min(CHUNK, 1 << max(tokens - 1, 0).bit_length())
@@ -133,7 +133,7 @@ def chunks(
 
     r, k, v, log_decay = (cut(x) for x in (r, k, v, log_decay))
     y, before, after, total = _within(r, k, v, log_decay, chunk)
-    # across chunks: through the state at the start of each
+    # across chunks, through the state at the start of each
     update = ops.matmul(ops.transpose(k * ops.exp(after), (0, 1, 2, 4, 3)), v)
     keep, change = _decay(ops.transpose(total, (0, 1, 2, 4, 3)))  # [B, H, count, N, 1]
     states, state = _walk((keep, change, update), state, count)
@@ -149,7 +149,7 @@ def _within(
     log_decay: Any,  # [B, H, count, chunk, N]
     chunk: int,
 ) -> tuple[Any, Any, Any, Any]:  # three [B, H, count, chunk, N], [B, H, count, 1, N]
-    """What each token sees of those before it in its chunk.
+    """The part of y that comes from earlier tokens of the same chunk.
 
     Also the sums of log decays before each token, after each token, and of the whole chunk.
     """
@@ -185,10 +185,10 @@ def _within(
 
 
 def _decay(log_decay: Any) -> tuple[Any, Any]:
-    """What a state keeps as it is, 1 or 0, and what it changes by: their sum is exp(log_decay).
+    """exp(log_decay) as a sum: 1 or 0, and the rest.
 
-    A slow decay is near 1 and loses digits there, in the same way at every step, which adds up
-    over thousands of them. So it is kept as its complement.
+    A slow decay is near 1, where rounding loses digits in the same way at every step, which adds up
+    over thousands of steps. So its difference from 1 is kept instead.
     """
     is_slow = log_decay > _SLOW
     change = ops.where(is_slow, ops.expm1(log_decay), ops.exp(log_decay))
@@ -221,7 +221,7 @@ def _walk(
 def _each(x: Any, count: int, axis: int = 2) -> Any:  # `count` tensors without that axis
     if keras.backend.backend() == "openvino":  # which lacks unstack in Keras 3.12
         return [x[(slice(None),) * axis + (i,)] for i in range(count)]
-    # not an index each: the gradient of n indexings costs n whole tensors
+    # Not by n indexing operations, whose gradients would each be a whole tensor.
     return ops.unstack(x, count, axis=axis)
 
 

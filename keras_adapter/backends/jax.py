@@ -1,9 +1,9 @@
-"""WKV on JAX: the kernel library as an XLA custom call, under every transform.
+"""WKV on JAX: the kernel library as an XLA custom call that supports every transform.
 
 Forward and backward are each ``custom_vmap(custom_partitioning(ffi_call))``, in this order because
-custom_partitioning has no batching rule; custom_vjp around them ties them together. Every operand
-of the custom call leads with the batch, u too. So vmap folds into the batch, a mesh may cut batch
-and heads of all operands alike, and the gradient of u is summed by the broadcast's own transpose.
+custom_partitioning has no batching rule; a custom_vjp joins the two. Batch is the first dimension
+of every operand of the custom call, including u. So vmap folds into the batch, a mesh may shard the
+batch and heads of all operands alike, and the transpose of u's broadcast sums its gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from keras_adapter import _library
 from keras_adapter.backends import chunked, jax_mesh
 from keras_adapter.backends.jax_mesh import HEADS, ROWS, STATES, TOKENS
+from keras_adapter.checks import state_dtype
 
 Array = Any
 Arrays = tuple[Array, ...]
@@ -82,13 +83,12 @@ def _native(
     state_map: Array | None,  # [B]
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
     batch, _, heads, size = r.shape
-    # wide, as the gradients of u of all batch rows are yet to be added up
-    u = jnp.broadcast_to(u.astype(_state_dtype(r)), (batch, heads, size))
+    # in the dtype of the state, because the gradients of u are still to be summed over the batch
+    u = jnp.broadcast_to(u.astype(state_dtype(r)), (batch, heads, size))
     operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
-        dtype = jnp.dtype(_state_dtype(r)).name
-        operands.append(chunked.state_of_each(r, initial_state, state_map, dtype))
+        operands.append(chunked.state_of_each(r, initial_state, state_map, state_dtype(r)))
         if state_map is not None:
             # an entry out of range is an error of the custom call on the CPU; on a GPU, where
             # nobody looks at it, its state is NaN. The call takes 32 bits.
@@ -142,9 +142,9 @@ def _operator(count: int, states: int) -> Callable[..., Arrays]:
 
 
 def _reverse_mode_only(x: Array) -> Array:
-    """x, of which forward mode is refused with a message that names the way out.
+    """x; forward mode is refused with a message that names the alternative.
 
-    JAX's own message, of custom_vjp functions, cannot say that there is one.
+    JAX's own message for custom_vjp functions does not mention it.
     """
     return _input.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -175,10 +175,6 @@ batching.primitive_batchers[_tangent] = _refuse
 ad.primitive_transposes[_tangent] = lambda grad, x: (grad,)
 
 
-def _state_dtype(r: Array) -> Any:
-    return jnp.float64 if r.dtype == jnp.float64 else jnp.float32
-
-
 def _call_forward(
     r: Array,  # [B, T, H, N]
     *operands: Array,  # k, v, w, u, perhaps state and state_map
@@ -189,9 +185,9 @@ def _call_forward(
         _library.FORWARD,
         (
             jax.ShapeDtypeStruct(r.shape, r.dtype),
-            jax.ShapeDtypeStruct((batch, heads, size, size), _state_dtype(r)),
+            jax.ShapeDtypeStruct((batch, heads, size, size), state_dtype(r)),
         ),
-        # the state is updated in place where nobody needs the old one
+        # XLA updates the state in place where the old one is not needed
         input_output_aliases={5: 1} if len(operands) > 4 else {},
     )
     return jax_mesh.vary_like(r, call(r, *operands, states=np.int64(states)))

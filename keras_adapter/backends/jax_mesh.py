@@ -1,4 +1,4 @@
-"""WKV on JAX's meshes: which axes cut batch and heads, and what JAX's type systems are told of it.
+"""WKV on JAX's meshes: which axes shard batch and heads, and how JAX's types express it.
 
 Explicit axes are part of an array's type, as are the axes that it varies over inside shard_map.
 """
@@ -20,9 +20,9 @@ TOKENS, HEADS, STATES, ROWS = "b t h n", "b h n", "b h n m", "b"  # dimensions
 
 
 def with_auto_axes(wkv: Callable[..., Arrays]) -> Callable[..., Arrays]:
-    """`wkv` for arrays on explicit axes too: inside, the compiler shards, as on axes of type Auto.
+    """`wkv` that also takes arrays on explicit axes, which are treated as axes of type Auto inside.
 
-    The results are cut as the first operand is that is cut over batch or heads, and nowhere else.
+    The results are sharded like the first operand that is sharded over batch or heads.
     """
 
     @functools.wraps(wkv)
@@ -63,7 +63,7 @@ def named_sharding(mesh: Any, dims: str, axes: dict[str, Any]) -> NamedSharding:
 
 
 def batch_and_head_axes(mesh: Any, tensors: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """The mesh axes that cut b and h: those of the first tensor that is cut there at all.
+    """The mesh axes that shard b and h: those of the first tensor that is sharded there.
 
     tensors: dimensions, and shape with sharding, of each.
     """

@@ -1,10 +1,10 @@
-"""WKV on TensorFlow: keras.ops in chunks, or the native kernels where we can reach them.
+"""WKV on TensorFlow: keras.ops in chunks, or the native kernels where they can be called.
 
-TensorFlow runs a StableHLO module by its op XlaCallModule, and in it our custom calls. Both the op
+TensorFlow's op XlaCallModule runs a StableHLO module that contains our custom calls. Both the op
 and the registration of custom calls are private to TensorFlow, so a probe must succeed first.
-``RWKV6_TF_NATIVE`` decides: 1 takes the native way everywhere and raises where it does not work; 0
-never takes it; unset, eager calls take it where it works, and a tf.function does not: its graph
-may be saved and run where these kernels are not registered.
+``RWKV6_TF_NATIVE=1`` uses the kernels everywhere and raises if they do not work; 0 never uses them.
+If it is unset, eager calls use them if they work, and a tf.function does not, because its graph may
+be saved and run where they are not registered.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_adapter import _library
 from keras_adapter.backends import chunked
+from keras_adapter.checks import state_dtype
 
 Tensor = Any
 Tensors = tuple[Tensor, ...]
@@ -31,7 +32,7 @@ if _SETTING not in (None, "0", "1"):
 
 
 def _register() -> str:
-    """Makes the custom calls known to TensorFlow; what is in the way of it, or nothing."""
+    """Registers the custom calls with TensorFlow. Returns why that failed, or an empty string."""
     if _SETTING == "0":
         return "RWKV6_TF_NATIVE=0"
     binding = _library.load()
@@ -65,13 +66,12 @@ def wkv(
     if not _use_kernels():
         return chunked.wkv(r, k, v, w, u, initial_state, state_map)
     heads, size = u.shape
-    # wide, as the gradients of u of all batch rows are yet to be added up
-    u = tf.broadcast_to(tf.cast(u, _state_dtype(r)), (tf.shape(r)[0], heads, size))
+    # in the dtype of the state, because the gradients of u are still to be summed over the batch
+    u = tf.broadcast_to(tf.cast(u, state_dtype(r)), (tf.shape(r)[0], heads, size))
     operands = [r, k, v, w, u]
     states = 0
     if initial_state is not None:
-        dtype = _state_dtype(r).name
-        operands.append(chunked.state_of_each(r, initial_state, state_map, dtype))
+        operands.append(chunked.state_of_each(r, initial_state, state_map, state_dtype(r)))
         if state_map is not None and initial_state.shape[0] is not None:
             states = initial_state.shape[0]
             # an entry out of range is an error of the custom call, which takes 32 bits; where it
@@ -91,7 +91,7 @@ def _use_kernels() -> bool:
 
 @functools.cache
 def _probe() -> bool:
-    """Whether one token comes out right; only at the first call, as it starts TensorFlow."""
+    """Whether one token gives the right result. Runs at the first call, as it starts TensorFlow."""
     one = tf.ones((1, 1, 1, 1))
     try:
         with tf.init_scope(), tf.device("CPU"):
@@ -104,10 +104,6 @@ def _probe() -> bool:
     return works and not tf.config.list_logical_devices("GPU")
 
 
-def _state_dtype(r: Tensor) -> Any:
-    return tf.float64 if r.dtype == tf.float64 else tf.float32
-
-
 @functools.cache
 def _native(states: int) -> Callable[..., Tensors]:
     """WKV of r, k, v, w, u [B, H, N] and perhaps state and state_map [B]; states: see there."""
@@ -116,7 +112,7 @@ def _native(states: int) -> Callable[..., Tensors]:
     def wkv(*operands: Tensor) -> tuple[Tensors, Callable[..., Any]]:
         r = operands[0]
         state: Dims = ((0, 0), (0, 2), (0, 3), (0, 3))
-        results = ((_dims_of(0, r), r.dtype), (state, _state_dtype(r)))
+        results = ((_dims_of(0, r), r.dtype), (state, tf.as_dtype(state_dtype(r))))
         outputs = _call(_library.FORWARD, operands, results, states)
 
         def gradient(*grads: Tensor) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The chunks of `chunked` as one operator of torch, for torch.compile and torch.export.
 
-They would unroll the Python loop over chunks, which takes long, and a length that is left open
-forbids.
+Tracing `chunked` itself would unroll its Python loop over chunks, which takes long and is
+impossible for a dynamic length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the two mixing layers share: place in the model, official weights, token shift."""
+"""What the two mixing layers share: position in the model, official weights, token shift."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _MASK_DTYPES = ("bool", "int8", "uint8", "int32", "int64")
 class Mix(keras.layers.Layer):
     """The base of both layers.
 
-    Keras rounds the floating-point arguments of a layer to its compute dtype, the carried state
-    too. So it is told not to (``autocast``), and `call` casts x and the weights itself, which
-    serves wrappers such as TimeDistributed as well: they call `call` and nothing else.
+    Keras casts all floating-point arguments of a layer to its compute dtype, which would round the
+    carried state. So this is switched off (``autocast``) and `call` casts x and the weights itself,
+    also for wrappers such as TimeDistributed, which call nothing but `call`.
     """
 
     # official name: attribute; a weight, or a Dense layer whose transposed kernel it is
@@ -91,7 +91,7 @@ class Mix(keras.layers.Layer):
         return (previous_mask, *(None for _ in self._outputs(tuple(inputs.shape))[1:]))
 
     def _outputs(self, shape: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], str]]:
-        """Shape and dtype of the output and of what the next piece goes on from."""
+        """Shape and dtype of the output and of the states for the next piece."""
         batch, _, width = shape
         return [(shape, self.compute_dtype), ((batch, width), self.compute_dtype)]
 
@@ -236,7 +236,7 @@ class Mix(keras.layers.Layer):
 
 
 def _last_real(mask: Any) -> Any:  # [B, T] -> [B, T + 1]
-    """For every place in [shift, *tokens] the place of the last one so far that is no padding."""
+    """For every position in [shift, *tokens], that of the last one so far that is no padding."""
     real = ops.cast(mask, "int32")
     count = ops.pad(ops.cumsum(real, axis=1), [[0, 0], [1, 0]])  # [B, T + 1], real tokens so far
     place = ops.cumsum(ops.ones_like(real), axis=1)  # [B, T], 1 to T

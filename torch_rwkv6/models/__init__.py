@@ -1,4 +1,4 @@
-"""Checkpoints in, text out: loading, tokenizers and generation for every version."""
+"""Loading and saving checkpoints, tokenizers, and text generation, for every version."""
 
 from torch_rwkv6.models.checkpoint import load, save
 from torch_rwkv6.models.generation import generate, generate_text

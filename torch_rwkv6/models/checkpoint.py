@@ -1,4 +1,4 @@
-"""Checkpoints in and out: files and state dicts of every version, under whichever names."""
+"""Loading and saving checkpoints: files and state dicts of every version and naming scheme."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from torch_rwkv6.arguments import flag, number
 from torch_rwkv6.files import StrPath, device_named, file_to_write, reason, written
+from torch_rwkv6.models.detect import model_of
 from torch_rwkv6.models.names import official_names, unofficial
-from torch_rwkv6.models.versions import model_of
 from torch_rwkv6.nn import RWKV
 
 __all__ = ["load", "read", "save"]
 
-# under which of these a training program's checkpoint keeps the model's tensors
+# keys under which the checkpoint of a training program may hold the model's tensors
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 _MOST_PROBLEMS = 20  # that a message lists
 _SUFFIXES = (".safetensors", ".bin", ".pth")  # of the checkpoints in a folder
-# what the programs that train and publish models leave beside their weights
+# files that training programs and publishers store beside the weights
 _BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_")
-# what the first bytes of a file say that is not a checkpoint
+# the first bytes of files that are no checkpoints
 _FOREIGN = (
     (b"GGUF", "a GGUF file of llama.cpp: load the .pth or .safetensors that it was made from"),
     (b"fmgg", "a file of rwkv.cpp: load the .pth that it was made from"),
@@ -93,7 +93,7 @@ def load(
             f"source: expected a path or a mapping of names to tensors, got {type(source).__name__}"
         )
     tensors = official_names(_checked("state_dict", _innermost(content)))
-    with torch.device("meta"):  # no memory, and none of the time that initial values take
+    with torch.device("meta"):  # allocates no memory and computes no initial values
         model = model_of(tensors, ln_x_eps=ln_x_eps, train_state=train_state)
     expected = {name: p.shape for name, p in model.named_parameters()}
     tensors = _fitting(tensors, expected, model)
@@ -170,7 +170,7 @@ def read(path: StrPath) -> dict[str, Any]:
             content = _torch_load(path)
     except (ImportError, PermissionError):
         raise
-    except Exception as error:  # whatever the unpickler, unzipper or parser met, OSError included
+    except Exception as error:  # from the unpickler, unzipper or parser, OSError included
         raise ValueError(f"{path} {reason(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")

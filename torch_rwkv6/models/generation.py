@@ -1,4 +1,4 @@
-"""Text generation: a prompt in pieces, then one token after the other, in constant memory."""
+"""Text generation: reads a prompt in pieces, then draws token after token, in constant memory."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def generate(
     state: RWKVState | None = None,
     compiled: bool | str = False,
 ) -> Generator[Tensor, None, None]:  # [B] each
-    """Yields the next token of every sequence, again and again. Time and memory do not grow.
+    """Yields the next token of every sequence, step by step, in constant time and memory per step.
 
     ::
 
         for token in torch_rwkv6.generate(model, [5, 17], max_tokens=20):  # [1], int64
             print(token.item())
 
-    The prompt is read in pieces; then every step reads and updates the state in place. Arguments
-    are checked before the first token is asked for.
+    The prompt is read in pieces; then every step updates the state in place. Arguments are checked
+    when this function is called, before the first token is requested.
 
     **After a generation the state of each row has seen exactly the prompt and the tokens that were
     yielded for it**, -1 apart, whatever ended it: max_tokens, a stop token, an error, or a caller
@@ -102,7 +102,7 @@ def generate(
     step: Callable[[Tensor, RWKVState], Tensor] = model.forward_
     if compiled:
         step = torch.compile(step, backend="inductor" if compiled is True else compiled)
-    # a state of inference mode can be updated in that mode alone
+    # A state made in inference mode can be updated in that mode only.
     inference = state is not None and any(x.is_inference() for x in state)
     guard = torch.inference_mode() if inference else torch.no_grad()
     return guard(_tokens)(
@@ -138,7 +138,7 @@ def _tokens(
             penalties.select(kept)
             if not len(going):
                 return
-        # before the token is yielded, so that the state has seen it wherever the caller stops; what
+        # Before the token is yielded, so that the state has seen it wherever the caller stops. What
         # follows the last token only a state that the caller has can tell
         if state is not None or i + 1 < max_tokens:
             penalties.add(token, logits)

@@ -1,7 +1,7 @@
-"""The names that others give to RWKV weights, turned into the official ones.
+"""Renames RWKV weights from other naming schemes to the official names.
 
-Wrappers (torch.compile, DDP, FSDP, activation checkpointing, Lightning) put a word of theirs into
-every name. Hugging Face and fla have conventions of their own: ``RWKV/rwkv-4-*`` (transformers'
+Wrappers (torch.compile, DDP, FSDP, activation checkpointing, Lightning) insert a word into every
+name. Hugging Face and fla have conventions of their own: ``RWKV/rwkv-4-*`` (transformers'
 RwkvForCausalLM), ``RWKV/rwkv-5-world-*``, ``RWKV/v6-Finch-*-HF`` and ``RWKV/rwkv-6-world-*``;
 ``fla-hub/rwkv6-*-finch``, whose layers keep the low-rank matrices transposed and in another order.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["official_names", "unofficial"]
 
-# what wrappers put into names: torch.compile, DDP and DataParallel, FSDP, activation checkpointing,
-# and what Lightning's strategies put around those
+# Words that wrappers insert into names: torch.compile, DDP and DataParallel, FSDP, activation
+# checkpointing, and what Lightning's strategies put around those.
 _WRAPPERS = {
     "_orig_mod",
     "module",
@@ -74,7 +74,7 @@ _OFFICIAL_ORDER = "wkvrg"
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the official names; names of no known convention stay as they are.
 
-    The one place where wrappers' words are taken off, and the prefix of a model that is part of a
+    The one place where wrappers' words are removed, and the prefix of a model that is part of a
     larger module (``model.`` in a LightningModule).
 
     Raises:
@@ -97,7 +97,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unofficial(names: Iterable[str]) -> list[str]:
-    """Those of the names that no official file has."""
+    """The names that no official file has."""
     return [name for name in names if not _OFFICIAL.match(name)]
 
 

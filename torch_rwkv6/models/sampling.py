@@ -12,7 +12,7 @@ from torch_rwkv6.arguments import integer, number
 
 __all__ = ["Penalties", "Sampling", "draw", "probabilities"]
 
-NUCLEUS = 512  # a top-p nucleus is looked for among so many tokens before all are sorted
+NUCLEUS = 512  # the number of tokens among which a top-p nucleus is searched before all are sorted
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def draw(
     token: Tensor,  # [B, K]
     generators: Sequence[torch.Generator],  # one a row, on the CPU
 ) -> Tensor:  # [B]
-    """One token a row, by the row's own stream of random numbers."""
+    """One token per row, drawn with the row's own random number generator."""
     if p.shape[1] == 1:
         return token[:, 0]
     # not of the default dtype and device, which are the user's
@@ -118,10 +118,11 @@ def draw(
 
 
 class Penalties:
-    """Repetition penalties as in ChatRWKV: for every token of a row how often it was written.
+    """Repetition penalties as in ChatRWKV: counts how often each row has produced each token.
 
-    A token that was written n times, n > 0, loses ``presence + n * frequency`` from its logit; n
-    fades by ``decay`` with every token written. (``PIPELINE.generate`` of the package rwkv.)
+    A token that was produced n times, n > 0, loses ``presence + n * frequency`` from its logit; n
+    is multiplied by ``decay`` with every token produced. (``PIPELINE.generate`` of the package
+    rwkv.)
 
     Args:
         presence, frequency, decay: the three settings; presence = frequency = 0 is no penalty.
@@ -150,13 +151,13 @@ class Penalties:
         return self.presence != 0 or self.frequency != 0
 
     def apply(self, logits: Tensor) -> Tensor:  # [B, V]
-        """The logits less the penalties."""
+        """The logits minus the penalties."""
         if not self.active or self.count is None or self.seen is None:
             return logits
         return logits.float() - (self.seen * self.presence + self.count * self.frequency)
 
     def add(self, tokens: Tensor, logits: Tensor) -> None:  # [B], [B, V]
-        """Counts the tokens just written."""
+        """Counts the tokens just produced."""
         if not self.active:
             return
         if self.count is None or self.seen is None:
@@ -169,6 +170,6 @@ class Penalties:
         self.seen.scatter_(1, tokens[:, None], 1.0)
 
     def select(self, rows: Tensor) -> None:  # [B'] int64
-        """Goes on with these rows alone."""
+        """Keeps these rows only."""
         if self.count is not None and self.seen is not None:
             self.count, self.seen = self.count[rows], self.seen[rows]

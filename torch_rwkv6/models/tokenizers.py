@@ -11,17 +11,17 @@ __all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "WorldTokenizer", "loa
 
 
 class TextStream(Protocol):
-    """Turns tokens into text, one at a time, and never gives out half a character."""
+    """Turns tokens into text one at a time, and holds back incomplete characters."""
 
     def push(self, token: int) -> str:
-        """The text that is whole now; "" while a character is incomplete."""
+        """The text that is complete now; "" while a character is incomplete."""
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character."""
+        """What remains at the end: U+FFFD for an incomplete character."""
 
 
 class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
+    """The interface that generation needs from a tokenizer."""
 
     vocab_size: int
 
@@ -75,7 +75,7 @@ class _ByteStream:
 
 
 class ByteTokenizer:
-    """One token a byte of the encoded text.
+    """One token per byte of the encoded text.
 
     Raises:
         ValueError: Python knows no such encoding of text.

@@ -1,9 +1,9 @@
 """How a state reaches a module and comes back: through its ``__call__``, and in float32.
 
-Two things stand between a state and ``module(x, state)``. Inference wants it updated in place,
-which a module of somebody else's need not offer. And a wrapper may cast what passes: FSDP2's
-mixed precision rounds every floating-point tensor that enters or leaves a module, and a state that
-is rounded at each hand-over drifts away.
+Passing a state as ``module(x, state)`` has two problems. Inference updates it in place, which a
+user's own module need not support. And a wrapper may cast the arguments: FSDP2's mixed precision
+rounds every floating-point tensor that enters or leaves a module, and the rounding errors of a
+state add up from call to call.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["Carried", "box_for", "call", "stateful", "takes_update", "to_update"
 
 
 class Carried:
-    """A state on its way through a sharded module's ``__call__``, in place of the state itself.
+    """A box that carries a state through a sharded module's ``__call__``.
 
-    Casts reach into tensors, tuples, dictionaries and pytrees, but not in here.
+    Wrappers cast tensors in tuples, dictionaries and other pytrees, but not inside this object.
 
     Attributes:
         state: what the module is given.
@@ -35,8 +35,8 @@ class Carried:
         self.state, self.new = state, None
 
     def take(self, returned: Any) -> Any:
-        """The new state; ``returned``, which a wrapper may have cast, if there is none here."""
-        # taken out: activation checkpointing keeps the arguments for as long as the graph
+        """The new state; if the module put none in here, ``returned``, which may have been cast."""
+        # Taken out, because activation checkpointing keeps the arguments as long as the graph.
         new, self.new = self.new, None
         return returned if new is None else new
 

@@ -1,7 +1,7 @@
-"""A layer of RWKV-6 as one operator: the way of single tokens on a CPU.
+"""A whole RWKV-6 layer as one operator, for decoding single tokens on a CPU.
 
-Called module by module, a layer is some seventy operations. For one token most of them take longer
-to call than to compute, and meanwhile no weight is being read.
+Called module by module, a layer is about seventy operations. For one token, calling most of them
+takes longer than computing them, and no weights are read from memory meanwhile.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def decode_(
     wkv: Tensor | None,  # [B, H, N, N], updated in place
     ffn_shift: Tensor | None,  # [B, D], updated in place
 ) -> Tensor | None:  # [B, T, D]
-    """The block's output for one token of each sequence; None where the modules have to run.
+    """The block's output for one token per sequence, or None if the modules must be called.
 
-    That is for more tokens or many sequences, for other versions' mixes and dtypes of one module
-    alone, and wherever a fast path may not run: see `torch_rwkv6.nn.fast_path`.
+    They must be called for more tokens or many sequences, for the mixes of other versions, for
+    modules of different dtypes, and wherever `torch_rwkv6.nn.fast_path` forbids a fast path.
     """
     if not eager_inference(x) or x.shape[1] != 1 or not 0 < x.shape[0] <= MOST_ROWS:
         return None
     modules = _modules(block)
     if modules is None:
         return None
-    # not by attributes: nn.Module takes a microsecond for each
+    # Not by attribute access, which costs a microsecond each on an nn.Module.
     parameters = [
         m._parameters.get(n)
         for m, names in zip(modules, _NAMES.values(), strict=True)
@@ -82,13 +82,13 @@ def decode_(
         y = torch.ops.rwkv6.decode_layer.default(
             x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
         )
-    # lets autograd notice that a tensor saved for a backward pass was overwritten since
+    # Lets autograd notice that a tensor saved for a backward pass has been overwritten.
     torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))  # type: ignore[arg-type]
     return y.unsqueeze(1)
 
 
 def _modules(block: Any) -> list[Any] | None:
-    """The modules of _NAMES; None where calling them is not what the operator computes."""
+    """The modules of _NAMES, or None if calling them would compute something else."""
     inner: dict[str, Any] = block._modules
     att, ffn = inner["att"], inner["ffn"]
     if type(att) is not TimeMix or type(ffn) is not ChannelMix:

@@ -1,9 +1,9 @@
-"""Whether a fast path may stand in for modules: the one place that decides it.
+"""The one predicate that decides whether a fast path may replace module calls.
 
-A fast path runs a native operator on the weights of modules that it does not call. That is the same
-thing only where the weights are plain tensors, where calling a module does what its class says and
-no more, and where nobody watches the operations: no autograd, autocast, transform, trace or mode.
-Whoever gets False here calls the modules.
+A fast path runs a native operator on the weights of modules without calling them. The result is the
+same only if the weights are plain tensors, if calling a module does exactly what its class defines,
+and if nothing observes the operations: no autograd, autocast, transform, tracing or dispatch mode.
+Where the answer is False, the modules are called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import torch_rwkv6
+from torch_rwkv6._library import has_kernels
 from torch_rwkv6._torch_private import (
     dispatch_modes,
     forward_mode_active,
@@ -34,12 +34,12 @@ __all__ = [
 
 MOST_ROWS = 8  # with more tokens at once a matrix product is faster
 
-# The classes whose modules a fast path may stand in for, with the forward that it stands in for.
+# The classes whose modules a fast path may replace, with the forward that it replaces.
 _FORWARDS: dict[type[nn.Module], Any] = {}
 
 
 def register(*classes: type[nn.Module]) -> None:
-    """A fast path knows what calling these does."""
+    """Declares that a fast path computes what the forward of these classes does."""
     _FORWARDS.update((c, c.forward) for c in classes)
 
 
@@ -47,20 +47,20 @@ register(nn.Linear, nn.LayerNorm, nn.GroupNorm)
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is writing down the operations."""
+    """Whether torch.compile, torch.export or torch.jit.trace is recording the operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def eager_inference(x: Tensor) -> bool:
-    """Whether x is a plain tensor on a CPU, and its operations are run at once and by nobody else.
+    """Whether x is a plain CPU tensor in eager inference, with nothing observing its operations.
 
-    Tracers are asked first, so that they see nothing of x's size.
+    Tracing is checked first, so that no guard on the size of x is recorded.
     """
     return not (
         is_traced()
         or type(x) is not Tensor
         or not x.is_cpu
-        or not torch_rwkv6.has_kernels
+        or not has_kernels
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()
@@ -71,10 +71,10 @@ def eager_inference(x: Tensor) -> bool:
 
 
 def unchanged(module: nn.Module) -> bool:
-    """Whether calling the module does what its class says: no hook, no other forward, no subclass.
+    """Whether calling the module runs its class's forward: no hook, patched forward or subclass.
 
-    A parametrization, fully_shard, LoRA or quantisation gives a module another class; weight_norm
-    and pruning give it a hook.
+    Parametrizations, fully_shard, LoRA and quantisation change a module's class; weight_norm and
+    pruning add a hook.
     """
     own = module.__dict__
     kind = type(module)
@@ -89,7 +89,7 @@ def unchanged(module: nn.Module) -> bool:
 
 
 def are_plain(weights: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Whether all are dense tensors of this dtype in the CPU's memory, and no subclasses."""
+    """Whether all are dense, contiguous CPU tensors of this dtype and no subclasses of Tensor."""
     for weight in weights:
         kind = type(weight)
         if (
@@ -107,7 +107,7 @@ def linear(
     module: nn.Module,  # an nn.Linear without bias, or what has taken its place
     x: Tensor,  # [..., K]
 ) -> Tensor:  # [..., N]
-    """``module(x)``, which on a few tokens reads the weight at the speed of the memory."""
+    """``module(x)``; for a few tokens by an operator that runs at memory bandwidth."""
     if (
         not eager_inference(x)
         or x.numel() > MOST_ROWS * x.shape[-1]
@@ -115,7 +115,7 @@ def linear(
         or not unchanged(module)
     ):
         return module(x)
-    # not by attributes: nn.Module takes a microsecond for each
+    # Not by attribute access, which costs a microsecond each on an nn.Module.
     weight = module._parameters.get("weight")
     if not are_plain((weight,), x.dtype) or module._parameters.get("bias", x) is not None:
         return module(x)

@@ -1,7 +1,7 @@
 """The official initial values: what they depend on, and how they get into parameters.
 
-Every module has its own in ``reset_parameters``, the plain layers of PyTorch too, so that modules
-built on the meta device can be initialised in any order.
+Every module sets its own in ``reset_parameters``. So do the PyTorch layers inside them, so that a
+model built on the meta device can be initialised module by module, in any order.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def with_initial_weight(
 ) -> Any:  # the module
     """Makes ``module.reset_parameters()`` fill the weight by ``init``, and a bias with zeros.
 
-    The module's class stays what it is, for quantisation goes by it.
+    The module keeps its class, because quantisation selects modules by class.
     """
     module.reset_parameters = _Reset(module, init, options)  # type: ignore[assignment]
     return module
@@ -85,7 +85,8 @@ def with_initial_weight(
 class _Reset:
     """``reset_parameters`` of one module.
 
-    It refers to its module weakly: in a cycle a deleted model would wait for the garbage collector.
+    It holds a weak reference to its module: a reference cycle would keep a deleted model alive
+    until the garbage collector runs.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the time mixing of RWKV-5 and RWKV-6 have in common: all behind r, k, v, w and the gate."""
+"""What the time mixing of RWKV-5 and RWKV-6 share: everything after r, k, v, w and the gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer, number
-from torch_rwkv6.checks import MAX_HEAD_SIZE
+from torch_rwkv6.contract import MAX_HEAD_SIZE
 from torch_rwkv6.nn.carry import stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
@@ -22,7 +22,7 @@ __all__ = ["MultiHeadTimeMix"]
 class MultiHeadTimeMix(nn.Module):
     """Time mixing over H matrix states: projections, WKV6, GroupNorm over heads, gate, output.
 
-    A subclass adds its token shift, decay and bonus, and says in `_inputs` what goes into WKV6.
+    A subclass adds its token shift, decay and bonus, and computes the inputs of WKV6 in `_inputs`.
     """
 
     time_decay: Tensor  # of the subclass

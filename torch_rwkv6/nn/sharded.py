@@ -1,7 +1,7 @@
-"""Modules and parameters that lie on several devices: fully_shard's modules, and DTensors.
+"""Modules and parameters on several devices: modules of fully_shard, and DTensors.
 
-What is asked here is asked of modules that nobody has sharded too. So it imports nothing, which
-would take seconds: where torch.distributed's parts have not been imported, nothing is sharded.
+Modules that are not sharded come through here as well, so nothing of torch.distributed is imported,
+which would take seconds: where its parts have not been imported yet, nothing can be sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["device_of", "is_sharded", "whole", "write"]
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether fully_shard was applied to the module: then its calls may cast what passes."""
+    """Whether fully_shard was applied to the module, whose calls may then cast tensors."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -26,7 +26,7 @@ def _is_dtensor(x: Tensor) -> bool:
 
 
 def device_of(parameter: Tensor) -> torch.device:
-    """Where the parameter is computed with."""
+    """The device on which the parameter is used."""
     if _is_dtensor(parameter):  # its memory may be on the CPU meanwhile
         mesh = parameter.device_mesh  # type: ignore[attr-defined]
         return torch.empty(0, device=mesh.device_type).device  # with the index of this process

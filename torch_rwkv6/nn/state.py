@@ -1,4 +1,4 @@
-"""What a model remembers of the text so far."""
+"""The recurrent state of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["RWKVState"]
 
 
 class RWKVState(NamedTuple):
-    """Everything a model remembers of B sequences; its size does not grow with their length.
+    """The recurrent state of B sequences; its size does not depend on their length.
 
     A NamedTuple of tensors, so torch.compile, torch.export and torch.utils._pytree see through
     it. Its name is registered, so torch.export.save and torch.load (weights_only) accept it. Every
@@ -32,11 +32,11 @@ class RWKVState(NamedTuple):
     # wkv is float32, or float64 in a float64 model; the others have the model's dtype
 
     def detach(self) -> RWKVState:
-        """Without its history: truncates backpropagation through time here."""
+        """The state without its gradient history: backpropagation through time is cut here."""
         return RWKVState(*(x.detach() for x in self))
 
     def clone(self) -> RWKVState:
-        """A copy with memory of its own."""
+        """A copy that shares no memory with this state."""
         return RWKVState(*(x.clone() for x in self))
 
     def to(

@@ -116,7 +116,7 @@ class TimeMix(MultiHeadTimeMix):
         )  # [5, 1, 1, D]
         xw, xk, xv, xr, xg = torch.addcmul(x, xx, maa + lora).unbind()  # [B, T, D] each
 
-        # w goes through two exponentials: it is summed in at least float32, whatever x is
+        # w goes through two exponentials, so it is computed in at least float32, whatever x is.
         at_least_f32 = torch.promote_types(self.time_decay.dtype, torch.float32)
         w = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         w = self.time_decay.to(at_least_f32) + w  # [B, T, D]

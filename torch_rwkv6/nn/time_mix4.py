@@ -114,7 +114,7 @@ class TimeMix4(nn.Module):
         return linear(self.output, r * y), last, state
 
     def initial_state(self) -> Tensor:
-        """The state that a new sequence starts from: [1, 3, D], nothing summed up yet."""
+        """The state that a new sequence starts from: [1, 3, D], the sums are empty."""
         dtype = torch.promote_types(self.time_decay.dtype, torch.float32)
         state = torch.zeros((1, *self.state_shape), dtype=dtype, device=device_of(self.time_decay))
         state[:, 2] = -1e30

@@ -17,7 +17,7 @@ def token_shift(
     For T = 0 the last token is the ``shift`` that came in.
     """
     first = x.new_zeros(x.shape[0], x.shape[2]) if shift is None else shift.to(x.dtype)
-    if not is_traced() and x.shape[1] == 1:  # the graph of a trace is to serve any length
+    if not is_traced() and x.shape[1] == 1:  # A traced graph must work for any length.
         return first.unsqueeze(1) - x, x[:, 0]
     tokens = torch.cat((first.unsqueeze(1), x), 1)  # [B, T + 1, D]
     return tokens[:, :-1] - x, tokens[:, -1]

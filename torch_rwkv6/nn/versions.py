@@ -1,11 +1,11 @@
-"""The language models RWKV-4, RWKV-5 and RWKV-6: which mixes they are made of."""
+"""The language models RWKV-4, RWKV-5 and RWKV-6: `RWKV` with the mixes of each version."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from torch_rwkv6.nn.channel_mix import ChannelMix, ChannelMix4, ChannelMix5
-from torch_rwkv6.nn.model import RWKV
+from torch_rwkv6.nn.rwkv import RWKV
 from torch_rwkv6.nn.time_mix import TimeMix
 from torch_rwkv6.nn.time_mix4 import TimeMix4
 from torch_rwkv6.nn.time_mix5 import TimeMix5

@@ -1,7 +1,7 @@
-"""What PyTorch must know of the operators, one promise a file.
+"""The registration of the operators with PyTorch, one file for each feature.
 
-The binary brings the schemas and the kernels (csrc/bindings/torch.cpp); importing this package
-adds the rest before anybody's first call.
+The binary registers the schemas and the kernels (csrc/bindings/torch.cpp); importing this package
+registers the rest, before the first call. All of it follows from `torch_rwkv6.contract`.
 """
 
 from torch_rwkv6.registration import autocast, autograd, fake, fallback, schema, vmap  # noqa: F401

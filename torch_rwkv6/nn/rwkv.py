@@ -89,7 +89,7 @@ class Block(nn.Module):
 class RWKV(nn.Module):
     """The language model of every version, under the official parameter names.
 
-    What is public are the versions: `RWKV4`, `RWKV5` and `RWKV6`. All share this interface.
+    The public classes are the versions, `RWKV4`, `RWKV5` and `RWKV6`, which share this interface.
 
     Attributes:
         version: "4", "5.0", "5.1", "5.2" or "6".
@@ -113,7 +113,7 @@ class RWKV(nn.Module):
         self.vocab_size, self.n_layer, self.n_embd = vocab_size, n_layer, n_embd
         self.blocks = nn.ModuleList(Block(*mixes(i), n_embd, i == 0) for i in range(n_layer))
         self.state_shape: tuple[int, ...] = self.blocks[0].att.state_shape
-        # ln0 scales the embedding up: from tiny values it moves fast in the first steps
+        # ln0 scales the embedding up; from tiny values it changes fast in the first steps.
         self.emb = with_initial_weight(
             nn.Embedding(vocab_size, n_embd), nn.init.uniform_, a=-1e-4, b=1e-4
         )
@@ -129,7 +129,7 @@ class RWKV(nn.Module):
     def reset_parameters(self) -> None:
         """Sets the official initial values of the whole model, for instance after `to_empty`.
 
-        Every module in it has a ``reset_parameters`` too, and any order of calls is right.
+        Every module in it has a ``reset_parameters`` as well, and they may be called in any order.
         """
         for module in (*self.blocks, self.emb, self.ln_out, self.head):
             module.reset_parameters()
@@ -141,7 +141,7 @@ class RWKV(nn.Module):
         return self._carried(*args, **kwargs)
 
     def _carried(self, tokens: Tensor, state: RWKVState | None = None, **options: Any) -> Any:
-        """A call whose wrapper may cast tensors, but not the state."""
+        """A call through a wrapper that may cast tensors; the state is carried past it uncast."""
         box = box_for(self, state)
         x, new = super().__call__(tokens, state if box is None else box, **options)
         return x, new if box is None else box.take(new)
@@ -157,9 +157,9 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, RWKVState]:  # [B, T, V]
         """Logits of the next token after every token, and the state after the last.
 
-        Training, prefill in pieces and decoding (T = 1) are this one call: for any split of a
-        sequence into pieces, with the state handed on, logits and gradients are those of the whole
-        (up to rounding). The gradient flows through the state; `RWKVState.detach` cuts it.
+        Training, prefill in pieces and decoding (T = 1) all use this call. If a sequence is split
+        into pieces and the state is passed on, logits and gradients equal those of the whole
+        sequence, up to rounding. Gradients flow through the state; `RWKVState.detach` cuts them.
 
         Args:
             tokens: int64 or int32, [B, T]; T may be 0.
@@ -200,10 +200,10 @@ class RWKV(nn.Module):
         tokens: Tensor,  # [B, T]
         state: RWKVState | None = None,
     ) -> tuple[Tensor, RWKVState]:  # [B, T, D]
-        """As `forward`, but [B, T, D] in front of the head.
+        """As `forward`, but returns the input of the head, [B, T, D], instead of logits.
 
-        ``model.head(x[:, -1])`` then gives the last logits of a long prompt without those of all
-        its tokens, [B, T, V].
+        ``model.head(x[:, -1])`` then gives the last logits of a long prompt without computing those
+        of all its tokens, [B, T, V].
         """
         features: tuple[Tensor, RWKVState] = self(tokens, state, head=False)
         return features
@@ -216,9 +216,9 @@ class RWKV(nn.Module):
     ) -> Tensor:  # [B, V]
         """Logits after the last token only; the state is updated in place.
 
-        The call for inference, prompts and single tokens alike: nothing is copied or stacked, and
-        nothing is computed for tokens that are not asked for. Logits and state are those of
-        `forward`, and so are the modules that are called, with their hooks.
+        The call for inference, for prompts and for single tokens. No state is copied or stacked,
+        and the head runs for the last token only. Logits and state equal those of `forward`, and
+        the same modules are called, with their hooks.
 
         Args:
             tokens: int64 or int32, [B, T]; T from 1.
@@ -229,7 +229,7 @@ class RWKV(nn.Module):
         """
         if takes_update(self):
             logits, new = self(tokens, state, update=True)
-        else:  # somebody replaced forward by one that knows nothing of update
+        else:  # The forward was replaced by one without the argument update.
             self._check(tokens, state, update=True)
             logits, new = self(tokens, state)
         for x, value in zip(state, new, strict=True):
@@ -238,9 +238,9 @@ class RWKV(nn.Module):
         return logits[:, -1]
 
     def initial_state(self, batch_size: int) -> RWKVState:
-        """What ``state=None`` stands for: nothing seen, and ``att.time_state`` where there is one.
+        """The state that ``None`` stands for: zeros, or ``att.time_state`` where there is one.
 
-        In memory of its own, so that `forward_` can update it.
+        It is a new tensor, so that `forward_` can update it.
 
         Raises:
             TypeError, ValueError: batch_size is no integer, or below 0.
@@ -275,7 +275,7 @@ class RWKV(nn.Module):
                 state.check_memory()
 
     def check_state(self, state: RWKVState, batch_size: int) -> None:
-        """Checks that the state is one of this model for so many sequences.
+        """Checks that the state belongs to this model and to ``batch_size`` sequences.
 
         Raises:
             TypeError: no RWKVState of floating-point tensors, wkv of the right dtype.

@@ -1,4 +1,4 @@
-"""Which version of RWKV a checkpoint holds, and of which sizes: read from names and shapes."""
+"""Detects a checkpoint's RWKV version and sizes from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_rwkv6.nn import RWKV, RWKV4, RWKV5, RWKV6
 
 __all__ = ["model_of"]
 
-# names that only a version we do not have gives to its parameters
+# parameter names that only an unsupported version has
 _REFUSED = (
     ("att.r_k", "RWKV-7"),
     ("att.x_r", "RWKV-7"),
@@ -100,7 +100,7 @@ def _layers(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def _matrix(state_dict: Mapping[str, Tensor], suffix: str) -> tuple[int, int]:
-    """The shape of the first tensor so named, in whichever layer, which must be a matrix."""
+    """The shape of the first tensor of that name in any layer, which must be a matrix."""
     x = _first(state_dict, suffix)
     if x is None or x.dim() != 2:
         found = "none" if x is None else f"shape {tuple(x.shape)}"
