@@ -134,8 +134,10 @@ PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 	touch $@
 
 .venv/demo-built: .venv/demo-installed setup.py $(CSRC)
-	RWKV6_CUDA=0 RWKV6_XLA=0 RWKV6_BUILD_ISA=native $(BIN)/python setup.py -q build_ext --inplace
-	touch $@
+	@mkdir -p build && echo "compiling the kernels for this CPU (build/demo.log)"
+	@RWKV6_CUDA=0 RWKV6_XLA=0 RWKV6_BUILD_ISA=native $(BIN)/python setup.py -q build_ext --inplace \
+		> build/demo.log 2>&1 || { cat build/demo.log; exit 1; }
+	@touch $@
 
 .venv/installed: .venv/demo-installed requirements-dev.txt
 	$(PIP_INSTALL) -r requirements-dev.txt

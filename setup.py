@@ -147,8 +147,8 @@ def sources(*patterns: str) -> list[str]:
 def cpu_sources() -> list[str]:
     """The CPU's half of the kernel library.
 
-    RWKV6_BUILD_ISA=native leaves out the wider instruction sets but the best one of this CPU: such a
-    build takes less time, and runs everywhere.
+    RWKV6_BUILD_ISA=native leaves out the wider instruction sets but the best one of this CPU: such
+    a build takes less time, and runs everywhere.
     """
     wanted = os.environ.get("RWKV6_BUILD_ISA", "")
     if wanted not in ("", "native"):

@@ -101,9 +101,12 @@ SECURITY
 """
 
 
-def _with_contents(app: Sphinx, name: str, source: list[str]) -> None:
+def _complete(app: Sphinx, name: str, source: list[str]) -> None:
+    """What a page has in the site alone: the contents, and titles over the benchmarks' tables."""
     if name == root_doc:
         source[0] += CONTENTS
+    elif name.startswith("docs/benchmarks/"):
+        source[0] = f"# {Path(name).name.capitalize()}\n\n{source[0]}"
 
 
 def _by_last_name(
@@ -119,5 +122,5 @@ def _by_last_name(
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", _with_contents)
+    app.connect("source-read", _complete)
     app.connect("missing-reference", _by_last_name)
