@@ -1,7 +1,9 @@
 # make demo: trains a small RWKV-6 on the King James Bible (about two minutes) and lets it write.
 # make article: runs examples/article, tables to the screen and pictures to runs/article.
 # make test: runs every test; make test-gpu: those of the operator on a GPU.
+# make docs: renders README.md and docs/ as a site, into build/site.
 # All create .venv and build the kernels first.
+MAKEFLAGS += -j2 # installing and compiling, side by side
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
@@ -16,11 +18,13 @@ export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 # interpreter, which reads it as text.
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
+.PHONY: article demo docs test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
 	test-neon test-clang wheel clean
 
-demo: .venv/built
+demo: export PYTHONPATH := .
+demo: .venv/demo-built
 	$(BIN)/python examples/train_lm.py --out runs/demo
 	$(BIN)/python examples/generate.py runs/demo/model.pth --prompt "In the beginning" --length 600
 
@@ -44,6 +48,10 @@ test-gpu: .venv/built
 bench-gpu: export RWKV6_CUDA := 1
 bench-gpu: .venv/built
 	$(BIN)/python -m benchmarks gpu
+
+docs: .venv/built
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+	cp build/site/README.html build/site/index.html
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -113,15 +121,31 @@ wheel: .venv/installed
 
 # The oldest jaxlib that we support: a binding built with its headers runs with it and all later ones.
 OLDEST_JAXLIB := 0.5.3
+HEADERS_ALONE := import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob("build/jaxlib/*.whl")); \
+	wheel.extractall(".venv/oldest-jaxlib", [n for n in wheel.namelist() if "/include/" in n])
 
+# Four stages share .venv and build/objects. Those of the demo come first: while its kernels are
+# compiled, what the tests need besides is downloaded and unpacked.
 # --no-compile: most of some thousand Python files are never imported.
-.venv/installed: requirements-dev.txt
+PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
+.venv/demo-installed: requirements-demo.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
-	$(BIN)/python -m pip install -q --no-compile --no-deps --target .venv/oldest-jaxlib jaxlib==$(OLDEST_JAXLIB)
+	$(PIP_INSTALL) -r requirements-demo.txt
 	touch $@
 
-.venv/built: .venv/installed setup.py pyproject.toml $(CSRC)
+.venv/demo-built: .venv/demo-installed setup.py $(CSRC)
+	@mkdir -p build && echo "compiling the kernels for this CPU (build/demo.log)"
+	@RWKV6_CUDA=0 RWKV6_XLA=0 RWKV6_BUILD_ISA=native $(BIN)/python setup.py -q build_ext --inplace \
+		> build/demo.log 2>&1 || { cat build/demo.log; exit 1; }
+	@touch $@
+
+.venv/installed: .venv/demo-installed requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
+	$(BIN)/python -m pip download -q --no-deps -d build/jaxlib jaxlib==$(OLDEST_JAXLIB)
+	$(BIN)/python -c '$(HEADERS_ALONE)'
+	touch $@
+
+.venv/built: .venv/installed .venv/demo-built pyproject.toml
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Puts the tables of docs/benchmarks into README.md, between their markers.
+"""Puts the tables of docs/benchmarks into README.md and docs/benchmarks.md, between their markers.
 
 A marker is `<!-- benchmark NAME INDEX -->`: table INDEX of docs/benchmarks/NAME.json goes between
 it and the next `<!-- end -->`; `<!-- benchmark NAME machine -->` is where it was measured.
@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 MARKER = re.compile(r"(<!-- benchmark (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = [Path("README.md"), Path("docs/benchmarks.md")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(out=Path("docs/benchmarks"))
-    parser.add_argument("--file", type=Path, default=Path("README.md"))
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files with markers")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
             sys.exit(f"readme: {source} has no table {part}")
         return f"{start}{text}\n{end}"
 
-    text, count = MARKER.subn(fill, args.file.read_text("utf-8"))
-    args.file.write_text(text, "utf-8")
-    print(f"{args.file}: {count} tables")
+    for page in args.pages:
+        text, count = MARKER.subn(fill, page.read_text("utf-8"))
+        page.write_text(text, "utf-8")
+        print(f"{page}: {count} tables")

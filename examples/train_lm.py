@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import logging
 import math
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,11 @@ from torch_rwkv6.nn import RWKV6, RWKVState
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+
+# The screen is for the run: no tips of Lightning, and nothing about its and Matplotlib's insides.
+warnings.filterwarnings("ignore", module=r"lightning\.")
+for name in ("lightning.pytorch", "matplotlib"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class LanguageModel(LaneModel):

@@ -350,31 +350,33 @@ def test_readme_takes_its_tables_from_the_figures(tmp_path: Path) -> None:
         "before\n<!-- benchmark op 0 -->\n| old |\n| older |\n<!-- end -->\nbetween\n"
         "<!-- benchmark op machine -->\n<!-- end -->\nafter\n"
     )
-    readme.run(Namespace(out=tmp_path, file=page))
+    readme.run(Namespace(out=tmp_path, pages=[page]))
     filled = page.read_text()
     assert filled == (
         "before\n<!-- benchmark op 0 -->\n| new |\n<!-- end -->\nbetween\n"
         "<!-- benchmark op machine -->\nCPU; a 1, b 2\n<!-- end -->\nafter\n"
     )
-    readme.run(Namespace(out=tmp_path, file=page))
+    readme.run(Namespace(out=tmp_path, pages=[page]))
     assert page.read_text() == filled
     page.write_text("<!-- benchmark op 7 -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="has no table 7"):
-        readme.run(Namespace(out=tmp_path, file=page))
+        readme.run(Namespace(out=tmp_path, pages=[page]))
     page.write_text("<!-- benchmark other 0 -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match=r"other\.json does not exist"):
-        readme.run(Namespace(out=tmp_path, file=page))
+        readme.run(Namespace(out=tmp_path, pages=[page]))
 
 
 @pytest.mark.skipif(
     not (ROOT / "docs/benchmarks").exists(), reason="no figures yet: make bench-readme"
 )
-def test_readme_shows_the_committed_figures(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text((ROOT / "README.md").read_text())
-    readme.run(Namespace(out=ROOT / "docs/benchmarks", file=page))
-    assert page.read_text() == (ROOT / "README.md").read_text()
-    assert "<!-- benchmark op 0 -->\n| forward" in page.read_text()
+def test_pages_show_the_committed_figures(tmp_path: Path) -> None:
+    for name in readme.PAGES:
+        committed = (ROOT / name).read_text("utf-8")
+        page = tmp_path / name.name
+        page.write_text(committed, "utf-8")
+        readme.run(Namespace(out=ROOT / "docs/benchmarks", pages=[page]))
+        assert page.read_text("utf-8") == committed
+        assert "<!-- benchmark op 0 -->\n| forward" in committed
 
 
 @pytest.mark.parametrize(

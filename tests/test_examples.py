@@ -51,7 +51,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    report, _ = run("train_lm.py", "--data", str(text), "--out", str(out), "--steps", "30", *SMALL)
+    arguments = ["--data", str(text), "--out", str(out), "--steps", "30", *SMALL]
+    report, errors = run("train_lm.py", *arguments)
+    assert errors == ""  # no tips and deprecation warnings of other packages
+    assert "Tip" not in report
     for words in ("validation bits per character", "unigram", "bigram", "Sample:"):
         assert words in report
     return out

@@ -42,7 +42,7 @@ def test_odd_sizes_under_sanitizers(tmp_path):
     kernels = [*(ROOT / "csrc").glob("*.cpp"), ROOT / "csrc/cuda/absent.cpp"]
     kernels += [ROOT / f"csrc/cpu/{name}.cpp" for name in ("isa_baseline", "isa_neon", "select")]
     # no optimisation: what takes time is compiling
-    flags = ["-std=c++20", "-O0", "-g1", "-DRWKV6_BASELINE_ONLY", f"-I{ROOT / 'csrc'}", *INCLUDES]
+    flags = ["-std=c++20", "-O0", "-g1", f"-I{ROOT / 'csrc'}", *INCLUDES]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
     def compiled(source: Path) -> Path:

@@ -5,11 +5,6 @@
 
 #include "features.h"
 
-// RWKV6_BASELINE_ONLY leaves the wider instruction sets out, for a quick build.
-#if defined(__x86_64__) && !defined(RWKV6_BASELINE_ONLY)
-#define RWKV6_WIDER_X86
-#endif
-
 namespace rwkv6 {
 
 #if defined(__aarch64__)
@@ -21,25 +16,28 @@ namespace baseline {
 extern const Kernels kernels;
 }
 #endif
-#ifdef RWKV6_WIDER_X86
+#if defined(__x86_64__)
+// Weak: a build that is to be quick leaves a wider instruction set out. It then has no address.
 namespace avx2 {
-extern const Kernels kernels;
+extern const Kernels kernels __attribute__((weak));
 }
 namespace avx512 {
-extern const Kernels kernels;
+extern const Kernels kernels __attribute__((weak));
 }
 #endif
 
 namespace {
 
 struct Level {
-  const Kernels* kernels;
-  bool (*available)();  // on this CPU
+  const Kernels* kernels;  // nullptr where the build has left it out
+  bool (*on_this_cpu)();
+
+  bool available() const { return kernels && on_this_cpu(); }
 };
 
 // The best first.
 const Level kLevels[] = {
-#ifdef RWKV6_WIDER_X86
+#if defined(__x86_64__)
     {&avx512::kernels, [] { return CpuFeatures().avx512(); }},
     {&avx2::kernels, [] { return CpuFeatures().avx2(); }},
 #endif
@@ -50,7 +48,7 @@ const Level kLevels[] = {
 #endif
 };
 
-// What RWKV6_CPU_ISA names; empty if nothing.
+// What RWKV6_CPU_ISA names, or nothing.
 const char* forced() {
   const char* name = getenv("RWKV6_CPU_ISA");
   return name ? name : "";
@@ -62,7 +60,7 @@ const Kernels* select_kernels() {
   static const Kernels* const chosen = []() -> const Kernels* {
     const char* wanted = forced();
     for (const Level& level : kLevels)
-      if ((!*wanted || strcmp(wanted, level.kernels->name) == 0) && level.available())
+      if (level.available() && (!*wanted || strcmp(wanted, level.kernels->name) == 0))
         return level.kernels;
     return nullptr;
   }();

@@ -134,7 +134,7 @@ class RWKV6TimeMix(Mix):
             mask: [B, T], bool or integers; where False the token is padding: the others are mixed
                 as if it were not there, and its output means nothing.
             x_mask: the mask that comes with x, from an Embedding or Masking layer. Keras fills it
-                in; `mask` goes before it.
+                in; ``mask`` goes before it.
 
         Returns:
             The output, [B, T, D] in the compute dtype; with ``return_state`` also the last token of

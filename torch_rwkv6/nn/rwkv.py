@@ -127,7 +127,7 @@ class RWKV(nn.Module):
         self.head.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the official initial values of the whole model, for instance after `to_empty`.
+        """Sets the official initial values of the whole model, for instance after ``to_empty``.
 
         Every module in it has a ``reset_parameters`` as well, and they may be called in any order.
         """

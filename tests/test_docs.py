@@ -1,0 +1,96 @@
+"""README.md and docs/: their examples run, and the files that they name are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_rwkv6.models import save
+from torch_rwkv6.nn import RWKV6
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "csrc/README.md", "benchmarks/README.md")
+    for path in ROOT.glob(pattern)
+)
+BLOCK = re.compile(
+    r'^```python(?: title="KERAS_BACKEND=(\w+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE
+)
+CHECKPOINT = "RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth"  # what the pages call one
+
+
+def blocks(page: str, backend: str = "") -> list[str]:
+    """The Python examples of a page: those for every backend of Keras and those for this one."""
+    text = (ROOT / page).read_text("utf-8")
+    return [code for wanted, code in BLOCK.findall(text) if wanted in ("", backend)]
+
+
+def run(code: str, folder: Path, **environment: str) -> None:
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_page_with_examples_is_run() -> None:
+    with_examples = [page for page in PAGES if blocks(page)]
+    assert with_examples == ["README.md", "docs/keras.md", "docs/models.md", "docs/operator.md"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_examples_with_a_checkpoint(page: str, tmp_path: Path) -> None:
+    pytest.importorskip("rwkv", reason="the World tokenizer comes from it")
+    save(RWKV6(65536, 1, 32, 16, lora_mix=4, lora_decay=4), tmp_path / CHECKPOINT)
+    run("\n".join(blocks(page)), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > 1e6
+
+
+def test_examples_of_the_operator() -> None:
+    scope: dict[str, object] = {}
+    for code in blocks("docs/operator.md"):
+        exec(code, scope)
+
+
+def test_three_lines_are_the_operator() -> None:
+    call, lines, *_ = blocks("README.md")
+    scope: dict[str, torch.Tensor] = {}
+    exec(call, scope)
+    y, state = scope["y"], scope["state"]
+    exec(lines, scope)
+    torch.testing.assert_close(scope["y"], y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scope["state"], state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+def test_examples_for_keras(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("keras", reason="needs torch_rwkv6[keras]")
+    pytest.importorskip(backend, reason="needs torch_rwkv6[keras]")
+    run("\n".join(blocks("docs/keras.md", backend)), tmp_path, KERAS_BACKEND=backend)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    missing = {link for link in links if not (ROOT / page).parent.joinpath(link).exists()}
+    folders = ("benchmarks", "csrc", "docs", "examples", "keras_adapter", "tests", "torch_rwkv6")
+    names = re.findall(rf"`((?:{'|'.join(folders)})/[\w./]*)`", text)
+    missing |= {name for name in names if not (ROOT / name).exists()}
+    assert not missing
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
