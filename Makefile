@@ -17,7 +17,7 @@ export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
 
-.PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
+.PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals report-gpu bench-readme sanitize \
 	test-neon test-clang wheel clean
 
 demo: .venv/built
@@ -34,16 +34,18 @@ test: .venv/built
 	$(PYTEST)
 
 # For those who have an NVIDIA GPU: the operator's tests on it, and how fast it is there.
-GPU_TESTS := tests/test_forward.py tests/test_backward.py tests/test_update.py tests/test_fuzz.py \
-	tests/test_autocast.py tests/test_compile.py tests/test_opcheck.py tests/test_transforms.py \
-	tests/test_gpu.py
 test-gpu: export RWKV6_CUDA := 1
 test-gpu: .venv/built
-	$(BIN)/python -m pytest -q --device cuda $(GPU_TESTS)
+	$(BIN)/python -m pytest -q --device cuda
 
 bench-gpu: export RWKV6_CUDA := 1
 bench-gpu: .venv/built
 	$(BIN)/python -m benchmarks gpu
+
+# One file about a GPU, with everything that makes sense to ask it: send it to us.
+report-gpu: export RWKV6_CUDA := 1
+report-gpu: .venv/built
+	$(BIN)/python -m benchmarks report-gpu
 
 lint: .venv/built
 	$(BIN)/ruff check .
