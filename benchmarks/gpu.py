@@ -12,10 +12,8 @@ import argparse
 import itertools
 import math
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +26,7 @@ from benchmarks import figure
 from benchmarks.contenders import chunked, compiled, eager
 from benchmarks.report import RACE_COLUMNS, Column, Report, Table, number
 from benchmarks.shapes import add_shape_option
+from benchmarks.timing import gpu_clock, interleave, wall_clock
 from benchmarks.work import Work
 
 Function = Callable[..., tuple[Tensor, Tensor]]  # (r, k, v, w, u, state) -> (y, final_state)
@@ -46,6 +45,7 @@ LOOPED_TOKENS = 1024  # a loop over more is only a matter of patience
 DEVICE = "cuda"
 WRONG = 1e-2  # a contender with a larger error is not timed
 TURNS, SHORT_TURNS = 20, 5
+TURN = 1e-3  # seconds: a shorter call is repeated to fill a turn
 COPY_BYTES = 2**30
 COLUMNS = (
     Column("contender", "", left=True),
@@ -105,8 +105,8 @@ def copy_bandwidth() -> float:
     """GB/s that a copy of a gibibyte on the GPU reads and writes together."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = _race({"copy": itertools.repeat(lambda: target.copy_(source))}, SHORT_TURNS)
-    return 2 * COPY_BYTES / statistics.median(times["copy"]) / 1e3
+    times = interleave({"copy": lambda: target.copy_(source)}, SHORT_TURNS, gpu_clock, TURN)
+    return 2 * COPY_BYTES / times["copy"][1] / 1e9
 
 
 def _contenders(work: Work, short: bool) -> dict[str, Function]:
@@ -230,7 +230,7 @@ def _table(work: Work, turns: int, bandwidth: float, short: bool) -> Table:
     copies = 1 + 2 * torch.cuda.get_device_properties().L2_cache_size // work.footprint
     copies = min(copies, 8) if work.kind == "decode" else copies
     rows: list[dict[str, Any]] = []
-    calls: dict[str, Iterator[Callable[[], Any]]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     inputs = [_inputs(work, seed) for seed in range(copies)]
     exact = _exact(work)
     for name, wkv in _contenders(work, short).items():
@@ -246,17 +246,16 @@ def _table(work: Work, turns: int, bandwidth: float, short: bool) -> Table:
                 each = [_graph(call) for call in each]
             for call in each * 3:
                 call()
-            row["host_us"] = _host_time(each)
-            calls[name] = itertools.cycle(each)
+            row["host_us"] = _host_time(each) * 1e6
+            calls[name] = _in_turns(each)
         except torch.OutOfMemoryError:
             row["note"] = "out of memory"
-    times = _race(calls, turns)
+    times = interleave(calls, turns, gpu_clock, TURN)
     for row in rows:
         if row["contender"] in times:
-            measured = times[row["contender"]]
-            row["median_us"], row["min_us"] = statistics.median(measured), min(measured)
+            row["min_us"], row["median_us"] = (s * 1e6 for s in times[row["contender"]])
             if "torch_rwkv6" in times:
-                row["ratio"] = row["median_us"] / statistics.median(times["torch_rwkv6"])
+                row["ratio"] = times[row["contender"]][1] / times["torch_rwkv6"][1]
             row["gb_per_s"] = work.traffic / row["median_us"] / 1e3
             row["of_copy"] = row["gb_per_s"] / bandwidth
     return Table(f"{work.kind}, {work}, {work.dtype}", COLUMNS, rows)
@@ -285,33 +284,15 @@ def _short(kernel: str) -> str:
     return name.replace("rwkv6::cuda::", "").replace("rwkv6::", "")
 
 
-def _race(calls: dict[str, Iterator[Callable[[], Any]]], turns: int) -> dict[str, list[float]]:
-    """Microseconds of each call, taken in turns. A turn repeats a short call for a millisecond."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, each in calls.items():
-            once = times[name][0] if times[name] else _time(each, 1)
-            repeats = max(1, round(1000 / once))
-            times[name].append(_time(each, repeats))
-    return times
+def _in_turns(each: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """The calls as one, a different one every time."""
+    following = itertools.cycle(each)
+    return lambda: next(following)()
 
 
-def _time(each: Iterator[Callable[[], Any]], repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for call in itertools.islice(each, repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / repeats
-
-
-def _host_time(each: list[Callable[[], Any]]) -> float:
-    """Microseconds of the CPU for one call, while the GPU is not waited for."""
+def _host_time(each: Sequence[Callable[[], Any]]) -> float:
+    """Seconds of the CPU for one call, while the GPU is not waited for."""
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for call in each:
-        call()
-    host = time.perf_counter() - start
+    host = wall_clock(_in_turns(each), len(each))
     torch.cuda.synchronize()
-    return host * 1e6 / len(each)
+    return host

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.timing import interleave
+
 BACKENDS = ("jax", "tensorflow", "torch")
 SHAPES = [(2, 512, 4, 64), (1, 2048, 12, 64)]  # B, T, H, N
 PEER_TOKENS = 512  # the old operator takes 20 s and 8 GB for 2048 tokens of the second shape
@@ -37,7 +39,7 @@ def run_backend() -> None:
     import keras
     import torch
 
-    from benchmarks.timing import interleave, machine_line
+    from benchmarks.report import machine_line
 
     backend = keras.backend.backend()
     print(f"\n{backend}: {machine_line()}, keras {keras.__version__}")
@@ -55,7 +57,7 @@ def run_backend() -> None:
             measure = seconds[f"{name.split(', ')[0]}, torch native"][0]
             print(f"{name:48} {least * 1e3:9.2f} {median * 1e3:9.2f} {least / measure:15.2f}x")
     if backend == "jax":
-        _bridge(interleave)
+        _bridge()
 
 
 def _inputs(shape: tuple[int, int, int, int]) -> list[Any]:
@@ -210,9 +212,8 @@ def _peer(backend: str, shape: tuple[int, int, int, int], x: list[Any]) -> Conte
     return {name: (lambda: operator(*constants)[0].numpy(), None)}
 
 
-def _bridge(interleave: Callable[..., Any]) -> None:
+def _bridge() -> None:
     """What the way from JAX to the kernel costs, on the smallest tensors."""
-
     import jax
     import jax.numpy as jnp
 

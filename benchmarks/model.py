@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleave, machine_line
+from benchmarks.report import machine_line
+from benchmarks.timing import interleave
 from torch_rwkv6.models import load, save
 from torch_rwkv6.nn import RWKV, RWKV6
 

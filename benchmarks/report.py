@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import machine_line
+import torch
+
+import torch_rwkv6
+
+
+def machine_line() -> str:
+    """CPU, cores, instruction set and versions."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            models = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+        name = models[0] if models else name
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torch_rwkv6 {torch_rwkv6.__version__}"
+    )
 
 
 @dataclass(frozen=True)

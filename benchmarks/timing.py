@@ -1,40 +1,51 @@
-"""Interleaved timing: all contenders take turns, so that a machine's moods hit them alike."""
+"""Interleaved timing: all contenders take turns, so that a machine's moods hit them alike.
+
+Imports no framework, so that contenders' processes (worker.py) use the same clock.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-
-import torch_rwkv6
+Call = Callable[[], object]
 
 
-def machine_line() -> str:
-    """CPU, cores, instruction set and versions."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            models = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        name = models[0] if models else name
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torch_rwkv6 {torch_rwkv6.__version__}"
-    )
+def wall_clock(call: Call, repeats: int = 1) -> float:
+    """Seconds of a call, the mean of ``repeats``."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def gpu_clock(call: Call, repeats: int = 1) -> float:
+    """The same between two events of the GPU's current stream."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], rounds: int
+    contenders: Mapping[str, Call],
+    rounds: int,
+    clock: Callable[[Call, int], float] = wall_clock,
+    turn: float = 0.0,
 ) -> dict[str, tuple[float, float]]:
-    """Minimum and median seconds of each contender over `rounds` turns, after one to warm up."""
+    """Minimum and median seconds of each contender over `rounds` turns, after one to warm up.
+
+    A call that is shorter than `turn` seconds is repeated to fill a turn.
+    """
+    repeats = {name: max(1, round(turn / clock(call, 1))) for name, call in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: (min(s), sorted(s)[len(s) // 2]) for name, s in seconds.items()}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            seconds[name].append(clock(call, repeats[name]))
+    return {name: (min(s), statistics.median(s)) for name, s in seconds.items()}

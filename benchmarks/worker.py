@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import wall_clock
 from benchmarks.work import Job, UnsupportedError, Work
 
 
@@ -97,11 +97,8 @@ def _prepare(prepare: Any, message: dict[str, Any], threads: int) -> tuple[Job, 
 
 
 def _run(job: Job, calls: int) -> dict[str, float]:
-    start = time.perf_counter()
-    for _ in range(calls):
-        job.call()
-    elapsed = time.perf_counter() - start
-    return {"elapsed": elapsed, "seconds": elapsed / (calls * job.repeats)}
+    seconds = wall_clock(job.call, calls)
+    return {"elapsed": seconds * calls, "seconds": seconds / job.repeats}
 
 
 def _reset_peak() -> int | None:

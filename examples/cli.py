@@ -21,16 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-MISTAKES = (
-    FloatingPointError,
-    ImportError,
-    IndexError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT
 TOKENIZER = "bytes, world or a .json file; by default as the model's vocabulary says"  # a help text
 EARLY = "interrupted; what was learnt until then is written"
@@ -192,7 +182,12 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             # what is still in the buffer has no reader: Python must not try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
-        except MISTAKES as error:
+        except Exception as error:
+            # Not imported before, because examples on JAX and NumPy run without torch.
+            from torch_rwkv6.__main__ import MISTAKES
+
+            if not isinstance(error, MISTAKES):
+                raise
             say(script, f"error: {str(error) or type(error).__name__}")
             return 2
         return 0

@@ -21,32 +21,27 @@ from cli import positive
 from corpus import read_text
 from lightning.pytorch.strategies import DDPStrategy
 from text_data import Lanes
-from text_model import TextModel, loss_of, trainer, training_parser
+from text_model import LaneModel, trainer, training_parser
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torch_rwkv6.nn import RWKV6, RWKVState
+from torch_rwkv6.nn import RWKV6
 
 
-class LaneModel(TextModel):
-    """Reads on in the lanes of this process, of a batch with those of all processes."""
+class SharedLaneModel(LaneModel):
+    """Reads the lanes of this process, of a batch with those of all processes."""
 
-    state: RWKVState | None = None
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         rank, processes = self.trainer.global_rank, self.trainer.world_size
-        share = (x.chunk(processes)[rank] for x in batch)  # [B / processes, T]
-        loss, state = loss_of(self.model, *share, self.state)
-        self.state = state.detach()
-        self.record(loss)
-        return loss
+        tokens, targets = (x.chunk(processes)[rank] for x in batch)  # [B / processes, T]
+        return super().training_step((tokens, targets), index)
 
 
 def train(text: bytes, args, **options: object) -> list[float]:
     """The losses of all steps."""
     torch.manual_seed(args.seed)
     model = RWKV6(256, 2, 64, 32, lora_mix=8, lora_decay=8)
-    module = LaneModel(model, args.lr, args.steps)
+    module = SharedLaneModel(model, args.lr, args.steps)
     lanes = Lanes(text, args.batch_size, args.length, endless=True)
     # gradients are clipped after they have been averaged: the same in both runs
     trainer(args.steps, gradient_clip_val=1.0, **options).fit(

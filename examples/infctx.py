@@ -69,10 +69,10 @@ class InfctxModel(TextModel):
         loss, self.state = backward_in_chunks(
             self.model, *batch, self.state, self.chunk, self.window, self.manual_backward
         )
+        self.record(loss)
         self.clip_gradients(optimizer, 1.0, "norm")
         optimizer.step()
         schedule.step()
-        self.record(loss)
 
 
 def gradient(model: RWKV6) -> Tensor:

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from torch_rwkv6.models import load
-from torch_rwkv6.nn import RWKV6
+from torch_rwkv6.nn import RWKV6, RWKVState
 
 # two layers of 64 channels that have learnt the King James Bible
 CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "rwkv6-kjv.pth"
@@ -122,25 +122,37 @@ class TextModel(lightning.LightningModule):
             ValueError: the loss is not finite.
         """
         loss = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        check_finite(loss, len(self.losses))
-        self.log("loss", loss, prog_bar=True)
+        if not loss.isfinite():  # nothing can be learnt from then on
+            what = "is the checkpoint good?" if self.global_step == 0 else "try a smaller --lr"
+            raise ValueError(f"the loss is {loss.item()} at step {self.global_step}: {what}")
+        self.log("train_loss", loss, prog_bar=True)
         self.losses.append(loss.item())
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.01 ** (i / self.steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return scheduled(optimizer, lambda step: 0.01 ** (step / self.steps))
 
 
-def check_finite(loss: Tensor, step: int) -> None:
-    """Raises a ValueError where training has gone astray: nothing can be learnt from then on."""
-    if not loss.isfinite():
-        what = "is the checkpoint good?" if step == 0 else "try a smaller --lr"
-        raise ValueError(f"the loss is {loss.item()} at step {step}: {what}")
+class LaneModel(TextModel):
+    """Reads on in every lane of its batches: the state goes from step to step, without gradient."""
+
+    state: RWKVState | None = None
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        loss, state = loss_of(self.model, *batch, self.state)
+        self.state = state.detach()
+        self.record(loss)
+        return loss
+
+
+def scheduled(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
+    """For Lightning: the optimizer, and its learning rate times ``factor`` of each step."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+    }
 
 
 def fit(trainer: lightning.Trainer, *arguments: Any, **options: Any) -> bool:

@@ -31,9 +31,8 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAA
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
-from text_model import check_finite, fit
+from text_model import LaneModel, fit, loss_of, scheduled
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from torch_rwkv6.models import generate_text, load_tokenizer, save
 from torch_rwkv6.models.checkpoint import read
@@ -43,7 +42,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
 
-class LanguageModel(lightning.LightningModule):
+class LanguageModel(LaneModel):
     """Next-byte prediction. All arguments are plain numbers, kept in the checkpoint."""
 
     def __init__(
@@ -60,31 +59,17 @@ class LanguageModel(lightning.LightningModule):
         batch_size: int,
         length: int,
     ) -> None:
-        super().__init__()
+        model = RWKV6(256, n_layer, n_embd, head_size, lora_mix=lora_mix, lora_decay=lora_decay)
+        super().__init__(model, lr, steps)
         self.save_hyperparameters()
-        self.model = RWKV6(
-            256, n_layer, n_embd, head_size, lora_mix=lora_mix, lora_decay=lora_decay
-        )
-        self.train_state: RWKVState | None = None
         self.val_state: RWKVState | None = None
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        tokens, targets = batch  # [B, T], [B, T]
-        logits, state = self.model(tokens, self.train_state)
-        self.train_state = state.detach()
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        check_finite(loss, self.global_step)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
 
     def on_validation_epoch_start(self) -> None:
         self.val_state = None
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        tokens, targets = batch
-        logits, self.val_state = self.model(tokens, self.val_state)
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        weight = targets.numel()  # the last piece is shorter
+        loss, self.val_state = loss_of(self.model, *batch, self.val_state)
+        weight = batch[1].numel()  # the last piece is shorter
         self.log("val_loss", loss, batch_size=weight)
         bits = loss / math.log(2) * bytes_per_character(self.trainer.datamodule.val_text)
         self.log("val_bits_per_char", bits, prog_bar=True, batch_size=weight)
@@ -109,23 +94,19 @@ class LanguageModel(lightning.LightningModule):
             cosine = math.cos(math.pi * min(1.0, step / hp["steps"]))
             return min(1.0, (step + 1) / max(1, hp["warmup"])) * (0.51 + 0.49 * cosine)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return scheduled(optimizer, factor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = self.train_state
+        state = self.state
         checkpoint["train_state"] = None if state is None else tuple(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["train_state"]
-        self.train_state = None if state is None else RWKVState(*state)
+        self.state = None if state is None else RWKVState(*state)
 
     def on_train_start(self) -> None:
-        if self.train_state is not None:  # resumed: the checkpoint was read onto the CPU
-            self.train_state = self.train_state.to(self.device)
+        if self.state is not None:  # resumed: the checkpoint was read onto the CPU
+            self.state = self.state.to(self.device)
 
 
 def plot_losses(logs: list[Path], image: Path) -> None:

@@ -70,7 +70,7 @@ def test_an_nvcc_that_does_not_work_says_why(tmp_path):
 
 def test_the_reference_on_a_gpu_says_once_what_is_missing():
     fallback._say_what_is_missing.cache_clear()
-    kernel = fallback.slow_on_gpus(fallback.wkv)
+    kernel = fallback.slow_on_gpus(fallback.KERNELS["wkv"])
     x = torch.randn(1, 3, 2, 4)
     with pytest.warns(RuntimeWarning, match="no CUDA kernels.*RWKV6_CUDA=1"):
         y, _ = kernel(x, x, x, x, x[0, 0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from samples import random_call, sample_inputs
 
-from torch_rwkv6.registration.schema import SCHEMAS
+from torch_rwkv6.contract import SCHEMAS
 
 SAMPLES = list(sample_inputs())
 

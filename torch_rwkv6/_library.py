@@ -12,7 +12,7 @@ from torch_rwkv6._torch_private import has_kernel
 _BINARY = Path(__file__).with_name("_C.abi3.so")
 
 
-def load() -> bool:
+def _load() -> bool:
     """Loads the torch binding and through it the kernel library. True when they are there."""
     try:
         if not _BINARY.exists():
@@ -27,12 +27,12 @@ def load() -> bool:
             "--force-reinstall --no-deps --no-binary torch_rwkv6 torch_rwkv6, or `pip install .` "
             "in a checkout.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
         return False
     return True
 
 
-def has_cuda_kernels() -> bool:
-    """Whether the loaded binding brought CUDA kernels: they were built, and torch can use them."""
-    return has_kernel("rwkv6::wkv", "CUDA")
+has_kernels: bool = _load()
+# They were built, and torch can use them.
+has_cuda_kernels: bool = has_kernels and has_kernel("rwkv6::wkv", "CUDA")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import check_wkv, check_wkv4, check_wkv4_update, check_wkv_update
+from torch_rwkv6.checks import check
+from torch_rwkv6.contract import WKV, WKV4, WKV4_UPDATE, WKV_UPDATE, Operator
 from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
 __all__ = ["wkv", "wkv4", "wkv4_update", "wkv_update"]
+
+_wkv, _wkv_update = WKV.overload, WKV_UPDATE.overload
+_wkv4, _wkv4_update = WKV4.overload, WKV4_UPDATE.overload
 
 
 def wkv(
@@ -65,7 +68,7 @@ def wkv(
             them would stall the stream, such a sequence gets NaN instead.)
     """
     arguments = (r, k, v, w, u, initial_state, state_map, cu_seqlens)
-    return _call(torch.ops.rwkv6.wkv.default, check_wkv, arguments, autocast_rule=True)
+    return _call(WKV, _wkv, arguments)
 
 
 def wkv_update(
@@ -100,9 +103,7 @@ def wkv_update(
             record; state is then unchanged.
     """
     arguments = (r, k, v, w, u, state, state_map, cu_seqlens)
-    return _call(
-        torch.ops.rwkv6.wkv_update.default, check_wkv_update, arguments, autocast_rule=True
-    )
+    return _call(WKV_UPDATE, _wkv_update, arguments)
 
 
 def wkv4(
@@ -140,7 +141,7 @@ def wkv4(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    return _call(torch.ops.rwkv6.wkv4.default, check_wkv4, (k, v, w, u, initial_state))
+    return _call(WKV4, _wkv4, (k, v, w, u, initial_state))
 
 
 def wkv4_update(
@@ -163,37 +164,32 @@ def wkv4_update(
         TypeError, ValueError: as for `wkv4`; state is then unchanged.
         RuntimeError: a call that autograd would have to record; state is then unchanged.
     """
-    return _call(torch.ops.rwkv6.wkv4_update.default, check_wkv4_update, (k, v, w, u, state))
+    return _call(WKV4_UPDATE, _wkv4_update, (k, v, w, u, state))
 
 
-def _call(
-    op: Any,
-    check: Callable[..., object],
-    arguments: tuple[Tensor | None, ...],
-    autocast_rule: bool = False,
-) -> Any:
-    """The op's results, or what `check` raises where the op refuses its arguments.
+def _call(operator: Operator, op: Any, arguments: tuple[Tensor | None, ...]) -> Any:
+    """The results of `op`, or what `check` raises where the op refuses its arguments.
 
     The op refuses what `check` does, but most of it in a RuntimeError, and what is no tensor
     without the argument's name. Asking `check` only then saves a call more time than the op itself
-    needs. Where autocast has a rule for the op, that one checks what it has cast.
+    needs. Where autocast has a rule for the operator, that rule checks what it has cast.
     """
     if torch.compiler.is_compiling():  # only shapes are known yet; checks leave no code behind
-        if not (autocast_rule and _autocast_casts(arguments[0])):
-            check(*arguments)
+        if not _autocast_casts(operator, arguments[0]):
+            check(operator, arguments)
         return op(*arguments)
     try:
         return op(*arguments)
     except Exception:
-        if not (autocast_rule and _autocast_casts(arguments[0])):
+        if not _autocast_casts(operator, arguments[0]):
             try:
-                check(*arguments)
+                check(operator, arguments)
             except (TypeError, ValueError) as error:
                 raise error from None
         raise
 
 
-def _autocast_casts(r: Tensor | None) -> bool:
-    if not isinstance(r, Tensor) or r.device.type not in DEVICE_KEYS:
+def _autocast_casts(operator: Operator, first: Tensor | None) -> bool:
+    if not operator.autocast or not isinstance(first, Tensor):
         return False
-    return torch.is_autocast_enabled(r.device.type)
+    return first.device.type in DEVICE_KEYS and torch.is_autocast_enabled(first.device.type)

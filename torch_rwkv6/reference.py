@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_rwkv6.contract import state_dtype
+
 __all__ = ["recurrence", "recurrence_backward", "wkv", "wkv_backward"]
 
 
@@ -122,7 +124,7 @@ def wkv(
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B or M, H, N, N]
     """`torch.ops.rwkv6.wkv` by the recurrence. A state_map entry out of range gives NaN."""
-    acc = _accumulate_dtype(r)
+    acc = state_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
     rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
@@ -156,7 +158,7 @@ def wkv_backward(
 
     The sixth is empty ([0], float32) where there is no initial_state.
     """
-    acc = _accumulate_dtype(r)
+    acc = state_dtype(r)
     state = _initial_states(r, initial_state, state_map, cu_seqlens)
     grad_y = None if grad_y is None else grad_y.to(acc)
     grad_state = None if grad_final_state is None else grad_final_state.to(acc)
@@ -206,10 +208,6 @@ def wkv_backward(
     )
 
 
-def _accumulate_dtype(r: Tensor) -> torch.dtype:
-    return torch.float64 if r.dtype == torch.float64 else torch.float32
-
-
 def _fresh(state: Tensor, start: Tensor | None) -> Tensor:
     """state [...] in memory of its own: without any token it would be the caller's."""
     return state.clone() if state is start else state
@@ -223,7 +221,7 @@ def _initial_states(
 ) -> Tensor:
     """The state each sequence starts from: [B or M, H, N, N]."""
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    acc = _accumulate_dtype(r)
+    acc = state_dtype(r)
     if initial_state is None:
         heads, size = r.shape[2:]
         return torch.zeros(sequences, heads, size, size, dtype=acc, device=r.device)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_rwkv6.checks import state_dtype
+from torch_rwkv6.contract import state_dtype
 
 __all__ = ["wkv4", "wkv4_backward"]
 
 START = -1e30  # the exponent p before any token: e^p is 0 beside every key
 
 
-def _decay(w: Tensor) -> Tensor:
+def _log_decay(w: Tensor) -> Tensor:
     """-exp(w), as far as it makes a difference. w, result: [D]."""
     return -torch.exp(torch.where(w > 80.0, 80.0, w))
 
@@ -41,7 +41,7 @@ def wkv4(
     """`torch.ops.rwkv6.wkv4` by the recurrence; differentiable any number of times."""
     acc = state_dtype(k)
     kf, vf, wf, uf = (x.to(acc) for x in (k, v, w, u))
-    decay = _decay(wf)
+    log_decay = _log_decay(wf)
     a, b, p = _start(k, initial_state).unbind(1)  # [B, D] each
     y = []
     for t in range(k.shape[1]):
@@ -49,8 +49,8 @@ def wkv4(
         q = torch.maximum(p, uf + k_t)
         old, new = torch.exp(p - q), torch.exp(uf + k_t - q)
         y.append((old * a + new * v_t) / (old * b + new))
-        q = torch.maximum(p + decay, k_t)
-        old, new = torch.exp(p + decay - q), torch.exp(k_t - q)
+        q = torch.maximum(p + log_decay, k_t)
+        old, new = torch.exp(p + log_decay - q), torch.exp(k_t - q)
         a, b, p = old * a + new * v_t, old * b + new, q
     return (torch.stack(y, 1) if y else kf.clone()).to(k.dtype), torch.stack((a, b, p), 1)
 
@@ -72,13 +72,13 @@ def wkv4_backward(
     """
     acc = state_dtype(k)
     kf, vf, wf, uf = (x.to(acc) for x in (k, v, w, u))
-    decay = _decay(wf)
+    log_decay = _log_decay(wf)
     start = _start(k, initial_state)
     states = [start.unbind(1)]  # a, b, p before each token, [B, D] each
     for t in range(k.shape[1]):
         a, b, p = states[-1]
-        q = torch.maximum(p + decay, kf[:, t])
-        old, new = torch.exp(p + decay - q), torch.exp(kf[:, t] - q)
+        q = torch.maximum(p + log_decay, kf[:, t])
+        old, new = torch.exp(p + log_decay - q), torch.exp(kf[:, t] - q)
         states.append((old * a + new * vf[:, t], old * b + new, q))
     grad_state = torch.zeros_like(start) if grad_final_state is None else grad_final_state
     grad_a, grad_b, grad_p = grad_state.unbind(1)
@@ -87,10 +87,10 @@ def wkv4_backward(
     for t in reversed(range(k.shape[1])):
         (a, b, p), (a_next, b_next, _) = states[t], states[t + 1]
         k_t, v_t = kf[:, t], vf[:, t]
-        # a', b', p' = old a + new v, old b + new, max(p + decay, k)
-        kept = p + decay > k_t
-        q = torch.maximum(p + decay, k_t)
-        old, new = torch.exp(p + decay - q), torch.exp(k_t - q)
+        # a', b', p' = old a + new v, old b + new, max(p + log_decay, k)
+        kept = p + log_decay > k_t
+        q = torch.maximum(p + log_decay, k_t)
+        old, new = torch.exp(p + log_decay - q), torch.exp(k_t - q)
         from_old = old * (a * grad_a + b * grad_b)
         from_new = new * (v_t * grad_a + grad_b)
         grad_q = grad_p - (a_next * grad_a + b_next * grad_b)
@@ -114,7 +114,7 @@ def wkv4_backward(
         gk, gv = (torch.stack(g, 1) for g in zip(*reversed(grads), strict=True))
     else:
         gk, gv = torch.zeros_like(kf), torch.zeros_like(vf)
-    gw = (grad_w.sum(0) * torch.where(wf < 80.0, decay, 0.0)).to(w.dtype)
+    gw = (grad_w.sum(0) * torch.where(wf < 80.0, log_decay, 0.0)).to(w.dtype)
     gu = grad_u.sum(0).to(u.dtype)
     if initial_state is None:
         gs = torch.empty(0, dtype=torch.float32, device=k.device)

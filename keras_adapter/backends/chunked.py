@@ -114,10 +114,8 @@ def chunks(
     if keras.backend.backend() == "torch":
         import torch
 
-        if torch.compiler.is_compiling():
-            from keras_adapter.backends.torch_chunks import wkv_chunks
-
-            y, state = wkv_chunks(r, k, v, log_decay, state)
+        if torch.compiler.is_compiling():  # as one operator: see torch_chunks.py
+            y, state = torch.ops.keras_adapter.wkv_chunks(r, k, v, log_decay, state)
             return y, state
     if isinstance(tokens, int):
         chunk = min(CHUNK, 1 << max(tokens - 1, 0).bit_length())

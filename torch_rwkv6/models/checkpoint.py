@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torch_rwkv6.arguments import flag, number
 from torch_rwkv6.files import StrPath, device_named, file_to_write, reason, written
+from torch_rwkv6.models.detect import model_of
 from torch_rwkv6.models.names import official_names, unofficial
-from torch_rwkv6.models.versions import model_of
 from torch_rwkv6.nn import RWKV
 
 __all__ = ["load", "read", "save"]

@@ -1,8 +1,8 @@
 """The RWKV language models and their layers, under the official parameter names."""
 
 from torch_rwkv6.nn.channel_mix import ChannelMix, ChannelMix4, ChannelMix5
-from torch_rwkv6.nn.model import RWKV, Block
 from torch_rwkv6.nn.optim import parameter_groups
+from torch_rwkv6.nn.rwkv import RWKV, Block
 from torch_rwkv6.nn.state import RWKVState
 from torch_rwkv6.nn.time_mix import TimeMix
 from torch_rwkv6.nn.time_mix4 import TimeMix4

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import torch_rwkv6
+from torch_rwkv6._library import has_kernels
 from torch_rwkv6._torch_private import (
     dispatch_modes,
     forward_mode_active,
@@ -60,7 +60,7 @@ def eager_inference(x: Tensor) -> bool:
         is_traced()
         or type(x) is not Tensor
         or not x.is_cpu
-        or not torch_rwkv6.has_kernels
+        or not has_kernels
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or forward_mode_active()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer, number
-from torch_rwkv6.checks import MAX_HEAD_SIZE
+from torch_rwkv6.contract import MAX_HEAD_SIZE
 from torch_rwkv6.nn.carry import stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_rwkv6.nn.channel_mix import ChannelMix, ChannelMix4, ChannelMix5
-from torch_rwkv6.nn.model import RWKV
+from torch_rwkv6.nn.rwkv import RWKV
 from torch_rwkv6.nn.time_mix import TimeMix
 from torch_rwkv6.nn.time_mix4 import TimeMix4
 from torch_rwkv6.nn.time_mix5 import TimeMix5

@@ -8,29 +8,31 @@ about twice as much a call.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from torch_rwkv6 import reference, reference4
 from torch_rwkv6._torch_private import (
     after_inplace_or_view,
     below_autograd,
     forward_mode_active,
     transforms_active,
 )
+from torch_rwkv6.contract import (
+    MATVEC,
+    WKV,
+    WKV4,
+    WKV4_BACKWARD,
+    WKV4_UPDATE,
+    WKV_BACKWARD,
+    WKV_UPDATE,
+    Operator,
+)
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
-
-_wkv = torch.ops.rwkv6.wkv.default
-_wkv_backward = torch.ops.rwkv6.wkv_backward.default
-_wkv_update = torch.ops.rwkv6.wkv_update.default
-_wkv4 = torch.ops.rwkv6.wkv4.default
-_wkv4_backward = torch.ops.rwkv6.wkv4_backward.default
-_wkv4_update = torch.ops.rwkv6.wkv4_update.default
-_matvec = torch.ops.rwkv6.matvec.default
 
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -62,21 +64,23 @@ def _autograd_function(op: Any, backward: Any) -> Any:
     )
 
 
-def _functions(op: Any, backward_op: Any, reference_backward: Any) -> tuple[Any, Any]:
-    """The autograd functions of an operator and of its backward operator.
-
-    The operator's first inputs are those that backward_op returns gradients of, in this order.
-    """
+def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any]:
+    """The autograd functions of an operator and of its backward operator."""
+    backward_op = backward_operator.overload
+    reference_backward = fallback.KERNELS[backward_operator.name]
+    differentiable = forward.differentiable
 
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        if grad_y is None and grad_final_state is None:
-            return (None,) * len(needed)
-        grads = backward_op(grad_y, grad_final_state, *ctx.saved_tensors)
-        no_index = (None,) * (len(needed) - len(grads))  # state_map and cu_seqlens
-        return *(g if n else None for g, n in zip(grads, needed)), *no_index
+        grads: list[Tensor | None] = [None] * len(needed)
+        if grad_y is not None or grad_final_state is not None:
+            found = backward_op(grad_y, grad_final_state, *ctx.saved_tensors)
+            for i, g in zip(differentiable, found, strict=True):
+                if needed[i]:
+                    grads[i] = g
+        return tuple(grads)
 
     def double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
@@ -88,7 +92,7 @@ def _functions(op: Any, backward_op: Any, reference_backward: Any) -> tuple[Any,
             # the caller's graph is not walked here as well.
             inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
             outputs = reference_backward(*inputs)
-            # some depend on nothing: the last without initial_state, most without any token
+            # Some depend on nothing: the state's without a state, most without any token.
             paths = [
                 (out, g)
                 for out, g in zip(outputs, grad_outputs)
@@ -107,11 +111,27 @@ def _functions(op: Any, backward_op: Any, reference_backward: Any) -> tuple[Any,
             grads[i] = g
         return tuple(grads)
 
-    return _autograd_function(op, backward), _autograd_function(backward_op, double_backward)
+    return (
+        _autograd_function(forward.overload, backward),
+        _autograd_function(backward_op, double_backward),
+    )
 
 
-_WKV, _WKVBackward = _functions(_wkv, _wkv_backward, reference.wkv_backward)
-_WKV4, _WKV4Backward = _functions(_wkv4, _wkv4_backward, reference4.wkv4_backward)
+def _differentiable(operator: Operator, function: Any) -> Callable[..., Any]:
+    """The Autograd kernel; without an autograd function the reference's operations are recorded."""
+    op, in_python = operator.overload, fallback.KERNELS[operator.name]
+
+    def kernel(*arguments: Any) -> Any:
+        if _needs_reference(arguments):
+            return in_python(*arguments)
+        if _needs_grad(arguments):
+            if function is None:
+                return in_python(*arguments)
+            return function.apply(*operator.complete(arguments))
+        with below_autograd():
+            return op(*arguments)
+
+    return kernel
 
 
 def _bump_version(op: Any, state_index: int) -> Any:
@@ -123,10 +143,6 @@ def _bump_version(op: Any, state_index: int) -> Any:
         return y
 
     return kernel
-
-
-_update_wkv = _bump_version(_wkv_update, 5)
-_update_wkv4 = _bump_version(_wkv4_update, 4)
 
 
 def _resolve_negated(op: Any, state_index: int) -> Any:
@@ -143,141 +159,36 @@ def _resolve_negated(op: Any, state_index: int) -> Any:
     return kernel
 
 
-def _refuse_derivatives(inputs: tuple[Tensor | None, ...], name: str) -> None:
-    if _needs_reference(inputs):
-        raise RuntimeError(
-            f"rwkv6::{name}_update overwrites its state and has no derivative: inside forward-mode "
-            f"AD and torch.func transforms other than vmap use rwkv6::{name}"
-        )
-    if _needs_grad(inputs):
-        raise RuntimeError(
-            f"rwkv6::{name}_update overwrites its state and has no derivative: call it under "
-            f"torch.no_grad() or torch.inference_mode(), or use rwkv6::{name}"
-        )
+def _without_derivatives(name: str, differentiable_name: str, update: Any) -> Any:
+    """The Autograd kernel of an operator that updates its state: refuses what it cannot do."""
+
+    def kernel(keyset: Any, *args: Any) -> Tensor:
+        if _needs_reference(args):
+            raise RuntimeError(
+                f"rwkv6::{name} overwrites its state and has no derivative: inside forward-mode "
+                f"AD and torch.func transforms other than vmap use rwkv6::{differentiable_name}"
+            )
+        if _needs_grad(args):
+            raise RuntimeError(
+                f"rwkv6::{name} overwrites its state and has no derivative: call it under "
+                f"torch.no_grad() or torch.inference_mode(), or use rwkv6::{differentiable_name}"
+            )
+        # Not from the dispatcher's start again, which would take as long as all the rest.
+        return update(keyset, *args)
+
+    return kernel
 
 
-def wkv(
-    r: Tensor,  # [B, T, H, N]
-    k: Tensor,  # [B, T, H, N]
-    v: Tensor,  # [B, T, H, N]
-    w: Tensor,  # [B, T, H, N]
-    u: Tensor,  # [H, N]
-    initial_state: Tensor | None = None,  # [S, H, N, N]
-    state_map: Tensor | None = None,  # [B] or [M]
-    cu_seqlens: Tensor | None = None,  # [M + 1]
-) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
-    inputs = (r, k, v, w, u, initial_state)
-    if _needs_reference(inputs):
-        return fallback.wkv(*inputs, state_map, cu_seqlens)
-    if _needs_grad(inputs):
-        return _WKV.apply(*inputs, state_map, cu_seqlens)
-    with below_autograd():
-        return _wkv(*inputs, state_map, cu_seqlens)
-
-
-def wkv_backward(
-    grad_y: Tensor | None,  # [B, T, H, N]
-    grad_final_state: Tensor | None,  # [B or M, H, N, N]
-    r: Tensor,  # [B, T, H, N]
-    k: Tensor,  # [B, T, H, N]
-    v: Tensor,  # [B, T, H, N]
-    w: Tensor,  # [B, T, H, N]
-    u: Tensor,  # [H, N]
-    initial_state: Tensor | None,  # [S, H, N, N]
-    state_map: Tensor | None,  # [B] or [M]
-    cu_seqlens: Tensor | None,  # [M + 1]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (grad_y, grad_final_state, r, k, v, w, u, initial_state)
-    if _needs_reference(inputs):
-        return fallback.wkv_backward(*inputs, state_map, cu_seqlens)
-    if _needs_grad(inputs):
-        return _WKVBackward.apply(*inputs, state_map, cu_seqlens)
-    with below_autograd():
-        return _wkv_backward(*inputs, state_map, cu_seqlens)
-
-
-def wkv_update(
-    keyset: Any,
-    r: Tensor,  # [B, T, H, N]
-    k: Tensor,  # [B, T, H, N]
-    v: Tensor,  # [B, T, H, N]
-    w: Tensor,  # [B, T, H, N]
-    u: Tensor,  # [H, N]
-    state: Tensor,  # [S, H, N, N]
-    state_map: Tensor | None = None,  # [B] or [M]
-    cu_seqlens: Tensor | None = None,  # [M + 1]
-) -> Tensor:  # [B, T, H, N]
-    inputs = (r, k, v, w, u, state)
-    _refuse_derivatives(inputs, "wkv")
-    # not from the dispatcher's start again, which would take as long as all the rest
-    return _update_wkv(keyset, *inputs, state_map, cu_seqlens)
-
-
-def wkv4(
-    k: Tensor,  # [B, T, D]
-    v: Tensor,  # [B, T, D]
-    w: Tensor,  # [D]
-    u: Tensor,  # [D]
-    initial_state: Tensor | None = None,  # [B, 3, D]
-) -> tuple[Tensor, Tensor]:  # y [B, T, D], final_state [B, 3, D]
-    inputs = (k, v, w, u, initial_state)
-    if _needs_reference(inputs):
-        return fallback.wkv4(*inputs)
-    if _needs_grad(inputs):
-        return _WKV4.apply(*inputs)
-    with below_autograd():
-        return _wkv4(*inputs)
-
-
-def wkv4_backward(
-    grad_y: Tensor | None,  # [B, T, D]
-    grad_final_state: Tensor | None,  # [B, 3, D]
-    k: Tensor,  # [B, T, D]
-    v: Tensor,  # [B, T, D]
-    w: Tensor,  # [D]
-    u: Tensor,  # [D]
-    initial_state: Tensor | None,  # [B, 3, D]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (grad_y, grad_final_state, k, v, w, u, initial_state)
-    if _needs_reference(inputs):
-        return fallback.wkv4_backward(*inputs)
-    if _needs_grad(inputs):
-        return _WKV4Backward.apply(*inputs)
-    with below_autograd():
-        return _wkv4_backward(*inputs)
-
-
-def wkv4_update(
-    keyset: Any,
-    k: Tensor,  # [B, T, D]
-    v: Tensor,  # [B, T, D]
-    w: Tensor,  # [D]
-    u: Tensor,  # [D]
-    state: Tensor,  # [B, 3, D]
-) -> Tensor:  # [B, T, D]
-    inputs = (k, v, w, u, state)
-    _refuse_derivatives(inputs, "wkv4")
-    return _update_wkv4(keyset, *inputs)
-
-
-def matvec(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-) -> Tensor:  # [M, N]
-    inputs = (x, weight)
-    if _needs_reference(inputs) or _needs_grad(inputs):
-        return fallback.matvec(*inputs)
-    with below_autograd():
-        return _matvec(*inputs)
-
-
-for _function in (wkv, wkv_backward, wkv4, wkv4_backward, matvec):
-    library.impl(_function.__name__, _function, "Autograd")
-for _in_place, _update, _negated in (
-    (wkv_update, _update_wkv, _resolve_negated(_wkv_update, 5)),
-    (wkv4_update, _update_wkv4, _resolve_negated(_wkv4_update, 4)),
-):
-    library.impl(_in_place.__name__, _in_place, "Autograd", with_keyset=True)
+for _forward, _backward in ((WKV, WKV_BACKWARD), (WKV4, WKV4_BACKWARD)):
+    for _operator, _function in zip((_forward, _backward), _functions(_forward, _backward)):
+        library.impl(_operator.name, _differentiable(_operator, _function), "Autograd")
+library.impl(MATVEC.name, _differentiable(MATVEC, None), "Autograd")
+for _forward, _operator in ((WKV, WKV_UPDATE), (WKV4, WKV4_UPDATE)):
+    _name, _op, (_state,) = _operator.name, _operator.overload, _operator.mutated
+    _update = _bump_version(_op, _state)
+    library.impl(
+        _name, _without_derivatives(_name, _forward.name, _update), "Autograd", with_keyset=True
+    )
     # where the Autograd key is switched off, as in inference mode
-    library.impl(_in_place.__name__, _update, "ADInplaceOrView", with_keyset=True)
-    library.impl(_in_place.__name__, _negated, "Negative")
+    library.impl(_name, _update, "ADInplaceOrView", with_keyset=True)
+    library.impl(_name, _resolve_negated(_op, _state), "Negative")

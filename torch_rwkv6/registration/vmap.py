@@ -12,28 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where the heads are in each tensor argument; None marks the index tensors.
-_HEADS = {
-    "grad_y": 2,
-    "grad_final_state": 1,
-    "r": 2,
-    "k": 2,
-    "v": 2,
-    "w": 2,
-    "u": 0,
-    "initial_state": 1,
-    "state_map": None,
-    "cu_seqlens": None,
-}
-_CHANNELS = {
-    "grad_y": 2,
-    "grad_final_state": 2,
-    "k": 2,
-    "v": 2,
-    "w": 0,
-    "u": 0,
-    "initial_state": 2,
-}
+from torch_rwkv6.contract import (
+    WKV,
+    WKV4,
+    WKV4_BACKWARD,
+    WKV4_UPDATE,
+    WKV_BACKWARD,
+    WKV_UPDATE,
+    Argument,
+    Operator,
+)
 
 
 def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | None:
@@ -71,14 +59,22 @@ def _slice(x: Tensor | None, dim: int | None, i: int) -> Tensor | None:
     return x if x is None or dim is None else x.select(dim, i)
 
 
-def _batched(op: Any, in_heads: tuple[int | None, ...], out_heads: tuple[int, ...]) -> Any:
+def _heads(operator: Operator, tensors: tuple[Argument, ...]) -> tuple[Any, ...]:
+    """Where the heads are in each tensor; None for the index tensors, which have none."""
+    axis = operator.independent
+    return tuple(t.axes.index(axis) if axis in t.axes else None for t in tensors)
+
+
+def _batched(operator: Operator) -> Any:
+    op = operator.overload
+    in_heads = _heads(operator, operator.arguments)
+    out_heads = _heads(operator, operator.results)
+
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size
-        # defaults may be left out of the call
-        args = args + (None,) * (len(in_heads) - len(args))
-        in_dims = tuple(in_dims) + (None,) * (len(in_heads) - len(in_dims))
+        args, in_dims = operator.complete(args), operator.complete(in_dims)
         if size == 0:
             outputs = _empty(op, args, in_dims)
             return outputs, (0,) * len(outputs)
@@ -97,7 +93,7 @@ def _batched(op: Any, in_heads: tuple[int | None, ...], out_heads: tuple[int, ..
             for heads, x, dim in zip(in_heads, args, in_dims, strict=True)
         ]
         outputs = tuple(
-            # the last gradient is empty where there is no initial_state
+            # the gradient of an optional input that is not given is empty
             _unfold(out, heads, size) if out.dim() > heads else out.expand(size, 0)
             for out, heads in zip(op(*folded), out_heads, strict=True)
         )
@@ -106,52 +102,39 @@ def _batched(op: Any, in_heads: tuple[int | None, ...], out_heads: tuple[int, ..
     return rule
 
 
-def _wkv_update_rule(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    r: Tensor,  # [B, T, H, N], and so on: each with a mapped dimension where in_dims says so
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    *index: Tensor | None,
-) -> tuple[Tensor, int]:
-    if in_dims[5] is None:
-        raise RuntimeError(
-            "vmap over rwkv6::wkv_update with a state that is not mapped: all slices would update "
-            "the same state in place. Map the state as well, or use rwkv6::wkv"
-        )
-    if info.batch_size > 1 and state.stride(in_dims[5]) == 0:
-        raise RuntimeError(
-            "vmap over rwkv6::wkv_update with an expanded state: all slices would update the same "
-            "memory. Clone the state first"
-        )
-    if info.batch_size == 0:
-        args = (r, k, v, w, u, state, *index)
-        (y,) = _empty(lambda *slices: (torch.ops.rwkv6.wkv_update(*slices),), args, in_dims)
-        return y, 0
-    # On a copy, so that the state is untouched when a slice is refused.
-    new = state.clone()
-    args = (r, k, v, w, u, new, *index)
-    slices = [
-        torch.ops.rwkv6.wkv_update(
-            *(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    state.copy_(new)
-    return torch.stack(slices), 0
+def _batched_update(operator: Operator, forward: Operator) -> Any:
+    op, (state_index,) = operator.overload, operator.mutated
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        state, dim = args[state_index], in_dims[state_index]
+        if dim is None:
+            raise RuntimeError(
+                f"vmap over rwkv6::{operator.name} with a state that is not mapped: all slices "
+                "would update the same state in place. Map the state as well, or use "
+                f"rwkv6::{forward.name}"
+            )
+        if info.batch_size > 1 and state.stride(dim) == 0:
+            raise RuntimeError(
+                f"vmap over rwkv6::{operator.name} with an expanded state: all slices would update "
+                "the same memory. Clone the state first"
+            )
+        if info.batch_size == 0:
+            (y,) = _empty(lambda *slices: (op(*slices),), args, in_dims)
+            return y, 0
+        # On a copy, so that the state is untouched when a slice is refused.
+        new = state.clone()
+        args = (*args[:state_index], new, *args[state_index + 1 :])
+        slices = [
+            op(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        state.copy_(new)
+        return torch.stack(slices), 0
+
+    return rule
 
 
-_WKV_BACKWARD = tuple(_HEADS.values())
-_WKV4_BACKWARD = tuple(_CHANNELS.values())
-for _name, _in_heads, _out_heads in (
-    ("wkv", _WKV_BACKWARD[2:], (2, 1)),
-    ("wkv_backward", _WKV_BACKWARD, (2, 2, 2, 2, 0, 1)),
-    ("wkv4", _WKV4_BACKWARD[2:], (2, 2)),
-    ("wkv4_backward", _WKV4_BACKWARD, (2, 2, 0, 0, 2)),
-):
-    _op = getattr(torch.ops.rwkv6, _name)
-    torch.library.register_vmap(f"rwkv6::{_name}", _batched(_op, _in_heads, _out_heads))
-torch.library.register_vmap("rwkv6::wkv_update", _wkv_update_rule)
+for _operator in (WKV, WKV_BACKWARD, WKV4, WKV4_BACKWARD):
+    torch.library.register_vmap(f"rwkv6::{_operator.name}", _batched(_operator))
+for _operator, _forward in ((WKV_UPDATE, WKV), (WKV4_UPDATE, WKV4)):
+    torch.library.register_vmap(f"rwkv6::{_operator.name}", _batched_update(_operator, _forward))
