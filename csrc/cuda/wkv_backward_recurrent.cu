@@ -327,8 +327,8 @@ __device__ void walk_there(const BackwardJob& job, const Whole& whole, const Wor
     fetch_rows<T, Shape::kKeyPacks>(rows.k, job.k, place, begin, C, place.keys, whole.k);
     fetch_rows<T, Shape::kKeyPacks>(rows.w, job.w, place, begin, C, place.keys, whole.w);
     fetch_rows<T, Shape::kRowPacks>(rows.v, job.v, place, begin, C, place.columns, whole.v);
-    copy_async_end();
-    copy_async_wait<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(rows.k, job.k, C, place.keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(rows.w, job.w, C, place.keys.count, DecayOf());
     unpack_rows<T, Shape::kRowPacks, C>(rows.v, job.v, C, place.columns.count, AsItIs());
@@ -631,8 +631,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     fetch_rows<T, Shape::kRowPacks>(back.v, job.v, place, begin, tokens, columns, whole.v);
     fetch_rows<T, Shape::kRowPacks>(back.grad_y, job.grad_y, place, begin, tokens, columns,
                                     whole.grad_y);
-    copy_async_end();
-    copy_async_wait<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(back.r, job.r, tokens, keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(back.k, job.k, tokens, keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(back.w, job.w, tokens, keys.count, RateOf());
@@ -722,9 +722,11 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
       rows_whole<T>(job.grad_final), rows_whole<T>(job.grad_r), rows_whole<T>(job.grad_k),
       rows_whole<T>(grad_v_parts),   rows_whole<T>(job.grad_w), rows_whole<T>(job.grad_initial)};
   const int bytes = int(sizeof(Backward<T, P>));
+  static_assert(sizeof(Backward<T, P>) <= 99 * 1024);  // on every architecture from 8.0 on
   if (bytes > 48 * 1024)
-    cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
-                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    check(cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "backward_recurrent");
   backward_recurrent_kernel<T, P>
       <<<blocks_for(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, whole,
                                                                                   workspace);

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
         fetch_pack(&to.v[t][p], v + i * size_of(job.v.dtype), job.v.dtype, count, whole.v);
       }
     }
-    copy_async_end();
+    cp_async_commit();
   };
   fetch(0);
 
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     Tile<T, P>& rows = tiles[tile % 2];
     const int64_t left = span.length - tile * kTile;
     const int tokens = left < kTile ? int(left) : kTile;
-    copy_async_wait<0>();
+    cp_async_wait<0>();
     for (int t0 = 0; t0 < tokens; t0 += row_tokens) {
       const int t = t0 + row_token;
       T bonus = 0;
