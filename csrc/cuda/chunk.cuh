@@ -108,7 +108,9 @@ struct Buffers {
   static constexpr __host__ __device__ int bytes(bool wide) {  // of a buffer
     return 4 * (tensors * kTensor + kChunk * (wide ? N + 8 : kRawRow<N>));
   }
-  __device__ uint32_t* tensor(int buffer, int i) const { return first + buffer * words + i * kTensor; }
+  __device__ uint32_t* tensor(int buffer, int i) const {
+    return first + buffer * words + i * kTensor;
+  }
   __device__ uint32_t* w(int buffer) const { return tensor(buffer, tensors); }
   static_assert(kTensor * 4 % 16 == 0 && bytes(false) % 16 == 0 && bytes(true) % 16 == 0);
 };

@@ -30,4 +30,16 @@ __device__ inline double decay_rate(double w) { return exp(w > 709 ? 709 : w); }
 __device__ inline float decay_of_rate(float rate) { return exp2_approx(rate * -kLog2E); }
 __device__ inline double decay_of_rate(double rate) { return exp(-rate); }
 
+// The decay minus 1, to all digits. A decay near 1 has few left for what it takes from the state,
+// and its rounding is the same at every token: S + change S + k v does not add that up.
+__device__ inline float change_of_rate(float rate) {
+  if (!(rate < 0.25f)) return decay_of_rate(rate) - 1;
+  float series = fmaf(rate, -1 / 720.f, 1 / 120.f);
+  series = fmaf(-rate, series, 1 / 24.f);
+  series = fmaf(-rate, series, 1 / 6.f);
+  series = fmaf(-rate, series, 1 / 2.f);
+  return -rate * fmaf(-rate, series, 1.f);
+}
+__device__ inline double change_of_rate(double rate) { return expm1(-rate); }
+
 }  // namespace rwkv6::cuda

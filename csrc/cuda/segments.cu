@@ -134,9 +134,8 @@ void walk_states(const Launch& launch, const Walk& walk, const Segments& segment
                  const float* starts, const Results& results) {
   const bool wide = walk.w.dtype == DType::f32;
   const ChunkedKernel kernel = {
-      "state_walk",
-      walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>, 2 * N,
-      int(sizeof(Shared<N>)) + 2 * Buffers<N, 2>::bytes(wide)};
+      "state_walk", walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>,
+      2 * N, int(sizeof(Shared<N>)) + 2 * Buffers<N, 2>::bytes(wide)};
   kernel.run(launch, walk.sequences.count * walk.H * segments.count, walk, segments, starts,
              results);
 }

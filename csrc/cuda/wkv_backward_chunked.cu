@@ -388,7 +388,7 @@ struct Given {
   const float* ends;         // [unit][segment][N][N], G behind each segment, or nullptr
   float* scratch;            // [unit][segment][kGroup - 1][N][N]
   float* grad_u;             // [sequence][segment][H][N]
-  int buffers;               // of staged rows: 2, of which one is filled while the other is read, or 1
+  int buffers;  // of staged rows: 2, of which one is filled while the other is read, or 1
 };
 
 template <class E, int N>
@@ -608,7 +608,8 @@ void run(const Launch& launch, const BackwardJob& job) {
                          Shared<N>::bytes(job.w.dtype == DType::f32, buffers)};
   };
   // another block on a multiprocessor hides more than a second buffer
-  const int with_one = kernel_of(1).blocks_each(launch), with_two = kernel_of(2).blocks_each(launch);
+  const int with_one = kernel_of(1).blocks_each(launch),
+            with_two = kernel_of(2).blocks_each(launch);
   const int buffers = with_one > with_two ? 1 : 2;
   const Segments segments = segments_of(launch, all, job.H, std::max(with_one, with_two));
   const int64_t blocks = all.count * job.H * segments.count;

@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(2 * N)
     for (int level = warp; level < kLevels; level += kThreads / 32)
       pair_level<E, N, false>(shared.pairs, level, shared.levels[level]);
     if (threadIdx.x < kChunk)
-      shared.pairs[threadIdx.x][threadIdx.x] =
-          pair_operand<E>(bonus_of(shared.bonus, threadIdx.x));
+      shared.pairs[threadIdx.x][threadIdx.x] = pair_operand<E>(bonus_of(shared.bonus, threadIdx.x));
     OutputTile y = {};
     ValueTile v;
     load_values<E, N>(v, raw_v, value);
@@ -113,8 +112,7 @@ template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
   const ChunkedKernel kernel = {"forward_chunked", forward_chunked_kernel<E, N>, 2 * N,
                                 Shared<N>::bytes(job.w.dtype == DType::f32)};
-  const Segments segments =
-      segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch));
+  const Segments segments = segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch));
   const float* starts = nullptr;
   if (segments.count > 1)
     starts = segment_starts(

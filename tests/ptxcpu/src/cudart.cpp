@@ -41,13 +41,11 @@ double now() {
 // ---- settings: PTXCPU_<NAME> in the environment, ptxcpu_configure in the program ----
 
 struct Settings {
-  std::map<std::string, int>
-      values =
-          {
-              {"check", 2},           {"order", 0}, {"statistics", 1}, {"footprint", 0},
-              {"verbose", 0},         {"abort", 0}, {"devices", 1},    {"cc", 80},
-              {"driver", CUDART_VERSION},  // 0: none
-              {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
+  std::map<std::string, int> values = {
+      {"check", 2},           {"order", 0},   {"statistics", 1},
+      {"footprint", 0},       {"verbose", 0}, {"abort", 0},
+      {"devices", 1},         {"cc", 80},     {"driver", CUDART_VERSION},  // 0: none
+      {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
   };
   Settings() {
     for (auto& [name, value] : values) {

@@ -151,7 +151,8 @@ class ModuleParser {
     }
     constexpr char kMinBlocks[] = ".minnctapersm";
     size_t at = head.find(kMinBlocks);
-    if (at != std::string::npos) sscanf(head.c_str() + at + strlen(kMinBlocks), " %u", &kernel.min_blocks);
+    if (at != std::string::npos)
+      sscanf(head.c_str() + at + strlen(kMinBlocks), " %u", &kernel.min_blocks);
     kernel.body = std::move(body);
     module_->kernels[kernel.name] = std::move(kernel);
   }
