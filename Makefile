@@ -20,8 +20,8 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: article demo docs test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
-	test-neon test-clang wheel clean
+.PHONY: article demo docs test test-gpu report-gpu lint format bench bench-gpu bench-rivals \
+	bench-readme sanitize test-neon test-clang wheel clean
 
 demo: export PYTHONPATH := .
 demo: .venv/demo-built
@@ -38,12 +38,9 @@ test: .venv/built
 	$(PYTEST)
 
 # For those who have an NVIDIA GPU: the operator's tests on it, and how fast it is there.
-GPU_TESTS := tests/test_forward.py tests/test_backward.py tests/test_update.py tests/test_fuzz.py \
-	tests/test_autocast.py tests/test_compile.py tests/test_opcheck.py tests/test_transforms.py \
-	tests/test_gpu.py
 test-gpu: export RWKV6_CUDA := 1
 test-gpu: .venv/built
-	$(BIN)/python -m pytest -q --device cuda $(GPU_TESTS)
+	$(BIN)/python -m pytest -q --device cuda
 
 bench-gpu: export RWKV6_CUDA := 1
 bench-gpu: .venv/built
@@ -52,6 +49,11 @@ bench-gpu: .venv/built
 docs: .venv/built
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
 	cp build/site/README.html build/site/index.html
+
+# One file about a GPU, with everything that makes sense to ask it: send it to us.
+report-gpu: export RWKV6_CUDA := 1
+report-gpu: .venv/built
+	$(BIN)/python -m benchmarks report-gpu
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -10,7 +10,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import backward, decode, gpu, keras, model, op, overhead, readme, rivals, scaling
+from benchmarks import (
+    backward,
+    decode,
+    gpu,
+    keras,
+    model,
+    op,
+    overhead,
+    readme,
+    report_gpu,
+    rivals,
+    scaling,
+)
 
 # A sub-command is a module with a docstring, add_arguments(parser) and run(args).
 MEASURED = {
@@ -24,6 +36,7 @@ COMMANDS = MEASURED | {
     "gpu": gpu,
     "keras": keras,
     "model": model,
+    "report-gpu": report_gpu,
     "rivals": rivals,
     "readme": readme,
 }

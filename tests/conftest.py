@@ -16,6 +16,15 @@ import torch
 
 import torch_rwkv6
 
+# The files that --device cuda runs: what the operator promises, on whatever device.
+ON_EVERY_DEVICE = [
+    f"test_{name}.py"
+    for name in (
+        "autocast", "backward", "compile", "forward", "fuzz", "gpu", "nonfinite", "opcheck",
+        "transforms", "update",
+    )
+]  # fmt: skip
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -34,6 +43,11 @@ def pytest_configure(config):
     if not torch_rwkv6.has_cuda_kernels:
         pytest.exit("--device cuda: torch_rwkv6 was built without CUDA kernels", returncode=1)
     torch.set_default_device("cuda")
+
+
+def pytest_ignore_collect(collection_path, config):
+    others = collection_path.suffix == ".py" and collection_path.name not in ON_EVERY_DEVICE
+    return True if others and config.getoption("device") == "cuda" else None
 
 
 def pytest_collection_modifyitems(config, items):

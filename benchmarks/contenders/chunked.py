@@ -39,7 +39,8 @@ def wkv(
     run: Callable[..., tuple[Tensor, Tensor]] | None = None,  # in place of `segment`
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B, H, N, N]
     T, dtype = r.shape[1], r.dtype
-    r, k, v, w, u = (x.float() for x in (r, k, v, w, u))
+    wide = torch.promote_types(dtype, torch.float32)
+    r, k, v, w, u = (x.to(wide) for x in (r, k, v, w, u))
     decay = torch.exp(-torch.exp(w.clamp(max=7.0)))  # exp(-exp(7)) is 0: no inf in the gradient
     missing = -T % CHUNK
     if missing:  # tokens that leave the state as it is

@@ -20,10 +20,14 @@
 // four neighbouring tokens (a quad) of K neighbouring keys.
 #pragma once
 
-#include "job.h"
+#include <cfloat>
+
+#include "cuda/decay.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/segments.h"
 #include "cuda/span.cuh"
+#include "cuda/warp.cuh"
+#include "job.h"
 
 namespace rwkv6::cuda {
 
@@ -85,11 +89,32 @@ __device__ inline void stage(uint32_t* raw, const Tokens& x, const Place& at, in
     const int row = piece / kPieces, column = piece % kPieces * 16;
     char* to = reinterpret_cast<char*>(raw) + row * (kRowBytes + 32) + column;
     if (x.data && row < tokens)
-      copy_async(to, rows + row * distance + column);
+      cp_async<16>(to, rows + row * distance + column);
     else
       *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
   }
 }
+
+// Where rows are staged, behind a kernel's Shared<N>: in each buffer `tensors` of 16-bit rows, then
+// w, of 16 or 32 bits.
+template <int N, int tensors>
+struct Buffers {
+  static constexpr int kTensor = kChunk * kRawRow<N>;  // words
+  uint32_t* first;
+  int words;  // of a buffer
+
+  __device__ Buffers(void* memory, bool wide)
+      : first(static_cast<uint32_t*>(memory)), words(bytes(wide) / 4) {}
+  static constexpr __host__ __device__ int bytes(bool wide) {  // of a buffer
+    return 4 * (tensors * kTensor + kChunk * (wide ? N + 8 : kRawRow<N>));
+  }
+  __device__ uint32_t* tensor(int buffer, int i) const {
+    return first + buffer * words + i * kTensor;
+  }
+  __device__ uint32_t* w(int buffer) const { return tensor(buffer, tensors); }
+  static_assert(kTensor * 4 % 16 == 0 && bytes(false) % 16 == 0 && bytes(true) % 16 == 0);
+};
+
 template <int N, int kThreads>
 __device__ inline void stage_w(uint32_t* raw, const Tokens& w, const Place& at, int64_t first) {
   if (w.dtype == DType::f32)
@@ -97,15 +122,6 @@ __device__ inline void stage_w(uint32_t* raw, const Tokens& w, const Place& at, 
   else
     stage<N, kThreads>(raw, w, at, first);
 }
-
-// exp(-exp(w)); in base 2, and exactly 1 where exp(w) is too small to tell.
-__device__ inline float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-constexpr float kLog2E = 1.44269504088896340736f;
-__device__ inline float decay(float w) { return power_of_2(-kLog2E * power_of_2(kLog2E * w)); }
 
 // What a thread has of a chunk: K keys from `key` on, of the quad's four tokens.
 template <class E, int N, int kThreads>
@@ -181,16 +197,32 @@ struct Quad {
       x[i] = quad == 0 ? products[1][i] : quad == 3 ? products[2][i] : 1.f;
   }
 
-  // rows[token][key] = x scale, as mma operand
-  __device__ void store(Rows<N>& rows, const Values& x, const float (&scale)[K]) const {
+  // rows[token][key] = x
+  __device__ void store(Rows<N>& rows, const Values& x) const {
 #pragma unroll
     for (int t = 0; t < kQuad; t++) {
-      uint32_t* to = reinterpret_cast<uint32_t*>(&rows[kQuad * quad + t][key]);
+      float* to = &rows[kQuad * quad + t][key];
       if constexpr (K == 2)
-        *reinterpret_cast<uint2*>(to) = {tf32(x[t][0] * scale[0]), tf32(x[t][1] * scale[1])};
+        *reinterpret_cast<float2*>(to) = {x[t][0], x[t][1]};
       else
-        *to = tf32(x[t][0] * scale[0]);
+        *to = x[t][0];
     }
+  }
+  // rows[token][key] = x scale
+  __device__ void store(Rows<N>& rows, const Values& x, const float (&scale)[K]) const {
+    Values scaled;
+#pragma unroll
+    for (int t = 0; t < kQuad; t++)
+#pragma unroll
+      for (int i = 0; i < K; i++) scaled[t][i] = x[t][i] * scale[i];
+    store(rows, scaled);
+  }
+  // The same, to be read as operands of one TF32 each.
+  __device__ void store_tf32(Rows<N>& rows, const Values& x, const float (&scale)[K]) const {
+    float rounding[K];
+#pragma unroll
+    for (int i = 0; i < K; i++) rounding[i] = scale[i] * kToTf32;
+    store(rows, x, rounding);
   }
 };
 
@@ -265,16 +297,16 @@ __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N,
                                     const float (&from_before)[kQuad][K],
                                     const float (&to_after)[kQuad][K]) {
   float x[kQuad][K], scale[K];
-  my.product(scale, 0, 0);  // 1
 #pragma unroll
   for (int i = 0; i < K; i++)  // neighbours: nothing between them
     x[0][i] = k[0][i], x[1][i] = r[1][i], x[2][i] = k[2][i], x[3][i] = r[3][i];
-  my.store(levels[0], x, scale);
+  my.store(levels[0], x);
+  my.product(scale, 0, 0);  // 1
 #pragma unroll
   for (int i = 0; i < K; i++)  // the halves of the quad
     x[0][i] = k[0][i] * my.d[1][i], x[1][i] = k[1][i], x[2][i] = r[2][i],
     x[3][i] = r[3][i] * my.d[2][i];
-  my.store(levels[1], x, scale);
+  my.store_tf32(levels[1], x, scale);
   // a quad before its boundary has k to that, one behind it r from there
   const auto choose = [&](bool behind) {
 #pragma unroll
@@ -283,10 +315,10 @@ __device__ inline void store_levels(Rows<N> (&levels)[kLevels], const Quad<E, N,
       for (int i = 0; i < K; i++) x[t][i] = behind ? from_before[t][i] : to_after[t][i];
   };
   choose(my.quad % 2);
-  my.store(levels[2], x, scale);  // neighbouring quads
+  my.store_tf32(levels[2], x, scale);  // neighbouring quads
   my.outer_scale(scale);
   choose(my.quad / 2);
-  my.store(levels[3], x, scale);  // the halves of the chunk
+  my.store_tf32(levels[3], x, scale);  // the halves of the chunk
 }
 
 // A warp's 16 values of the state of all keys, as mma accumulators: transposed, the rows g and g +
@@ -375,18 +407,23 @@ __device__ inline void load_values(ValueTile& v, const uint32_t* raw, int value)
     }
 }
 
-// S <- total S + sum_t rows[t] v_t, for keys 8j to 8j + 7 and for all.
+// S <- total S + sum_t rows[t] v_t, for keys 8j to 8j + 7 and for all. The sum has 22 bits of the
+// rows, and meets the state in f32: mma's own sums are rounded towards zero, which would add up.
 template <int N>
 __device__ inline void update_keys(float (&s)[4], int j, const float (&total)[N],
                                    const Rows<N>& rows, const ValueTile& v) {
   const Lane lane;
-  const float2 d = *reinterpret_cast<const float2*>(&total[8 * j + 2 * lane.t]);
-  s[0] *= d.x, s[1] *= d.y, s[2] *= d.x, s[3] *= d.y;
+  float added[4] = {};
 #pragma unroll
   for (int step = 0; step < 2; step++) {
     const float* column = &rows[8 * step + lane.t][8 * j + lane.g];
-    mma(s, v[step], __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
+    const TwoTf32 upper(column[0]), lower(column[4 * (N + 8)]);
+    mma(added, v[step], upper.low, lower.low);
+    mma(added, v[step], upper.high, lower.high);
   }
+  const float2 d = *reinterpret_cast<const float2*>(&total[8 * j + 2 * lane.t]);
+#pragma unroll
+  for (int i = 0; i < 4; i++) s[i] = fmaf(i % 2 ? d.y : d.x, s[i], added[i]);
 }
 template <int N>
 __device__ inline void update_state(StateTile<N>& s, const float (&total)[N], const Rows<N>& rows,
@@ -399,7 +436,7 @@ __device__ inline void update_state(StateTile<N>& s, const float (&total)[N], co
 using OutputTile = float[2][4];
 
 // y += rows S
-template <int N>
+template <class E, int N>
 __device__ inline void times_state(OutputTile& y, const Rows<N>& rows, const StateTile<N>& s) {
   const Lane lane;
 #pragma unroll
@@ -408,22 +445,73 @@ __device__ inline void times_state(OutputTile& y, const Rows<N>& rows, const Sta
     const uint2 upper = *reinterpret_cast<const uint2*>(&rows[lane.g][key]);
     const uint2 lower = *reinterpret_cast<const uint2*>(&rows[lane.g + 8][key]);
     const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
-    mma(y[0], a, tf32(s[j][0]), tf32(s[j][1]));
-    mma(y[1], a, tf32(s[j][2]), tf32(s[j][3]));
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const float upper = s[j][2 * e], lower = s[j][2 * e + 1];
+      if constexpr (E::kFine) {
+        mma(y[e], a, TwoTf32(upper).low, TwoTf32(lower).low);
+        mma(y[e], a, TwoTf32(upper).high, TwoTf32(lower).high);
+      } else {
+        mma(y[e], a, tf32(upper), tf32(lower));
+      }
+    }
   }
 }
 
-// y += pairs v
-__device__ inline void times_values(OutputTile& y, const Pairs& pairs, const ValueTile& v) {
+__device__ inline bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
+
+// Whether a pair's first index is that of an output which the second contributes to: of y_t token s
+// <= t, transposed of dv_s token t >= s.
+template <bool transposed>
+__device__ inline bool contributes(int row, int column) {
+  return transposed ? column >= row : column <= row;
+}
+
+// y += pairs v, where a value is NaN or infinite: zero times that would be NaN.
+template <class E, int N, bool transposed>
+__device__ inline void times_strange_values(OutputTile& y, const Pairs& pairs, const uint32_t* raw,
+                                            int value) {
+  const Lane lane;
+#pragma unroll 1
+  for (int column = 0; column < kChunk; column++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t both = raw[column * kRawRow<N> + value / 2 + 2 * lane.t + i];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = lane.g + 8 * half;
+        if (!contributes<transposed>(row, column)) continue;
+        y[0][2 * half + i] += pairs[row][column] * E::low(both);
+        y[1][2 * half + i] += pairs[row][column] * E::high(both);
+      }
+    }
+}
+
+// y += pairs v; v are the warp's 16 values, from `value` on, of the raw rows.
+template <class E, int N, bool transposed>
+__device__ inline void times_values(OutputTile& y, const Pairs& pairs, const ValueTile& v,
+                                    const uint32_t* raw, int value) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 8; i++) finite &= is_finite(__uint_as_float(v[i / 4][i % 4]));
+  if (!__all_sync(kAllLanes, finite))
+    return times_strange_values<E, N, transposed>(y, pairs, raw, value);
   const Lane lane;
 #pragma unroll
   for (int step = 0; step < 2; step++) {
-    const float* upper = &pairs[lane.g][8 * step + lane.t];
-    const float* lower = &pairs[lane.g + 8][8 * step + lane.t];
-    const uint32_t a[4] = {__float_as_uint(upper[0]), __float_as_uint(lower[0]),
-                           __float_as_uint(upper[4]), __float_as_uint(lower[4])};
-    mma(y[0], a, v[step][0], v[step][2]);
-    mma(y[1], a, v[step][1], v[step][3]);
+    float a[4];
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = lane.g + i % 2 * 8, column = 8 * step + lane.t + i / 2 * 4;
+      a[i] = contributes<transposed>(row, column) ? pairs[row][column] : 0.f;
+      high[i] = __float_as_uint(a[i]), low[i] = TwoTf32(a[i]).low;
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      if (E::kFine) mma(y[e], low, v[step][e], v[step][e + 2]);
+      mma(y[e], high, v[step][e], v[step][e + 2]);
+    }
   }
 }
 
@@ -442,8 +530,14 @@ __device__ inline void store_output(const OutputTile& y, const Tokens& to, const
   }
 }
 
+// A pair's product, to be read by times_values.
+template <class E>
+__device__ inline float pair_operand(float x) {
+  return E::kFine ? x : x * kToTf32;
+}
+
 // One level's A[t][s]: pairs[t][s], or transposed pairs[s][t]. One warp.
-template <int N, bool transposed>
+template <class E, int N, bool transposed>
 __device__ inline void pair_level(Pairs& pairs, int level, const Rows<N>& rows) {
   const Lane lane;
   const int bit = 1 << level;
@@ -464,7 +558,7 @@ __device__ inline void pair_level(Pairs& pairs, int level, const Rows<N>& rows) 
     const int column = 2 * lane.t + e;
     if ((lane.g ^ column) >= bit) continue;  // another boundary's
     const int token = behind(column) ^ bit;
-    (transposed ? pairs[token][row] : pairs[row][token]) = __uint_as_float(tf32(a[e]));
+    (transposed ? pairs[token][row] : pairs[row][token]) = pair_operand<E>(a[e]);
   }
 }
 

@@ -9,11 +9,16 @@ __device__ inline float exp2_approx(float x) {  // 2 ulp, no denormals
   return y;
 }
 
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// In base 2, two roundings of the exponent: enough beside the 11 bits of the chunked kernels.
+__device__ inline float decay(float w) { return exp2_approx(-kLog2E * exp2_approx(kLog2E * w)); }
+
 // exp(w), kept finite, so that no gradient meets 0 times infinity; its decay is 0 long before.
 __device__ inline float decay_rate(float w) {
   w = w > 88 ? 88 : w;
   w = w < -104 ? -104 : w;
-  constexpr float kLog2E = 1.44269504f, kLog2ELow = 1.92596303e-8f, kLn2 = 0.693147181f;
+  constexpr float kLog2ELow = 1.92596303e-8f, kLn2 = 0.693147181f;
   const float x = w * kLog2E;
   const float lost = fmaf(w, kLog2E, -x) + w * kLog2ELow;  // of the exponent by rounding
   const float y = exp2_approx(x);
@@ -22,7 +27,19 @@ __device__ inline float decay_rate(float w) {
 __device__ inline double decay_rate(double w) { return exp(w > 709 ? 709 : w); }
 
 // What rounds the exponent here is small where the decay is not.
-__device__ inline float decay_of_rate(float rate) { return exp2_approx(rate * -1.44269504f); }
+__device__ inline float decay_of_rate(float rate) { return exp2_approx(rate * -kLog2E); }
 __device__ inline double decay_of_rate(double rate) { return exp(-rate); }
+
+// The decay minus 1, to all digits. A decay near 1 has few left for what it takes from the state,
+// and its rounding is the same at every token: S + change S + k v does not add that up.
+__device__ inline float change_of_rate(float rate) {
+  if (!(rate < 0.25f)) return decay_of_rate(rate) - 1;
+  float series = fmaf(rate, -1 / 720.f, 1 / 120.f);
+  series = fmaf(-rate, series, 1 / 24.f);
+  series = fmaf(-rate, series, 1 / 6.f);
+  series = fmaf(-rate, series, 1 / 2.f);
+  return -rate * fmaf(-rate, series, 1.f);
+}
+__device__ inline double change_of_rate(double rate) { return expm1(-rate); }
 
 }  // namespace rwkv6::cuda

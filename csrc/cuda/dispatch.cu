@@ -14,10 +14,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw CudaError(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 // Makes the tensors' device the thread's current one while a call runs.
 class CurrentDevice {
   int before_ = 0, device_;
@@ -45,7 +41,8 @@ Launch launch_on(const rwkv6_context* context, int device) {
     throw CudaError(
         "context: tensors on a GPU need one with the stream to launch on and `allocate`");
   return {context, static_cast<cudaStream_t>(context->stream),
-          attribute(cudaDevAttrMultiProcessorCount, device)};
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -170,12 +167,12 @@ int current_device() {
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
 }
 
-void check_launched(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // otherwise the next launch would be blamed for it
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
+    const int device = current_device();
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
     throw CudaError("CUDA device " + std::to_string(device) + " has compute capability " +
@@ -183,8 +180,10 @@ void check_launched(const char* kernel) {
                     ", for which this library has no kernels: it was built for " + architectures() +
                     " (TORCH_CUDA_ARCH_LIST chooses)");
   }
-  check(error, kernel);
+  throw CudaError(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+void check_launched(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 unsigned blocks_for(int64_t work, int64_t per_block) {
   constexpr int64_t kMost = INT32_MAX;  // of a grid's first dimension

@@ -20,7 +20,9 @@ struct CudaError : std::runtime_error {
 struct Launch {
   const rwkv6_context* context;
   cudaStream_t stream;
-  int multiprocessors;  // of the current device, which is the tensors'
+  // Of the current device, which is the tensors':
+  int multiprocessors;
+  int shared_memory;  // bytes, the most that a block gets
 
   // Device memory for n elements, 256-byte aligned and uninitialised, which lives as long as the
   // kernels launched by this call. Throws std::bad_alloc.
@@ -33,7 +35,9 @@ struct Launch {
   }
 };
 
-// Throws what the launch of `kernel` just before left behind.
+// Throws what CUDA refused, with the function's or kernel's name.
+void check(cudaError_t error, const char* what);
+// The same for the launch of `kernel` just before.
 void check_launched(const char* kernel);
 
 // How many blocks of a grid's first dimension do so much work. Throws where CUDA allows fewer.

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/cp_async.cuh"
 #include "views.h"
 
 namespace rwkv6::cuda {
@@ -135,23 +136,7 @@ __device__ Pack<T> zeros() {
   return pack;
 }
 
-// Asynchronous copies into shared memory: a thread unpacks what it has fetched itself.
-
-template <int bytes>
-__device__ void copy_async(void* shared, const void* global) {
-  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
-  if constexpr (bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes)
-                 : "memory");
-}
-__device__ inline void copy_async_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until no more than `pending` groups of this thread are under way.
-template <int pending>
-__device__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
+// A thread unpacks what it has copied itself.
 
 // Starts to copy the elements of a pack, as they are, to the start of its place.
 template <class T>
@@ -161,18 +146,18 @@ __device__ void fetch_pack(Pack<T>* place, const char* from, DType dtype, int64_
   const int size = int(size_of(dtype));
   if (whole && count >= kSize) {
     if (size * kSize == 16)
-      copy_async<16>(place, from);
+      cp_async<16>(place, from);
     else
-      copy_async<8>(place, from);
+      cp_async<8>(place, from);
     return;
   }
   char* to = reinterpret_cast<char*>(place);
 #pragma unroll 1
   for (int e = 0; e < kSize && e < count; e++, to += size, from += size) {
     if (size == 8)
-      copy_async<8>(to, from);
+      cp_async<8>(to, from);
     else if (size == 4)
-      copy_async<4>(to, from);
+      cp_async<4>(to, from);
     else
       *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
   }

@@ -13,9 +13,10 @@ template <int N>
 struct Shared {
   Rows<N> rows;  // of x, decayed to the chunk's end (backwards: from its beginning)
   float products[kQuads][N], total[N];
-  uint32_t raw[2][2][kChunk * kRawRow<N>];  // x, v of two chunks
-  uint32_t raw_w[2][kChunk * (N + 8)];      // rows of 16 or 32 bits
+  // and behind it two buffers of x, v and w
 };
+static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
+              sizeof(Shared<128>) % 16 == 0);
 
 // What the walk leaves behind: the segment's end from zeros and its decay, or checkpoints.
 struct Results {
@@ -45,11 +46,12 @@ __global__ void __launch_bounds__(2 * N)
     load_state<E, N>(s, walk.from, at.span.initial, at.h, value);
 
   const bool wide = walk.w.dtype == DType::f32;
+  const Buffers<N, 2> staged(&shared + 1, wide);
   const auto stage_chunk = [&](int64_t first, int buffer) {
-    stage<N, kThreads>(shared.raw[buffer][0], walk.x, at, first);
-    stage<N, kThreads>(shared.raw[buffer][1], walk.v, at, first);
-    stage_w<N, kThreads>(shared.raw_w[buffer], walk.w, at, first);
-    commit_copies();
+    stage<N, kThreads>(staged.tensor(buffer, 0), walk.x, at, first);
+    stage<N, kThreads>(staged.tensor(buffer, 1), walk.v, at, first);
+    stage_w<N, kThreads>(staged.w(buffer), walk.w, at, first);
+    cp_async_commit();
   };
   const int64_t chunks = (at.last - at.first + kChunk - 1) / kChunk;
   const auto first_of = [&](int64_t c) {
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(2 * N)
   for (int64_t c = 0; c < chunks; c++) {
     const int64_t first = first_of(c);
     const int buffer = int(c % 2);
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     if (c + 1 < chunks) stage_chunk(first_of(c + 1), buffer ^ 1);
     if (results.checkpoints && first % (kChunk * kGroup) == 0) {
@@ -71,10 +73,10 @@ __global__ void __launch_bounds__(2 * N)
     }
 
     float x[kQuad][K], scale[K];
-    my.load(x, shared.raw_w[buffer], wide);
+    my.load(x, staged.w(buffer), wide);
     my.decays(x, int(min(at.last - first, int64_t(kChunk))));
     my.share_products(shared.products);
-    my.load(x, shared.raw[buffer][0]);
+    my.load(x, staged.tensor(buffer, 0));
     __syncthreads();
     my.load_products(shared.products);
     multiply(x, x, reverse ? my.before : my.after);
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(2 * N)
       for (int i = 0; i < K; i++) shared.total[my.key + i] = scale[i], decay[i] *= scale[i];
     }
     ValueTile v;
-    load_values<E, N>(v, shared.raw[buffer][1], value);
+    load_values<E, N>(v, staged.tensor(buffer, 1), value);
     __syncthreads();
     update_state<N>(s, shared.total, shared.rows, v);
   }
@@ -130,10 +132,12 @@ __global__ void scan_kernel(const __grid_constant__ Walk walk,
 template <class E, int N>
 void walk_states(const Launch& launch, const Walk& walk, const Segments& segments,
                  const float* starts, const Results& results) {
-  launch_chunked("state_walk",
-                 walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>,
-                 launch, walk.sequences.count * walk.H * segments.count, 2 * N,
-                 int(sizeof(Shared<N>)), walk, segments, starts, results);
+  const bool wide = walk.w.dtype == DType::f32;
+  const ChunkedKernel kernel = {
+      "state_walk", walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>,
+      2 * N, int(sizeof(Shared<N>)) + 2 * Buffers<N, 2>::bytes(wide)};
+  kernel.run(launch, walk.sequences.count * walk.H * segments.count, walk, segments, starts,
+             results);
 }
 
 }  // namespace
@@ -165,8 +169,8 @@ const float* segment_starts(const Launch& launch, const Walk& walk, const Segmen
     using E = decltype(element);
     constexpr int N = decltype(size)::value, kThreads = 256;
     walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, nullptr});
-    launch_chunked("scan", scan_kernel<E>, launch, units * (N * N / kThreads), kThreads, 0, walk,
-                   segments, ends, decays);
+    const ChunkedKernel scan = {"scan", scan_kernel<E>, kThreads, 0};
+    scan.run(launch, units * (N * N / kThreads), walk, segments, ends, decays);
   });
   return ends;
 }

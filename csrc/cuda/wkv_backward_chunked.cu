@@ -11,7 +11,7 @@
 //
 // One block walks a segment backwards. Half of its warps have 16 values each of G and give dv, the
 // other half have 16 keys each, of the same G, and give dr, dk and dw. S comes from checkpoints,
-// one every kGroup chunks; the states between are computed again and pass through a scratch in L2.
+// one every kGroup chunks; the states between are recomputed and pass through a scratch in L2.
 #include "cuda/chunk.cuh"
 #include "cuda/chunked.cuh"
 
@@ -20,7 +20,7 @@ namespace {
 
 template <int N>
 struct Shared {
-  Place at;  // here, as what follows, because registers are few
+  alignas(16) Place at;  // here, as what follows, because registers are few
   float u[N], du[kQuads][N];
   // As in the forward; then the gradients of the same rows, before their scales.
   Rows<N> levels[kLevels], r, k;
@@ -29,11 +29,15 @@ struct Shared {
   float sums[3][kQuads][N];
   Pairs pairs;  // A transposed
   Bonus<N, 1> bonus;
-  float diagonal[kChunk];                   // P[t][t]
-  uint32_t raw[2][4][kChunk * kRawRow<N>];  // r, k, v, grad_y of two chunks
-  // and behind it w: [2][kChunk] rows of N elements + 32 bytes
-  static __device__ __host__ int w_words(bool wide) { return kChunk * (wide ? N + 8 : kRawRow<N>); }
+  float diagonal[kChunk];  // P[t][t]
+  // and behind it one or two buffers of r, k, v, grad_y and w
+  using Staged = Buffers<N, 4>;
+  static constexpr int bytes(bool wide, int buffers) {
+    return int(sizeof(Shared)) + buffers * Staged::bytes(wide);
+  }
 };
+static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
+              sizeof(Shared<128>) % 16 == 0 && Shared<128>::bytes(true, 1) <= kLeastSharedMemory);
 
 // A warp's 16 keys of a state: [p][e] has values 16p + 4t + e and 16p + 4t + 2 + e, of key g and
 // then of key g + 8.
@@ -74,25 +78,31 @@ __device__ inline void update_key_tile(KeyTile<N>& x, const float (&total)[N], c
                                        const uint32_t* raw, int key) {
   const Lane lane;
   const float upper = total[key + lane.g], lower = total[key + lane.g + 8];
-  uint32_t a[2][4];
+  uint32_t a[2][2][4];  // [low or high][step]
 #pragma unroll
   for (int step = 0; step < 2; step++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      a[step][i] =
-          __float_as_uint(rows[8 * step + lane.t + 4 * (i / 2)][key + lane.g + 8 * (i % 2)]);
+    for (int i = 0; i < 4; i++) {
+      const TwoTf32 x(rows[8 * step + lane.t + 4 * (i / 2)][key + lane.g + 8 * (i % 2)]);
+      a[0][step][i] = x.low, a[1][step][i] = x.high;
+    }
 #pragma unroll
   for (int p = 0; p < N / 16; p++) {
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      x[p][e][0] *= upper, x[p][e][1] *= upper, x[p][e][2] *= lower, x[p][e][3] *= lower;
+    float added[2][4] = {};
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       const uint32_t* two = &raw[(8 * step + lane.t) * kRawRow<N> + 8 * p + lane.g];
       const uint32_t b0 = two[0], b1 = two[4 * kRawRow<N>];
-      mma(x[p][0], a[step], __float_as_uint(E::low(b0)), __float_as_uint(E::low(b1)));
-      mma(x[p][1], a[step], __float_as_uint(E::high(b0)), __float_as_uint(E::high(b1)));
+#pragma unroll
+      for (int part = 0; part < 2; part++) {
+        mma(added[0], a[part][step], __float_as_uint(E::low(b0)), __float_as_uint(E::low(b1)));
+        mma(added[1], a[part][step], __float_as_uint(E::high(b0)), __float_as_uint(E::high(b1)));
+      }
     }
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[p][e][i] = fmaf(i < 2 ? upper : lower, x[p][e][i], added[e][i]);
   }
 }
 
@@ -192,24 +202,59 @@ __device__ inline void load_pairs(PairTile& pairs, float (&diagonal)[kChunk],
     }
 }
 
-// A level's gradients of its rows, in place, for the warp's keys.
+// Whether a pair of tokens is one of a level: the highest bit in which they differ is the level's.
+__device__ inline bool is_of_level(int row, int column, int level) {
+  return (row ^ column) >> level == 1;
+}
+
+// A level's gradients of its rows for the warp's keys, where rows may be NaN or infinite: zero times
+// that would be NaN.
 template <int N>
-__device__ inline void level_gradient(Rows<N>& rows, int level, const PairTile& pairs, int key) {
+__device__ inline void strange_level_gradient(TokenTile& out, const Rows<N>& rows, int level,
+                                              const PairTile& pairs, int key) {
+  const Lane lane;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll 1
+    for (int t = 0; t < 4; t++) {  // lane t of those with the same g has this column's pairs
+      const int column = 4 * i + t;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float pair = __shfl_sync(kAllLanes, pairs[i / 2][2 * half + i % 2], t, 4);
+        if (!is_of_level(lane.g + 8 * half, column, level)) continue;
+#pragma unroll
+        for (int q = 0; q < 2; q++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            out[q][2 * half + e] += pair * rows[column][key + 8 * q + 2 * lane.t + e];
+      }
+    }
+}
+
+// A level's gradients of its rows, in place, for the warp's keys.
+template <class E, int N>
+__device__ inline void level_gradient(Rows<N>& rows, int level, const PairTile& pairs, int key,
+                                      bool finite) {
   const Lane lane;
   TokenTile out = {};
+  if (!finite) strange_level_gradient<N>(out, rows, level, pairs, key);
 #pragma unroll
   for (int step = 0; step < 2; step++) {
-    uint32_t a[4];
+    if (!finite) break;
+    uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int row = lane.g + i % 2 * 8, column = 8 * step + lane.t + i / 2 * 4;
-      const bool here = (row ^ column) >> level == 1;  // the first bit they differ in
-      a[i] = here ? tf32(pairs[step][i % 2 * 2 + i / 2]) : 0;
+      const float pair = pairs[step][i % 2 * 2 + i / 2];
+      const float a = is_of_level(row, column, level) ? pair : 0.f;
+      high[i] = E::kFine ? __float_as_uint(a) : tf32(a), low[i] = TwoTf32(a).low;
     }
 #pragma unroll
     for (int q = 0; q < 2; q++) {
       const float* column = &rows[8 * step + lane.t][key + 8 * q + lane.g];
-      mma(out[q], a, __float_as_uint(column[0]), __float_as_uint(column[4 * (N + 8)]));
+      const uint32_t b0 = __float_as_uint(column[0]), b1 = __float_as_uint(column[4 * (N + 8)]);
+      if (E::kFine) mma(out[q], low, b0, b1);
+      mma(out[q], high, b0, b1);
     }
   }
   __syncwarp();
@@ -304,7 +349,7 @@ __device__ inline float finish(Gradients& out, const Shared<N>& shared, const Qu
     out.k[t] += u * r[t][0] * p;
     du += r[t][0] * k[t][0] * p;
     // where exp(w) has no value in f32, what crosses is exactly 0
-    out.w[t] = -power_of_2(kLog2E * fminf(w[t][0], 80.f)) * (crossing + out.w[t]);
+    out.w[t] = -exp2_approx(kLog2E * fminf(w[t][0], 80.f)) * (crossing + out.w[t]);
   }
   return du;
 }
@@ -343,6 +388,7 @@ struct Given {
   const float* ends;         // [unit][segment][N][N], G behind each segment, or nullptr
   float* scratch;            // [unit][segment][kGroup - 1][N][N]
   float* grad_u;             // [sequence][segment][H][N]
+  int buffers;  // of staged rows: 2, of which one is filled while the other is read, or 1
 };
 
 template <class E, int N>
@@ -383,15 +429,15 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
 
   const bool wide = job.w.dtype == DType::f32;
-  uint32_t* raw_w = reinterpret_cast<uint32_t*>(&shared + 1);
+  const typename Shared<N>::Staged staged(&shared + 1, wide);
   const auto chunks = [&] { return int((at.last - at.first + kChunk - 1) / kChunk); };
 
-  // The steps of a group of n chunks: the first n - 1 to compute their states again, then all n
+  // The steps of a group of n chunks: the first n - 1 to recompute their states, then all n
   // backwards.
   struct Step {
     int group, i, n;
-    __device__ bool again() const { return i < n - 1; }
-    __device__ int chunk() const { return again() ? i : 2 * (n - 1) - i; }
+    __device__ bool recomputes() const { return i < n - 1; }
+    __device__ int chunk() const { return recomputes() ? i : 2 * (n - 1) - i; }
   };
   const auto start_of = [&](int group) {
     return Step{group, 0, min(chunks() - group * kGroup, kGroup)};
@@ -405,14 +451,14 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   };
   const auto stage_step = [&](const Step& step, int buffer) {
     const int64_t first = first_of(step);
-    if (!step.again()) {
-      stage<N, kThreads>(shared.raw[buffer][0], job.r, at, first);
-      stage<N, kThreads>(shared.raw[buffer][3], job.grad_y, at, first);
+    if (!step.recomputes()) {
+      stage<N, kThreads>(staged.tensor(buffer, 0), job.r, at, first);
+      stage<N, kThreads>(staged.tensor(buffer, 3), job.grad_y, at, first);
     }
-    stage<N, kThreads>(shared.raw[buffer][1], job.k, at, first);
-    stage<N, kThreads>(shared.raw[buffer][2], job.v, at, first);
-    stage_w<N, kThreads>(raw_w + buffer * Shared<N>::w_words(wide), job.w, at, first);
-    commit_copies();
+    stage<N, kThreads>(staged.tensor(buffer, 1), job.k, at, first);
+    stage<N, kThreads>(staged.tensor(buffer, 2), job.v, at, first);
+    stage_w<N, kThreads>(staged.w(buffer), job.w, at, first);
+    cp_async_commit();
   };
   const auto scratch = [&](int chunk) {
     return given.scratch + (int64_t(blockIdx.x) * (kGroup - 1) + chunk) * (N * N);
@@ -431,26 +477,30 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     shared.du[my.quad][my.key] = 0.f;
     if (my.quad == 0) shared.u[my.key] = u[0];
   }
-  for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
 
   Step step = start_of((chunks() - 1) / kGroup);
-  if (chunks()) stage_step(step, 0);
-  for (int buffer = 0; at.first < at.last && step.group >= 0; step = next(step), buffer ^= 1) {
+  const bool ahead = given.buffers == 2;
+  if (ahead && chunks()) stage_step(step, 0);
+  for (int buffer = 0; at.first < at.last && step.group >= 0; step = next(step), buffer ^= ahead) {
     const int64_t first = first_of(step);
-    const uint32_t (*raw)[kChunk * kRawRow<N>] = shared.raw[buffer];
-    const uint32_t *raw_v = raw[2], *raw_grad_y = raw[3];
-    wait_for_copies<0>();
+    const uint32_t *raw_v = staged.tensor(buffer, 2), *raw_grad_y = staged.tensor(buffer, 3);
+    if (ahead) cp_async_wait<0>();
     __syncthreads();
-    if (const Step after = next(step); after.group >= 0) stage_step(after, buffer ^ 1);
+    if (const Step then = ahead ? next(step) : step; then.group >= 0)
+      stage_step(then, buffer ^ ahead);
+    if (!ahead) {
+      cp_async_wait<0>();
+      __syncthreads();
+    }
 
     Quad<E, N, kThreads> my;
     float r[kQuad][K], k[kQuad][K], w[kQuad][K], x[kQuad][K], before[K], after[K];
-    my.load(w, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.load(w, staged.w(buffer), wide);
     my.decays(w, int(min(at.last - first, int64_t(kChunk))));
     my.share_products(shared.products);
-    my.load(k, raw[1]);
-    if (!step.again()) {
-      my.load(r, raw[0]);
+    my.load(k, staged.tensor(buffer, 1));
+    if (!step.recomputes()) {
+      my.load(r, staged.tensor(buffer, 0));
       const float u[K] = {shared.u[my.key]};
       share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
     }
@@ -459,13 +509,14 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     my.product(before, 0, my.quad);
     my.product(after, my.quad + 1, kQuads);
     multiply(x, k, my.after);
+    if (!step.recomputes()) after[0] *= kToTf32;  // times_state reads it, otherwise advance_state
     my.store(shared.k, x, after);
     if (my.quad == 0) {
       float all[K];
       my.product(all, 0, kQuads);
       shared.total[my.key] = all[0];
     }
-    if (step.again()) {
+    if (step.recomputes()) {
       __syncthreads();
       const Share<N> of = {};
       if (of.has_values)
@@ -479,17 +530,21 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
       my.store(shared.r, y, before);
       store_levels<E, N, kThreads, K>(shared.levels, my, r, k, y, x);
     }
-    __syncthreads();
+    bool finite = true;
+#pragma unroll
+    for (int t = 0; t < kQuad; t++)
+      finite &= is_finite(r[t][0]) && is_finite(k[t][0]) && is_finite(my.d[t][0]);
+    finite = __syncthreads_and(finite);
 
     float tiles[2][2][4] = {};  // dv, or dr and dk
     const Share<N> of = {};
     if (of.has_values) {
       for (int level = of.warp; level < kLevels; level += kValueWarps)
-        pair_level<N, true>(shared.pairs, level, shared.levels[level]);
+        pair_level<E, N, true>(shared.pairs, level, shared.levels[level]);
       if (threadIdx.x < kChunk)
         shared.pairs[threadIdx.x][threadIdx.x] =
-            __uint_as_float(tf32(bonus_of(shared.bonus, threadIdx.x)));
-      times_state<N>(tiles[0], shared.k, g);
+            pair_operand<E>(bonus_of(shared.bonus, threadIdx.x));
+      times_state<E, N>(tiles[0], shared.k, g);
       ValueTile grad_y;
       load_values<E, N>(grad_y, raw_grad_y, of.value);
       update_state<N>(g, shared.total, shared.r, grad_y);
@@ -503,7 +558,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     if (of.has_values) {
       ValueTile grad_y;
       load_values<E, N>(grad_y, raw_grad_y, of.value);
-      times_values(tiles[0], shared.pairs, grad_y);
+      times_values<E, N, true>(tiles[0], shared.pairs, grad_y, raw_grad_y, of.value);
       store_output<E>(tiles[0], job.grad_v, at, first, of.value);
     } else {
       store_tile<N>(shared.r, tiles[0], of.key);
@@ -512,20 +567,20 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
       load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, of.key == 0);
 #pragma unroll
       for (int level = 0; level < kLevels; level++)
-        level_gradient<N>(shared.levels[level], level, pairs, of.key);
+        level_gradient<E, N>(shared.levels[level], level, pairs, of.key, finite);
     }
     __syncthreads();
 
     my = Quad<E, N, kThreads>();  // anew: registers are few
     Gradients gradients = {};
-    my.load(w, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.load(w, staged.w(buffer), wide);
     my.decays(w, int(min(at.last - first, int64_t(kChunk))));
-    my.load(r, raw[0]);
-    my.load(k, raw[1]);
+    my.load(r, staged.tensor(buffer, 0));
+    my.load(k, staged.tensor(buffer, 1));
     my.load_products(shared.products);
     collect<E, N>(gradients, shared, my, r, k);
     __syncthreads();
-    my.load(w, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.load(w, staged.w(buffer), wide);
     shared.du[my.quad][my.key] += finish<E, N>(gradients, shared, my, r, k, w);
     const int64_t token = first + kQuad * my.quad;
     store_quad<E>(gradients.r, job.grad_r, at, token, my.key);
@@ -545,12 +600,18 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
 }
 
-constexpr int64_t kBlocksEach = 2;  // on a multiprocessor at head size 64
-
 template <class E, int N>
 void run(const Launch& launch, const BackwardJob& job) {
   const Sequences& all = job.sequences;
-  const Segments segments = segments_of(launch, all, job.H, kBlocksEach);
+  const auto kernel_of = [&](int buffers) {
+    return ChunkedKernel{"backward_chunked", backward_chunked_kernel<E, N>, 4 * N,
+                         Shared<N>::bytes(job.w.dtype == DType::f32, buffers)};
+  };
+  // another block on a multiprocessor hides more than a second buffer
+  const int with_one = kernel_of(1).blocks_each(launch),
+            with_two = kernel_of(2).blocks_each(launch);
+  const int buffers = with_one > with_two ? 1 : 2;
+  const Segments segments = segments_of(launch, all, job.H, std::max(with_one, with_two));
   const int64_t blocks = all.count * job.H * segments.count;
   const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
   const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};
@@ -561,10 +622,8 @@ void run(const Launch& launch, const BackwardJob& job) {
   }
   const Given given = {checkpoints(launch, forwards, segments, starts), ends,
                        launch.workspace<float>(blocks * (kGroup - 1) * N * N),
-                       launch.workspace<float>(blocks * N)};
-  const int w_bytes = 2 * 4 * Shared<N>::w_words(job.w.dtype == DType::f32);
-  launch_chunked("backward_chunked", backward_chunked_kernel<E, N>, launch, blocks, 4 * N,
-                 int(sizeof(Shared<N>)) + w_bytes, job, segments, given);
+                       launch.workspace<float>(blocks * N), buffers};
+  kernel_of(buffers).run(launch, blocks, job, segments, given);
   sum_heads<float>(launch, given.grad_u, all.count, segments.count, job.H, N, job.grad_u);
 }
 

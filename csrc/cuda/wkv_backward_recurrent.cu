@@ -61,7 +61,7 @@ template <class T, int P>
 struct Forward {
   typedef Shape<T, P> Shape;
   Pack<T> k[Shape::kChunk][Shape::kKeyPacks];
-  Pack<T> w[Shape::kChunk][Shape::kKeyPacks];  // then the decay
+  Pack<T> w[Shape::kChunk][Shape::kKeyPacks];  // then the decay minus 1
   Pack<T> v[Shape::kChunk][Shape::kRowPacks];
 };
 
@@ -76,7 +76,7 @@ struct Backward {
   Pack<T> w[C][Shape::kKeyPacks];     // then the decay's rate, then dw
   Pack<T> fr[C][Shape::kKeyPacks];    // F_t r_t, then S dy_t
   Pack<T> bk[C][Shape::kKeyPacks];    // B_t k_t, then G v_t
-  Pack<T> all[Shape::kKeyPacks];      // product of the chunk's decays
+  Pack<T> change[Shape::kKeyPacks];   // product of the chunk's decays, minus 1
   Pack<T> meeting[Shape::kKeyPacks];  // sum_j S G
   Pack<T> u[Shape::kKeyPacks];
   Pack<T> grad_u[Shape::kKeyPacks];
@@ -205,10 +205,10 @@ struct RateOf {
     return decay_rate(w);
   }
 };
-struct DecayOf {
+struct ChangeOf {
   template <class T>
   __device__ T operator()(T w) const {
-    return decay_of_rate(decay_rate(w));
+    return change_of_rate(decay_rate(w));
   }
 };
 
@@ -327,15 +327,15 @@ __device__ void walk_there(const BackwardJob& job, const Whole& whole, const Wor
     fetch_rows<T, Shape::kKeyPacks>(rows.k, job.k, place, begin, C, place.keys, whole.k);
     fetch_rows<T, Shape::kKeyPacks>(rows.w, job.w, place, begin, C, place.keys, whole.w);
     fetch_rows<T, Shape::kRowPacks>(rows.v, job.v, place, begin, C, place.columns, whole.v);
-    copy_async_end();
-    copy_async_wait<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(rows.k, job.k, C, place.keys.count, AsItIs());
-    unpack_rows<T, Shape::kKeyPacks, C>(rows.w, job.w, C, place.keys.count, DecayOf());
+    unpack_rows<T, Shape::kKeyPacks, C>(rows.w, job.w, C, place.keys.count, ChangeOf());
     unpack_rows<T, Shape::kRowPacks, C>(rows.v, job.v, C, place.columns.count, AsItIs());
     __syncthreads();
 #pragma unroll 1
     for (int t = 0; t < C; t++) {
-      const Pack<T> k = rows.k[t][lane.key_pack], d = rows.w[t][lane.key_pack];
+      const Pack<T> k = rows.k[t][lane.key_pack], change = rows.w[t][lane.key_pack];
 #pragma unroll
       for (int p = 0; p < Shape::kColumnPacks; p++) {
         const Pack<T> v = rows.v[t][lane.column_pack(p)];
@@ -344,7 +344,7 @@ __device__ void walk_there(const BackwardJob& job, const Whole& whole, const Wor
 #pragma unroll
           for (int c = 0; c < Shape::kPack; c++) {
             T& s = S[a][p * Shape::kPack + c];
-            s = d.x[a] * s + k.x[a] * v.x[c];
+            s += change.x[a] * s + k.x[a] * v.x[c];
           }
       }
     }
@@ -360,14 +360,16 @@ __device__ void fade(Backward<T, P>& back) {
   const Lane<T, P> lane;
   const int i = lane.own_key;
   if (!lane.owns) return;
-  T d[C], product = 1;
+  T d[C], product = 1, change = 0;  // of the product, from 1
 #pragma unroll
   for (int t = 0; t < C; t++) {
+    const T m = change_of_rate(elements(back.w[t])[i]);
     d[t] = decay_of_rate(elements(back.w[t])[i]);
     elements(back.fr[t])[i] = product * elements(back.r[t])[i];
     product *= d[t];
+    change = m * change + (m + change);
   }
-  elements(back.all)[i] = product;
+  elements(back.change)[i] = change;
   product = 1;
 #pragma unroll
   for (int t = C - 1; t >= 0; t--) {
@@ -463,13 +465,13 @@ __device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::St
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;
   T sums[Shape::kKeys] = {};
-  const Pack<T> all = back.all[lane.key_pack];
+  const Pack<T> change = back.change[lane.key_pack];
 #pragma unroll
   for (int a = 0; a < Shape::kKeys; a++)
 #pragma unroll
     for (int j = 0; j < Shape::kColumns; j++) {
       sums[a] += S[a][j] * G[a][j];
-      G[a][j] *= all.x[a];
+      G[a][j] += change.x[a] * G[a][j];
     }
   lane.sum_columns(sums, back.meeting);
 #pragma unroll 1
@@ -631,8 +633,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     fetch_rows<T, Shape::kRowPacks>(back.v, job.v, place, begin, tokens, columns, whole.v);
     fetch_rows<T, Shape::kRowPacks>(back.grad_y, job.grad_y, place, begin, tokens, columns,
                                     whole.grad_y);
-    copy_async_end();
-    copy_async_wait<0>();
+    cp_async_commit();
+    cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(back.r, job.r, tokens, keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(back.k, job.k, tokens, keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(back.w, job.w, tokens, keys.count, RateOf());
@@ -722,9 +724,11 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
       rows_whole<T>(job.grad_final), rows_whole<T>(job.grad_r), rows_whole<T>(job.grad_k),
       rows_whole<T>(grad_v_parts),   rows_whole<T>(job.grad_w), rows_whole<T>(job.grad_initial)};
   const int bytes = int(sizeof(Backward<T, P>));
+  static_assert(sizeof(Backward<T, P>) <= 99 * 1024);  // on every architecture from 8.0 on
   if (bytes > 48 * 1024)
-    cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
-                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    check(cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "backward_recurrent");
   backward_recurrent_kernel<T, P>
       <<<blocks_for(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, whole,
                                                                                   workspace);

@@ -13,10 +13,12 @@ struct Shared {
   float products[kQuads][N], total[N];
   Pairs pairs;
   Bonus<N, K> bonus;
-  uint32_t raw[2][3][kChunk * kRawRow<N>];  // r, k, v of two chunks
-  // and behind it w: [2][kChunk] rows of N elements + 32 bytes
-  static __device__ __host__ int w_words(bool wide) { return kChunk * (wide ? N + 8 : kRawRow<N>); }
+  // and behind it two buffers of r, k, v and w
+  using Staged = Buffers<N, 3>;
+  static constexpr int bytes(bool wide) { return int(sizeof(Shared)) + 2 * Staged::bytes(wide); }
 };
+static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
+              sizeof(Shared<128>) % 16 == 0 && Shared<128>::bytes(true) <= kLeastSharedMemory);
 
 template <class E, int N>
 __global__ void __launch_bounds__(2 * N)
@@ -42,33 +44,32 @@ __global__ void __launch_bounds__(2 * N)
     load_state<E, N>(s, job.initial, at.span.initial, at.h, value);
 
   const bool wide = job.w.dtype == DType::f32;
-  uint32_t* raw_w = reinterpret_cast<uint32_t*>(&shared + 1);
+  const typename Shared<N>::Staged staged(&shared + 1, wide);
   const auto stage_chunk = [&](int64_t first, int buffer) {
-    stage<N, kThreads>(shared.raw[buffer][0], job.r, at, first);
-    stage<N, kThreads>(shared.raw[buffer][1], job.k, at, first);
-    stage<N, kThreads>(shared.raw[buffer][2], job.v, at, first);
-    stage_w<N, kThreads>(raw_w + buffer * Shared<N>::w_words(wide), job.w, at, first);
-    commit_copies();
+    stage<N, kThreads>(staged.tensor(buffer, 0), job.r, at, first);
+    stage<N, kThreads>(staged.tensor(buffer, 1), job.k, at, first);
+    stage<N, kThreads>(staged.tensor(buffer, 2), job.v, at, first);
+    stage_w<N, kThreads>(staged.w(buffer), job.w, at, first);
+    cp_async_commit();
   };
   Quad<E, N, kThreads> my;
   float u[K];
   load_u<E, K>(u, job.u, at.h, at.span.b, my.key);
-  for (int i = threadIdx.x; i < kChunk * 20; i += kThreads) shared.pairs[i / 20][i % 20] = 0.f;
   if (at.first < at.last) stage_chunk(at.first, 0);
 
   int buffer = 0;
   for (int64_t first = at.first; first < at.last; first += kChunk, buffer ^= 1) {
-    const uint32_t (*raw)[kChunk * kRawRow<N>] = shared.raw[buffer];
-    wait_for_copies<0>();
+    const uint32_t* raw_v = staged.tensor(buffer, 2);
+    cp_async_wait<0>();
     __syncthreads();
     if (first + kChunk < at.last) stage_chunk(first + kChunk, buffer ^ 1);
 
     float r[kQuad][K], k[kQuad][K], x[kQuad][K], scale[K];
-    my.load(x, raw_w + buffer * Shared<N>::w_words(wide), wide);
+    my.load(x, staged.w(buffer), wide);
     my.decays(x, int(min(at.last - first, int64_t(kChunk))));
     my.share_products(shared.products);
-    my.load(r, raw[0]);
-    my.load(k, raw[1]);
+    my.load(r, staged.tensor(buffer, 0));
+    my.load(k, staged.tensor(buffer, 1));
     share_bonus<E, N, kThreads, K>(shared.bonus, my, r, k, u);
     __syncthreads();
     my.load_products(shared.products);
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(2 * N)
       multiply(to_after, k, my.after);
       store_levels<E, N, kThreads, K>(shared.levels, my, r, k, from_before, to_after);
       my.product(scale, 0, my.quad);
-      my.store(shared.r, from_before, scale);
+      my.store_tf32(shared.r, from_before, scale);
       my.product(scale, my.quad + 1, kQuads);
       my.store(shared.k, to_after, scale);
     }
@@ -90,37 +91,33 @@ __global__ void __launch_bounds__(2 * N)
     __syncthreads();
 
     for (int level = warp; level < kLevels; level += kThreads / 32)
-      pair_level<N, false>(shared.pairs, level, shared.levels[level]);
+      pair_level<E, N, false>(shared.pairs, level, shared.levels[level]);
     if (threadIdx.x < kChunk)
-      shared.pairs[threadIdx.x][threadIdx.x] =
-          __uint_as_float(tf32(bonus_of(shared.bonus, threadIdx.x)));
+      shared.pairs[threadIdx.x][threadIdx.x] = pair_operand<E>(bonus_of(shared.bonus, threadIdx.x));
     OutputTile y = {};
     ValueTile v;
-    load_values<E, N>(v, raw[2], value);
-    times_state<N>(y, shared.r, s);
+    load_values<E, N>(v, raw_v, value);
+    times_state<E, N>(y, shared.r, s);
     update_state<N>(s, shared.total, shared.k, v);
     __syncthreads();
 
-    times_values(y, shared.pairs, v);
+    times_values<E, N, false>(y, shared.pairs, v, raw_v, value);
     store_output<E>(y, job.y, at, first, value);
   }
   if (at.is_end())
     store_state<N>(s, f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, value);
 }
 
-constexpr int64_t kBlocksEach = 4;  // on a multiprocessor at head size 64
-
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
-  const Segments segments = segments_of(launch, job.sequences, job.H, kBlocksEach);
+  const ChunkedKernel kernel = {"forward_chunked", forward_chunked_kernel<E, N>, 2 * N,
+                                Shared<N>::bytes(job.w.dtype == DType::f32)};
+  const Segments segments = segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch));
   const float* starts = nullptr;
   if (segments.count > 1)
     starts = segment_starts(
         launch, {job.sequences, job.H, job.N, job.k, job.v, job.w, job.initial, false}, segments);
-  const int w_bytes = 2 * 4 * Shared<N>::w_words(job.w.dtype == DType::f32);
-  launch_chunked("forward_chunked", forward_chunked_kernel<E, N>, launch,
-                 job.sequences.count * job.H * segments.count, 2 * N,
-                 int(sizeof(Shared<N>)) + w_bytes, job, segments, starts);
+  kernel.run(launch, job.sequences.count * job.H * segments.count, job, segments, starts);
 }
 
 }  // namespace

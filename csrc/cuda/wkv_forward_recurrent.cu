@@ -40,7 +40,7 @@ struct Tile {
   static constexpr int kTokens = Shape<T, P>::kTile;
   Pack<T> r[kTokens][P / Pack<T>::kSize];
   Pack<T> k[kTokens][P / Pack<T>::kSize];
-  Pack<T> w[kTokens][P / Pack<T>::kSize];  // then the decay
+  Pack<T> w[kTokens][P / Pack<T>::kSize];  // then the decay minus 1
   Pack<T> v[kTokens][P / Pack<T>::kSize];
   T bonus[kTokens];  // sum_i r u k
 };
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
         fetch_pack(&to.v[t][p], v + i * size_of(job.v.dtype), job.v.dtype, count, whole.v);
       }
     }
-    copy_async_end();
+    cp_async_commit();
   };
   fetch(0);
 
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     Tile<T, P>& rows = tiles[tile % 2];
     const int64_t left = span.length - tile * kTile;
     const int tokens = left < kTile ? int(left) : kTile;
-    copy_async_wait<0>();
+    cp_async_wait<0>();
     for (int t0 = 0; t0 < tokens; t0 += row_tokens) {
       const int t = t0 + row_token;
       T bonus = 0;
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
           for (int e = 0; e < kPack; e++) {
             bonus += r.x[e] * u[n][e] * k.x[e];
-            w.x[e] = decay_of_rate(decay_rate(w.x[e]));
+            w.x[e] = change_of_rate(decay_rate(w.x[e]));
           }
           rows.r[t][p] = r;
           rows.k[t][p] = k;
@@ -176,31 +176,61 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     __syncthreads();  // the tile is there, and nobody needs the one before
     if (tile + 1 < tile_count) fetch(tile + 1);
 
-#pragma unroll 1
-    for (int t = 0; t < tokens; t++, y_row += job.y.distance(1, 0)) {
-      T y[kPack] = {};
+    // One token, or two at once: with d = 1 + m, half as many sums are rounded to the state's size.
+    //   y_0 = r_0 S, y_1 = r_1 d_0 S + (r_1 . k_0) v_0, S += (d_0 d_1 - 1) S + d_1 k_0 v_0 + k_1 v_1
+    const auto walk = [&](int t, auto count) {
+      constexpr int C = decltype(count)::value, kLast = C - 1;
+      T y[C][kPack] = {};
       if (column < P) {
-        const Pack<T> v = rows.v[t][column / kPack];
+        Pack<T> v[C];
+        T pair = 0;  // of this thread's keys
+#pragma unroll
+        for (int q = 0; q < C; q++) v[q] = rows.v[t + q][column / kPack];
 #pragma unroll
         for (int p = 0; p < Shape::kKeyPacks; p++) {
           const int at = p * Shape::kKeyLanes + key_lane;
-          const Pack<T> r = rows.r[t][at], k = rows.k[t][at], d = rows.w[t][at];
+          Pack<T> r[C], k[C], m[C];
 #pragma unroll
-          for (int e = 0; e < kPack; e++)
+          for (int q = 0; q < C; q++)
+            r[q] = rows.r[t + q][at], k[q] = rows.k[t + q][at], m[q] = rows.w[t + q][at];
+#pragma unroll
+          for (int e = 0; e < kPack; e++) {
+            const T m_0 = m[0].x[e], m_1 = m[kLast].x[e];
+            T change = m_0;
+            if (C == 2) {
+              change = m_0 * m_1 + (m_0 + m_1);
+              pair += r[kLast].x[e] * k[0].x[e];
+              r[kLast].x[e] *= 1 + m_0;
+              k[0].x[e] *= 1 + m_1;
+            }
 #pragma unroll
             for (int c = 0; c < kPack; c++) {
               T& s = state[p][e][c];
-              y[c] += r.x[e] * s;
-              s = d.x[e] * s + k.x[e] * v.x[c];
+              T added = k[kLast].x[e] * v[kLast].x[c];
+              if (C == 2) added += k[0].x[e] * v[0].x[c];
+#pragma unroll
+              for (int q = 0; q < C; q++) y[q][c] += r[q].x[e] * s;
+              s += change * s + added;
             }
+          }
+        }
+        if (C == 2)
+#pragma unroll
+          for (int c = 0; c < kPack; c++) y[kLast][c] += pair * v[0].x[c];
+      }
+#pragma unroll
+      for (int q = 0; q < C; q++, y_row += job.y.distance(1, 0)) {
+        const int j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y[q], lane);
+        if (key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
+          const T v = rows.v[t + q][j / kPack].x[j % kPack];
+          store_element(y_row, job.y.dtype, j, y[q][0] + rows.bonus[t + q] * v);
         }
       }
-      const int j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y, lane);
-      if (key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
-        const T v = rows.v[t][j / kPack].x[j % kPack];
-        store_element(y_row, job.y.dtype, j, y[0] + rows.bonus[t] * v);
-      }
-    }
+    };
+    int t = 0;
+#pragma unroll 1
+    for (; t + 1 < tokens; t += 2) walk(t, std::integral_constant<int, 2>());
+    if (t < tokens) walk(t, std::integral_constant<int, 1>());
   }
 
   if (!final) return;

@@ -30,6 +30,7 @@ DEFAULTS = {
     "abort": 0,  # on errors, for a debugger
     "devices": 1,
     "cc": 80,  # compute capability
+    "driver": 13000,  # the CUDA version that it supports; 0: no driver
     "multiprocessors": 0,  # 108, or 132 from cc 90 on
 }
 NO_KERNEL_IMAGE, LAUNCH_FAILURE = 209, 719

@@ -27,7 +27,7 @@ void directed(Statement& s, F f, int flops) {
         T result = f(a...);
         asm volatile("" : "+m"(result));
         std::fesetround(FE_TONEAREST);
-        return flush ? T(flush_denormal(float(result))) : result;
+        return canonical_nan(flush ? T(flush_denormal(float(result))) : result);
       },
       flops);
 }
@@ -49,8 +49,11 @@ void directed_operation(Statement& s) {
 // ---- float ----
 
 template <class... A, class F>
-void with_flags(Statement& s, F f, int flops) {
+void with_flags(Statement& s, F operation, int flops) {
   bool flush = s.has("ftz"), saturated = s.has("sat");
+  bool only_the_sign = s.name == "neg" || s.name == "abs" || s.name == "copysign";
+  if (only_the_sign && !flush && !saturated) return lanewise<float, A...>(s, operation, flops);
+  auto f = [operation](A... a) { return canonical_nan(operation(a...)); };
   if (!flush && !saturated) return lanewise<float, A...>(s, f, flops);
   auto flushed = [flush](float x) { return flush ? flush_denormal(x) : x; };
   lanewise<float, A...>(

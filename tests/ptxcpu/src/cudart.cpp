@@ -41,12 +41,11 @@ double now() {
 // ---- settings: PTXCPU_<NAME> in the environment, ptxcpu_configure in the program ----
 
 struct Settings {
-  std::map<std::string, int>
-      values =
-          {
-              {"check", 2},           {"order", 0}, {"statistics", 1}, {"footprint", 0},
-              {"verbose", 0},         {"abort", 0}, {"devices", 1},    {"cc", 80},
-              {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
+  std::map<std::string, int> values = {
+      {"check", 2},           {"order", 0},   {"statistics", 1},
+      {"footprint", 0},       {"verbose", 0}, {"abort", 0},
+      {"devices", 1},         {"cc", 80},     {"driver", CUDART_VERSION},  // 0: none
+      {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
   };
   Settings() {
     for (auto& [name, value] : values) {
@@ -116,7 +115,26 @@ struct Call {
 };
 #define PTXCPU_CALL Call call(__func__)
 
-constexpr uint64_t kMaxShared = 227 * 1024;
+// What a multiprocessor holds, by compute capability. CUDA keeps 1 KiB of shared memory a block.
+constexpr int kReservedShared = 1024, kRegisters = 65536;
+struct Limits {
+  int threads, blocks, shared;
+  int block_shared() const { return shared - kReservedShared; }
+};
+Limits limits() {
+  int cc = state().settings["cc"];
+  switch (cc) {
+    case 80: return {2048, 32, 164 * 1024};
+    case 86: return {1536, 16, 100 * 1024};
+    case 87: return {1536, 16, 164 * 1024};
+    case 89: return {1536, 24, 100 * 1024};
+    case 110: return {1536, 24, 228 * 1024};
+    default:
+      if (cc < 80) return {1024, 16, 64 * 1024};
+      if (cc < 120) return {2048, 32, 228 * 1024};
+      return {1536, 24, 100 * 1024};
+  }
+}
 
 int multiprocessors() {
   int given = state().settings["multiprocessors"];
@@ -265,7 +283,7 @@ cudaError_t launch_kernel(const void* host, dim3 grid, dim3 block, void** argume
     return failed(cudaErrorInvalidConfiguration);
   }
   if (threads > kernel.max_threads || shared > uint64_t(function.dynamic_shared) ||
-      shared + kernel.shared_bytes > kMaxShared) {
+      shared + kernel.shared_bytes > uint64_t(limits().block_shared())) {
     fprintf(stderr,
             "ptxcpu: %s: %llu threads (allowed %u), %zu bytes of dynamic shared memory (allowed "
             "%d)\n",
@@ -454,7 +472,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   if (it == state().kernels.end()) return failed(cudaErrorInvalidDeviceFunction);
   if (!module_for(it->second)) return failed(cudaErrorNoKernelImageForDevice);
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || uint64_t(value) > kMaxShared) return failed(cudaErrorInvalidValue);
+    const int fixed = int(module_for(it->second)->kernel(it->second.name)->shared_bytes);
+    if (value < 0 || value + fixed > limits().block_shared()) return failed(cudaErrorInvalidValue);
     it->second.dynamic_shared = value;
   }
   return cudaSuccess;
@@ -470,7 +489,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   memset(attributes, 0, sizeof *attributes);
   attributes->sharedSizeBytes = code.shared_bytes;
   attributes->maxThreadsPerBlock = int(code.max_threads);
-  attributes->numRegs = 64;  // PTX does not know
+  // PTX does not know; ptxas takes no more than these
+  attributes->numRegs = std::min<int>(255, kRegisters / (code.max_threads * code.min_blocks) & ~7);
   attributes->ptxVersion = attributes->binaryVersion = module->target;
   attributes->maxDynamicSharedSizeBytes = it->second.dynamic_shared;
   return cudaSuccess;
@@ -483,9 +503,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  size_t bytes = shared + attributes.sharedSizeBytes + 1024;  // that the system takes
-  int by_threads = 2048 / std::max((threads + kLanes - 1) / kLanes * kLanes, 1);
-  *blocks = std::min({by_threads, 32, int(228 * 1024 / bytes)});
+  const Limits most = limits();
+  const int bytes = int(shared + attributes.sharedSizeBytes) + kReservedShared;
+  const int of_block = std::max((threads + kLanes - 1) / kLanes * kLanes, 1);
+  *blocks = std::min({most.threads / of_block, most.blocks, most.shared / bytes,
+                      kRegisters / (of_block * attributes.numRegs)});
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
@@ -624,14 +646,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(kMaxShared); break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 * 1024; break;
-    case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = limits().block_shared(); break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = limits().shared; break;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReservedShared; break;
     case cudaDevAttrWarpSize: *value = kLanes; break;
     case cudaDevAttrMultiProcessorCount: *value = multiprocessors(); break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
-    case cudaDevAttrMaxRegistersPerBlock: *value = 65536; break;
-    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = limits().threads; break;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: *value = limits().blocks; break;
+    case cudaDevAttrMaxRegistersPerBlock: *value = kRegisters; break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = kRegisters; break;
     case cudaDevAttrComputeCapabilityMajor: *value = cc / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = cc % 10; break;
     case cudaDevAttrMaxGridDimX: *value = 0x7fffffff; break;
@@ -651,10 +674,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->warpSize = kLanes;
   properties->multiProcessorCount = multiprocessors();
   properties->sharedMemPerBlock = 48 * 1024;
-  properties->sharedMemPerBlockOptin = kMaxShared;
-  properties->sharedMemPerMultiprocessor = 228 * 1024;
+  properties->sharedMemPerBlockOptin = limits().block_shared();
+  properties->sharedMemPerMultiprocessor = limits().shared;
   properties->maxThreadsPerBlock = 1024;
-  properties->maxThreadsPerMultiProcessor = 2048;
+  properties->maxThreadsPerMultiProcessor = limits().threads;
   properties->totalGlobalMem = 8ull << 30;
   return cudaSuccess;
 }
@@ -667,7 +690,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = CUDART_VERSION;
+  *version = state().settings["driver"];
   return cudaSuccess;
 }
 

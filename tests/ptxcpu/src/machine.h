@@ -69,6 +69,7 @@ struct Kernel {
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   uint32_t max_threads = 1024;  // of a block: .maxntid or .reqntid
+  uint32_t min_blocks = 1;      // of a multiprocessor: .minnctapersm
 
   // from the body
   std::vector<Instruction> code;

@@ -149,6 +149,10 @@ class ModuleParser {
       sscanf(head.c_str() + at + strlen(directive), " %u , %u , %u", &x, &y, &z);
       kernel.max_threads = x * y * z;
     }
+    constexpr char kMinBlocks[] = ".minnctapersm";
+    size_t at = head.find(kMinBlocks);
+    if (at != std::string::npos)
+      sscanf(head.c_str() + at + strlen(kMinBlocks), " %u", &kernel.min_blocks);
     kernel.body = std::move(body);
     module_->kernels[kernel.name] = std::move(kernel);
   }

@@ -75,6 +75,10 @@ inline uint32_t to_tf32(float x) {
 // The tensor cores ignore the 13 low bits.
 inline float as_tf32(uint32_t u) { return bits<float>(u & 0xffffe000); }
 
+// The NaN that arithmetic of NVIDIA's makes, whatever NaN it met.
+inline float canonical_nan(float x) { return x == x ? x : bits<float>(0x7fffffffu); }
+inline double canonical_nan(double x) { return x; }  // of doubles a NaN keeps its bits
+
 inline float flush_denormal(float x) {
   uint32_t u = bits<uint32_t>(x);
   return bits<float>(u & 0x7f800000 ? u : u & 0x80000000);

@@ -1,5 +1,7 @@
-// mma.sync and wmma: sums in double, rounded once, where a GPU's tensor cores round in ways that
-// are not documented.
+// mma.sync and wmma. NVIDIA does not document how tensor cores round. mma.sync does here what Fasi,
+// Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021), found on an A100:
+// exact products are aligned with the largest addend, cut to one bit more than a float has, summed,
+// and the sum is cut to a float. wmma sums in double and rounds once.
 #include "statement.h"
 
 namespace ptxcpu {
@@ -13,6 +15,35 @@ float element(Type type, uint32_t two, int which) {
 void set_half(uint32_t& two, int which, double value) {
   uint32_t one = to_half(value);
   two = which ? (two & 0xffff) | one << 16 : (two & 0xffff0000) | one;
+}
+
+// c[j] + the sum over k < K of a[k] b[k][j], for N columns; magnitudes are cut, not rounded.
+template <int K, int N>
+void add_products(const float* a, const float (*b)[N], double* c) {
+  double products[K][N], unit[N], sum[N];
+  uint64_t largest[N];
+  constexpr uint64_t kMagnitude = ~uint64_t(0) >> 1, kExponent = uint64_t(0x7ff) << 52;
+  for (int j = 0; j < N; j++) largest[j] = bits<uint64_t>(c[j]) & kMagnitude;
+  for (int k = 0; k < K; k++) {
+    for (int j = 0; j < N; j++) {
+      products[k][j] = double(a[k]) * b[k][j];
+      largest[j] = std::max(largest[j], bits<uint64_t>(products[k][j]) & kMagnitude);
+    }
+  }
+  for (int j = 0; j < N; j++) {  // a float has 23 bits behind its first
+    unit[j] = std::max(bits<double>(largest[j] & kExponent) * 0x1p-24, 0x1p-1000);
+    sum[j] = std::trunc(c[j] / unit[j]);
+  }
+  for (int k = 0; k < K; k++) {
+    for (int j = 0; j < N; j++) sum[j] += std::trunc(products[k][j] / unit[j]);
+  }
+  for (int j = 0; j < N; j++) {
+    sum[j] *= unit[j];
+    double cut = bits<double>(bits<uint64_t>(sum[j]) & ~uint64_t(0x1fffffff));
+    double special = c[j];  // with a NaN or an infinity no unit is right
+    for (int k = 0; k < K; k++) special += products[k][j];
+    c[j] = largest[j] < kExponent ? cut : special;
+  }
 }
 
 // c[M][N] += a[M][K] b[K][N]
@@ -76,9 +107,12 @@ void mma_sync(Statement& s) {
             float_in ? bits<float>(from[lane]) : element(Type::kF16, from[lane], i & 1);
       }
     }
+    constexpr int kAtOnce = 4;  // of TF32; of 16 bits 8
     for (int i = 0; i < M; i++) {
-      for (int k = 0; k < K; k++) {
-        for (int j = 0; j < N; j++) C[i][j] += double(A[i][k]) * B[k][j];
+      if (factors == Type::kTF32) {
+        for (int k = 0; k < K; k += kAtOnce) add_products<kAtOnce>(A[i] + k, B + k, C[i]);
+      } else if constexpr (K >= 8) {
+        for (int k = 0; k < K; k += 8) add_products<8>(A[i] + k, B + k, C[i]);
       }
     }
     for (int i = 0; i < 4; i++) {
@@ -86,7 +120,7 @@ void mma_sync(Statement& s) {
       for (int lane = 0; lane < kLanes; lane++) {
         double value = C[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
         if (float_out) {
-          to[lane] = bits<uint32_t>(float(value));
+          to[lane] = bits<uint32_t>(canonical_nan(float(value)));
         } else {
           set_half(to[lane], i & 1, value);
         }
@@ -102,7 +136,7 @@ void mma(Statement& s) {
   if (factors != Type::kF16 && factors != Type::kBF16 && factors != Type::kTF32) s.unsupported();
   if (s.has("m16n8k16")) return mma_sync<16>(s);
   if (s.has("m16n8k8")) return mma_sync<8>(s);
-  if (s.has("m16n8k4")) return mma_sync<4>(s);
+  if (s.has("m16n8k4") && factors == Type::kTF32) return mma_sync<4>(s);
   s.unsupported();
 }
 
@@ -252,7 +286,7 @@ void wmma_mma(Statement& s) {
     for (int i = 0; i < M * N; i++) {
       int lane = i / per_lane, which = i % per_lane;
       if (result == Type::kF32) {
-        d[which](warp)[lane] = bits<uint32_t>(float(C[i]));
+        d[which](warp)[lane] = bits<uint32_t>(canonical_nan(float(C[i])));
       } else {
         set_half(d[which / 2](warp)[lane], which & 1, C[i]);
       }

@@ -1,0 +1,78 @@
+"""A NaN or an infinity goes where the recurrence takes it and no further, in the CUDA kernels too."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from ptxcpu import build
+from samples import Call, random_call
+from test_nonfinite import NAMES, same_elements_are_finite
+
+from torch_rwkv6 import reference
+
+pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason=build.NVCC_MISSING)
+if build.find_nvcc():
+    from cuda.gpu import gpu as gpu_of
+
+T = 70
+BORDERS = (0, 3, 4, 15, 16, 63, 64, 69)  # of quads, chunks, groups of chunks, segments
+
+
+@pytest.fixture
+def gpu():
+    device = gpu_of()
+    with device.runtime.settings(check=0, statistics=0):
+        yield device
+    device.free()
+
+
+def broken_tensors(tensors):
+    """Each tensor with one value that is none, at the borders in turn."""
+    values = itertools.cycle((math.nan, math.inf, -math.inf))
+    for name, x in tensors.items():
+        if name in ("u", "initial_state", "grad_final_state"):
+            places = [(*(0 for _ in x.shape[:-1]), 3), tuple(n - 1 for n in x.shape)]
+        else:
+            places = [(0, t, t % x.shape[2], 5 * t % x.shape[3]) for t in BORDERS]
+        for place in places:
+            changed = x.clone()
+            changed[place] = next(values)
+            yield f"{changed[place]} in {name} at {place}", {**tensors, name: changed}
+
+
+def check(gpu, call):
+    tensors = dict(zip(NAMES, (*call.grad_outputs(), *call.floats()), strict=True))
+    for what, broken in broken_tensors(tensors):
+        grads, floats = list(broken.values())[:2], list(broken.values())[2:]
+        now = Call(*floats, call.state_map, call.cu_seqlens)
+        exact = now.double().args()
+        same_elements_are_finite(gpu.forward(now), reference.wkv(*exact), what)
+        found = gpu.backward(now, *grads)
+        expected = reference.wkv_backward(*(x.double() for x in grads), *exact)
+        same_elements_are_finite(found, expected, what)
+
+
+@pytest.mark.parametrize("segment", ["64", ""], ids=["segments", "one segment"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "N"),
+    [
+        ("chunked", torch.bfloat16, 32),
+        ("chunked", torch.float16, 64),
+        ("recurrent", torch.float32, 20),
+    ],
+    ids=str,
+)
+def test_values_that_are_none(gpu, monkeypatch, family, dtype, N, segment):
+    if family == "recurrent" and segment:
+        pytest.skip("the recurrent kernels have no segments")
+    monkeypatch.setenv("RWKV6_CUDA_KERNEL", family)
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", segment or str(T))
+    check(gpu, random_call(B=1, T=T, H=2, N=N, dtype=dtype, states=1))
+
+
+def test_packed_sequences_keep_theirs(gpu, monkeypatch):
+    monkeypatch.setenv("RWKV6_CUDA_KERNEL", "chunked")
+    offsets = [0, 4, 16, 70]
+    call = random_call(B=1, T=T, H=2, N=32, dtype=torch.bfloat16, states=3, cu_seqlens=offsets)
+    check(gpu, call)
