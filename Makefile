@@ -35,7 +35,7 @@ test: .venv/built
 
 # For those who have an NVIDIA GPU: the operator's tests on it, and how fast it is there.
 GPU_TESTS := tests/test_forward.py tests/test_backward.py tests/test_update.py tests/test_fuzz.py \
-	tests/test_autocast.py tests/test_compile.py tests/test_opcheck.py tests/test_transforms.py \
+	tests/test_nonfinite.py tests/test_autocast.py tests/test_compile.py tests/test_opcheck.py tests/test_transforms.py \
 	tests/test_gpu.py
 test-gpu: export RWKV6_CUDA := 1
 test-gpu: .venv/built

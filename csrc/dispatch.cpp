@@ -279,6 +279,14 @@ const char* rwkv6_wkv_update(const rwkv6_context* context, const DLTensor* r, co
 
 const char* rwkv6_cuda_architectures(void) { return rwkv6::cuda::architectures(); }
 
+const char* rwkv6_cuda_problem(void) {
+  try {
+    return rwkv6::cuda::problem();
+  } catch (const std::exception&) {
+    return "CUDA does not tell its versions";
+  }
+}
+
 int rwkv6_cuda_current_device(void) { return rwkv6::cuda::current_device(); }
 
 const char* rwkv6_cpu_isa(void) {
