@@ -212,6 +212,14 @@ const char* rwkv6_wkv_backward(const rwkv6_context* context, const rwkv6_wkv_inp
 
 const char* rwkv6_cuda_architectures(void) { return cuda::architectures(); }
 
+const char* rwkv6_cuda_problem(void) {
+  try {
+    return rwkv6::cuda::problem();
+  } catch (const std::exception&) {
+    return "CUDA does not tell its versions";
+  }
+}
+
 int rwkv6_cuda_current_device(void) { return cuda::current_device(); }
 
 const char* rwkv6_cpu_isa(void) {

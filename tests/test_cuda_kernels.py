@@ -10,7 +10,7 @@ import pytest
 import torch
 from dlpack import ALLOCATE, Context
 from ptxcpu import build
-from samples import Call, random_call, relative_rms, sample_inputs
+from samples import SLOW_DECAYS, Call, random_call, relative_rms, sample_inputs, slow_call
 
 import torch_rwkv6
 from torch_rwkv6 import reference
@@ -24,8 +24,9 @@ LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 200)
 SOME_LENGTHS = (1, 17, 65)
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # against float64; the exact answer rounded to bfloat16 costs 1.66e-3, to float16 2.1e-4
-FORWARD = {F64: 1e-14, F32: 1e-6, BF16: 2.5e-3, F16: 5e-4}
-BACKWARD = {F64: 1e-13, F32: 5e-6, BF16: 2.5e-3, F16: 5e-4}
+FORWARD = {F64: 1e-14, F32: 1e-6, BF16: 2.5e-3, F16: 3.2e-4}
+BACKWARD = {F64: 1e-13, F32: 5e-6, BF16: 2.5e-3, F16: 3.2e-4}
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # of GPUs that differ in what a multiprocessor holds
 # (family, dtype, head size, T): each family on what it is for
 CASES = [
     *(("chunked", BF16, N, T) for N in (32, 64) for T in LENGTHS),
@@ -66,9 +67,8 @@ def force(monkeypatch):
 def check_forward(gpu: "Gpu", call: Call, factor: float = 1.0, **outputs):
     found = gpu.forward(call, **outputs)
     expected = reference.wkv(*call.double().args())
-    limit = factor * FORWARD[call.r.dtype]
     for name, a, b in zip(("y", "final_state"), found, expected, strict=True):
-        assert relative_rms(a, b) <= limit, name
+        assert relative_rms(a, b) <= factor * FORWARD[a.dtype], name
     return found
 
 
@@ -80,9 +80,11 @@ def check_backward(gpu: "Gpu", call: Call, factor: float = 1.0, given: str = "y 
     zeros = [torch.zeros_like(x, dtype=F64) for x in call.grad_outputs()]
     exact = [z if g is None else g.double() for g, z in zip((grad_y, grad_state), zeros)]
     expected = reference.wkv_backward(*exact, *call.double().args())
-    limit = factor * BACKWARD[call.r.dtype]
     for name, a, b in zip(("r", "k", "v", "w", "u", "initial_state"), found, expected):
-        assert relative_rms(a, b) <= limit, name
+        half = a.dtype in (BF16, F16)
+        # a gradient in float32 beside inputs in half precision is computed as theirs
+        limit = BACKWARD[a.dtype if half or name == "initial_state" else call.r.dtype]
+        assert relative_rms(a, b) <= factor * limit, name
     return found
 
 
@@ -94,6 +96,43 @@ def test_accuracy_with_extreme_decays(gpu, force, family, dtype, N, T):
     factor = 1.0 if N * T >= 500 else 2.0
     check_forward(gpu, call, factor)
     check_backward(gpu, call, factor)
+
+
+@pytest.mark.parametrize("cc", CAPABILITIES)
+def test_kernels_fit_every_gpu(sm_80, force, cc):
+    with sm_80.runtime.settings(cc=cc, check=0, statistics=0):
+        for dtype, w_dtype, N in ((BF16, BF16, 128), (BF16, F32, 128), (F16, F16, 64)):
+            force("chunked")
+            call = random_call(B=1, T=17, H=1, N=N, dtype=dtype, w_dtype=w_dtype, states=1)
+            check_forward(sm_80, call, 1.5)
+            check_backward(sm_80, call, 1.5)
+        force("recurrent")
+        for N in (20, 256):
+            call = random_call(B=1, T=3, H=1, N=N, states=1)
+            check_forward(sm_80, call)
+            check_backward(sm_80, call)
+
+
+def test_what_does_not_fit_is_staged_in_one_buffer(sm_80, force):
+    force("chunked")
+    call = random_call(B=1, T=70, H=1, N=128, dtype=BF16)
+    shared, gradients = {}, []
+    for cc in (80, 86):
+        sm_80.runtime.reset()
+        with sm_80.runtime.settings(cc=cc):
+            gradients.append(sm_80.backward(call, *call.grad_outputs()))
+        (launch,) = (x for x in sm_80.runtime.launches() if "backward_chunked" in x.name)
+        shared[cc] = launch.shared
+    assert shared[86] <= 99 * 1024 < shared[80]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("decays", SLOW_DECAYS)
+def test_slow_decays(sm_80, force, decays):
+    force("recurrent")
+    with sm_80.runtime.settings(check=0, statistics=0):
+        check_forward(sm_80, slow_call(decays))
+        check_backward(sm_80, slow_call(decays))
 
 
 @pytest.mark.parametrize("name", list(sample_inputs()))
@@ -142,7 +181,7 @@ def test_pool_of_states_in_place(gpu, force, family, dtype, N):
                 expected[row] = finals[m]
         untouched = sorted(set(range(len(state))) - set(rows))
         assert torch.equal(state[untouched], call.initial_state[untouched])
-        assert relative_rms(state, expected) <= 1.5 * FORWARD[dtype]
+        assert relative_rms(state, expected) <= 1.5 * FORWARD[state.dtype]
         assert relative_rms(y, expected_y) <= 1.5 * FORWARD[dtype]
 
 
@@ -407,6 +446,18 @@ def test_a_gpu_without_code_is_named(sm_80):
         sm_80.forward(random_call())
     assert "CUDA device 0 has compute capability 7.5" in str(error.value)
     assert "it was built for 8.0, 9.0" in str(error.value)
+
+
+@pytest.mark.parametrize(("driver", "runs"), [(0, True), (12040, False), (13000, True)])
+def test_a_driver_that_is_too_old_is_named(sm_80, driver, runs):
+    problem = sm_80.library.rwkv6_cuda_problem
+    problem.restype = ctypes.c_char_p
+    with sm_80.runtime.settings(driver=driver):
+        text = problem()
+    assert (text is None) == runs
+    if not runs:
+        assert b"the NVIDIA driver runs CUDA 12.4 and older, the kernels were built with" in text
+        assert text.endswith(b"or build them with an nvcc of CUDA 12")
 
 
 def test_a_call_that_is_lent_no_memory_is_refused(sm_80, monkeypatch):

@@ -16,7 +16,7 @@ NAMES = ("grad_y", "grad_final_state", "r", "k", "v", "w", "u", "initial_state")
 def places(x, generator):
     """Some elements of x, as flat indices: its first, its last and two between."""
     last = x.numel() - 1
-    return {0, last, *torch.randint(last + 1, (2,), generator=generator).tolist()}
+    return {0, last, *torch.randint(last + 1, (2,), generator=generator, device="cpu").tolist()}
 
 
 def same_elements_are_finite(found, expected, what):
@@ -29,7 +29,7 @@ def check(call, forward, backward, values=(math.nan, math.inf, -math.inf)):
 
     In turn the gradients come from both outputs, from y alone and from the state alone.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     tensors = dict(zip(NAMES, (*call.grad_outputs(), *call.floats()), strict=True))
     maps = (call.state_map, call.cu_seqlens)
     sources = itertools.cycle(((0, 1), (0,), (1,)))
@@ -108,11 +108,15 @@ def test_the_backward_of_the_reference_does_as_autograd(outputs):
 @pytest.mark.parametrize("with_state", [False, True])
 def test_wkv4(with_state):
     B, T, D = 2, 7, 11
-    generator = torch.Generator().manual_seed(0)
-    k, v, grad_y = (torch.randn(B, T, D, generator=generator) for _ in range(3))
-    w, u = (torch.randn(D, generator=generator) for _ in range(2))
-    grad_state = torch.randn(B, 3, D, generator=generator)
-    state = torch.randn(B, 3, D, generator=generator).exp() if with_state else None
+    device, generator = torch.get_default_device(), torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cpu").to(device)
+
+    k, v, grad_y = (normal(B, T, D) for _ in range(3))
+    w, u = (normal(D) for _ in range(2))
+    grad_state = normal(B, 3, D)
+    state = normal(B, 3, D).exp() if with_state else None
     tensors = [grad_y, grad_state, k, v, w, u, state]
     for i, x in enumerate(tensors):
         for value in (math.nan, math.inf, -math.inf) if x is not None else ():

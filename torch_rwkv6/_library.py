@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def _load() -> bool:
         )
         return False
     return True
+
+
+def cuda_problem() -> str | None:
+    """Why the loaded kernel library has no CUDA kernels for this machine's driver."""
+    if not _BINARY.exists():
+        return None
+    problem = ctypes.CDLL(str(_BINARY.with_name("librwkv6.so"))).rwkv6_cuda_problem
+    problem.restype = ctypes.c_char_p
+    text = problem()
+    return None if text is None else text.decode()
 
 
 has_kernels: bool = _load()

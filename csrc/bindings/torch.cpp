@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -15,6 +16,7 @@
 // After rwkv6.h, because torch's copy of dlpack.h refuses to be included in stable-ABI code.
 #define TORCH_TARGET_VERSION 0x020a000000000000
 #define TORCH_STABLE_ONLY
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -167,9 +169,11 @@ CurrentStream current_stream() {
 // allocator. That memory goes back when the call returns, before the kernels are done: the
 // allocator hands it out again only to what the same stream runs after them. For the same reason,
 // and because nothing waits for the GPU or calls cudaMalloc, calls can be captured in a CUDA graph
-// and run on side streams.
+// and run on side streams. Meanwhile the tensors' GPU is torch's current one: torch goes back to the
+// one before without giving it a CUDA context that it had no use for so far.
 class Context {
   const Tensor& r_;  // or k: a tensor on the call's device
+  std::optional<torch::stable::accelerator::DeviceGuard> device_;
   std::vector<Tensor> workspace_;
   rwkv6_context context_ = {};
 
@@ -193,6 +197,7 @@ class Context {
     context_.pool = this;
     if (r.is_cuda()) {
       context_.allocate = &allocate;
+      device_.emplace(r.get_device_index());
       STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(r.get_device_index(), &context_.stream));
     } else {
       context_.parallel_for = &parallel_for;
@@ -424,11 +429,11 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("decode_layer", TORCH_BOX(&decode_layer));
 }
 
-// The CUDA kernels are registered where torch is a CUDA build and the kernel library has them. On
-// all other GPUs, and for the other operators, torch_rwkv6/registration/fallback.py runs the
-// reference.
+// The CUDA kernels are registered where torch is a CUDA build, the kernel library has them and the
+// driver runs them. On all other GPUs, and for the other operators,
+// torch_rwkv6/registration/fallback.py runs the reference.
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CUDA, m) {
-  if (!rwkv6_cuda_architectures() || !current_stream()) return;
+  if (rwkv6_cuda_problem() || !current_stream()) return;
   m.impl("wkv", TORCH_BOX(&wkv));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
   m.impl("wkv_update", TORCH_BOX(&wkv_update));

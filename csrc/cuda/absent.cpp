@@ -16,6 +16,8 @@ namespace {
 
 const char* architectures() { return nullptr; }
 
+const char* problem() { return "the library was built without CUDA"; }
+
 int current_device() { return -1; }
 
 void forward(const rwkv6_context*, int, ForwardJob) { refuse(); }

@@ -57,6 +57,13 @@ struct Place {
   }
   // The segment of the sequence's last token, which the final state belongs to.
   __device__ bool is_end() const { return last == span.length && (segment == 0 || first < last); }
+  // How many of the tokens from `token` on are the chunk's.
+  __device__ int tokens(int64_t token) const { return int(min(last - token, int64_t(kChunk))); }
+  // The same of those with a decay that matters to a gradient: without one of the final state that
+  // of the sequence's last token does not, be it NaN.
+  __device__ int decaying(int64_t token, bool has_grad_final) const {
+    return min(tokens(token), int(span.length - token) - !has_grad_final);
+  }
 };
 
 // threadIdx.x, asked for anew: addresses made of it that are kept over a loop would take more
@@ -81,7 +88,7 @@ __device__ inline void stage(uint32_t* raw, const Tokens& x, const Place& at, in
   constexpr int kRowBytes = N * element_bytes, kPieces = kRowBytes / 16, kAll = kChunk * kPieces;
   const char* rows = x.row(at.span.b, at.span.begin + first, at.h);
   const int64_t distance = x.distance(1, 0);
-  const int tokens = int(min(at.last - first, int64_t(kChunk)));
+  const int tokens = at.tokens(first);
 #pragma unroll
   for (int begin = 0; begin < kAll; begin += kThreads) {
     const int piece = begin + threadIdx.x;
@@ -255,8 +262,9 @@ __device__ inline void load_u(float (&u)[K], const Heads& from, int64_t h, int64
   const char* row = from.row(h, b);
 #pragma unroll
   for (int i = 0; i < K; i++)
-    u[i] = from.dtype == DType::f32 ? reinterpret_cast<const float*>(row)[key + i]
-                                    : E::low(reinterpret_cast<const uint16_t*>(row)[key + i]);
+    u[i] = !from.data                 ? 0.f
+           : from.dtype == DType::f32 ? reinterpret_cast<const float*>(row)[key + i]
+                                      : E::low(reinterpret_cast<const uint16_t*>(row)[key + i]);
 }
 
 // The bonus r_t . u k_t of the chunk's tokens: partial sums by warp, then `bonus_of` adds them up.

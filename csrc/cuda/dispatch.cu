@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <initializer_list>
 
 #include "cuda/launch.h"
@@ -23,8 +24,10 @@ class CurrentDevice {
     check(cudaGetDevice(&before_), "cudaGetDevice");
     if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~CurrentDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
+  ~CurrentDevice() noexcept(false) {
+    if (before_ == device_) return;
+    const cudaError_t error = cudaSetDevice(before_);
+    if (std::uncaught_exceptions() == 0) check(error, "cudaSetDevice");
   }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
@@ -162,6 +165,23 @@ const char* architectures() {
   return text.c_str();
 }
 
+const char* problem() {
+  thread_local std::string text;
+  int driver = 0, runtime = 0;  // 12040: CUDA 12.4
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  // A driver runs what any later toolkit of its major version built; without one (0) no tensor can
+  // be on a GPU.
+  if (driver == 0 || driver / 1000 >= runtime / 1000) return nullptr;
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  text = "the NVIDIA driver runs CUDA " + version(driver) +
+         " and older, the kernels were built with " + version(runtime) +
+         ": update the driver, or build them with an nvcc of CUDA " + std::to_string(driver / 1000);
+  return text.c_str();
+}
+
 int current_device() {
   int device = 0;
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
@@ -211,6 +231,8 @@ void backward(const rwkv6_context* context, int device, BackwardJob job) {
   const DType acc = state_dtype(job.r.dtype);
   const int64_t count = job.sequences.count, state_size = job.N * job.N;
   const States grad_initial_state = job.grad_initial;  // the kernels are given one per sequence
+  // Without a gradient of y nothing depends on r and u, be they NaN: zeros take their place.
+  if (!job.grad_y.data) job.r.data = job.u.data = nullptr;
   const bool wanted = grad_initial_state.data != nullptr;
   const bool one_to_one = job.sequences.states == count && !job.sequences.state_map.data &&
                           grad_initial_state.dtype == acc;

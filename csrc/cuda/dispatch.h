@@ -10,6 +10,10 @@ namespace rwkv6::cuda {
 // The compute capabilities that the kernels were compiled for, such as "8.0, 9.0"; NULL without.
 const char* architectures();
 
+// Why the kernels cannot run, as far as can be told without a GPU's help; NULL otherwise. Valid until
+// the thread's next call.
+const char* problem();
+
 // The calling thread's current device; -1 without one.
 int current_device();
 

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(2 * N)
 
     float x[kQuad][K], scale[K];
     my.load(x, staged.w(buffer), wide);
-    my.decays(x, int(min(at.last - first, int64_t(kChunk))));
+    my.decays(x, reverse ? at.decaying(first, walk.from.data) : at.tokens(first));
     my.share_products(shared.products);
     my.load(x, staged.tensor(buffer, 0));
     __syncthreads();

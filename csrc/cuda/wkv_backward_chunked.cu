@@ -332,7 +332,7 @@ __device__ inline void collect(Gradients& out, Shared<N>& shared, const Quad<E, 
 template <class E, int N>
 __device__ inline float finish(Gradients& out, const Shared<N>& shared, const Quad<E, N, 4 * N>& my,
                                const float (&r)[kQuad][1], const float (&k)[kQuad][1],
-                               const float (&w)[kQuad][1]) {
+                               const float (&w)[kQuad][1], int decaying) {
   const float u = shared.u[my.key];
   float all[1], du = 0.f;
   my.product(all, 0, kQuads);
@@ -349,7 +349,8 @@ __device__ inline float finish(Gradients& out, const Shared<N>& shared, const Qu
     out.k[t] += u * r[t][0] * p;
     du += r[t][0] * k[t][0] * p;
     // where exp(w) has no value in f32, what crosses is exactly 0
-    out.w[t] = -exp2_approx(kLog2E * fminf(w[t][0], 80.f)) * (crossing + out.w[t]);
+    const float rate = exp2_approx(kLog2E * fminf(w[t][0], 80.f));
+    out.w[t] = kQuad * my.quad + t < decaying ? -rate * (crossing + out.w[t]) : 0.f;
   }
   return du;
 }
@@ -496,7 +497,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     Quad<E, N, kThreads> my;
     float r[kQuad][K], k[kQuad][K], w[kQuad][K], x[kQuad][K], before[K], after[K];
     my.load(w, staged.w(buffer), wide);
-    my.decays(w, int(min(at.last - first, int64_t(kChunk))));
+    my.decays(w, at.decaying(first, job.grad_final.data));
     my.share_products(shared.products);
     my.load(k, staged.tensor(buffer, 1));
     if (!step.recomputes()) {
@@ -574,14 +575,21 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     my = Quad<E, N, kThreads>();  // anew: registers are few
     Gradients gradients = {};
     my.load(w, staged.w(buffer), wide);
-    my.decays(w, int(min(at.last - first, int64_t(kChunk))));
+    my.decays(w, at.decaying(first, job.grad_final.data));
     my.load(r, staged.tensor(buffer, 0));
     my.load(k, staged.tensor(buffer, 1));
     my.load_products(shared.products);
     collect<E, N>(gradients, shared, my, r, k);
     __syncthreads();
     my.load(w, staged.w(buffer), wide);
-    shared.du[my.quad][my.key] += finish<E, N>(gradients, shared, my, r, k, w);
+    const float du =
+        finish<E, N>(gradients, shared, my, r, k, w, at.decaying(first, job.grad_final.data));
+    if (job.grad_y.data) {
+      shared.du[my.quad][my.key] += du;
+    } else {
+#pragma unroll
+      for (int t = 0; t < kQuad; t++) gradients.r[t] = 0.f;  // also where a state is NaN
+    }
     const int64_t token = first + kQuad * my.quad;
     store_quad<E>(gradients.r, job.grad_r, at, token, my.key);
     store_quad<E>(gradients.k, job.grad_k, at, token, my.key);

@@ -546,7 +546,8 @@ __device__ void pair_up(Backward<T, P>& back) {
     q[s] += passed;
     passed += k[s] * arriving;
     elements(back.k[s])[i] = grad_k[s] + arriving;
-    elements(back.w[s])[i] *= -q[s];
+    T& rate = elements(back.w[s])[i];
+    rate = rate == 0 ? T(0) : -rate * q[s];
   }
 }
 
@@ -614,9 +615,9 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   const bool owns = lane.owns && lane.own_key < place.keys.count;
   if (lane.owns) {
     elements(back.u)[lane.own_key] =
-        owns ? load_element<T>(job.u.row(place.h, place.span.b), job.u.dtype,
-                               place.keys.first + lane.own_key)
-             : T(0);
+        owns && job.u.data ? load_element<T>(job.u.row(place.h, place.span.b), job.u.dtype,
+                                             place.keys.first + lane.own_key)
+                           : T(0);
     elements(back.grad_u)[lane.own_key] = 0;
   }
   typename Shape::State S, G;
@@ -637,7 +638,9 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(back.r, job.r, tokens, keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(back.k, job.k, tokens, keys.count, AsItIs());
-    unpack_rows<T, Shape::kKeyPacks, C>(back.w, job.w, tokens, keys.count, RateOf());
+    // Without a gradient of the final state the last token's decay does not matter, be it NaN.
+    const int decaying = left <= C && !job.grad_final.data ? tokens - 1 : tokens;
+    unpack_rows<T, Shape::kKeyPacks, C>(back.w, job.w, decaying, keys.count, RateOf());
     unpack_rows<T, Shape::kRowPacks, C>(back.v, job.v, tokens, columns.count, AsItIs());
     unpack_rows<T, Shape::kRowPacks, C>(back.grad_y, job.grad_y, tokens, columns.count, AsItIs());
     __syncthreads();
@@ -650,6 +653,13 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     apply_state(back, S, G);
     pair_up(back);
     __syncthreads();
+    if (!job.grad_y.data) {  // then r and u have no gradient, also where a state is NaN
+#pragma unroll 1
+      for (int at = threadIdx.x; at < C * Shape::kKeyPacks; at += blockDim.x)
+        back.r[at / Shape::kKeyPacks][at % Shape::kKeyPacks] = zeros<T>();
+      if (owns) elements(back.grad_u)[lane.own_key] = 0;
+      __syncthreads();
+    }
 #pragma unroll 1
     for (int at = threadIdx.x; at < C * C; at += blockDim.x) {
       T sum = 0;

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(2 * N)
 
     float r[kQuad][K], k[kQuad][K], x[kQuad][K], scale[K];
     my.load(x, staged.w(buffer), wide);
-    my.decays(x, int(min(at.last - first, int64_t(kChunk))));
+    my.decays(x, at.tokens(first));
     my.share_products(shared.products);
     my.load(r, staged.tensor(buffer, 0));
     my.load(k, staged.tensor(buffer, 1));

@@ -171,6 +171,11 @@ RWKV6_API const char* rwkv6_cpu_isa(void);
 // "chunked", forces one of the two families of kernels.
 RWKV6_API const char* rwkv6_cuda_architectures(void);
 
+// Why the CUDA kernels cannot run here, as far as can be told without a GPU: the library was built
+// without them, or the driver is older than the CUDA that they were built with. NULL otherwise.
+// Valid until the thread's next call.
+RWKV6_API const char* rwkv6_cuda_problem(void);
+
 // The calling thread's current CUDA device; -1 without one.
 RWKV6_API int rwkv6_cuda_current_device(void);
 

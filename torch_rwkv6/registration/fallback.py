@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_rwkv6 import reference, reference4
-from torch_rwkv6._library import has_cuda_kernels
+from torch_rwkv6._library import cuda_problem, has_cuda_kernels
 from torch_rwkv6.checks import check, check_memory, check_values
 from torch_rwkv6.contract import (
     MATVEC,
@@ -94,9 +94,11 @@ def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _say_what_is_missing() -> None:
+    problem = cuda_problem()
     warnings.warn(
         "torch_rwkv6: there are no CUDA kernels, so WKV6 runs its pure PyTorch reference on the "
-        "GPU: the same results, but much slower. To build them for an NVIDIA GPU, "
+        f"GPU: the same results, but much slower.{f' Reason: {problem}.' if problem else ''} "
+        "To build them for an NVIDIA GPU, "
         "install again where nvcc is found, with RWKV6_CUDA=1: pip install --force-reinstall "
         "--no-deps --no-binary torch_rwkv6 torch_rwkv6, or `pip install .` in a checkout.",
         RuntimeWarning,
