@@ -342,6 +342,26 @@ def test_segments(gpu, force, monkeypatch, name):
     check_backward(gpu, call)
 
 
+@pytest.mark.parametrize(
+    ("heads", "multiprocessors", "cu_seqlens", "cut"),
+    [
+        (1, 132, None, True),  # one block would leave all but one multiprocessor empty
+        (2, 1, None, False),  # segments would only wait for each other
+        (1, 132, [0, 5, 5, 500, 512], True),
+        (8, 1, [0, 128, 256, 384, 512], False),  # its sequences fill the GPU as they are
+    ],
+    ids=["one head", "a full GPU", "packed", "packed, a full GPU"],
+)
+def test_segments_where_they_gain(gpu, force, heads, multiprocessors, cu_seqlens, cut):
+    force("chunked")
+    call = random_call(B=1, T=512, H=heads, N=32, dtype=BF16, cu_seqlens=cu_seqlens)
+    gpu.runtime.reset()
+    with gpu.runtime.settings(multiprocessors=multiprocessors):
+        check_forward(gpu, call)
+    kernels = [launch.name for launch in gpu.runtime.launches()]
+    assert any("state_walk" in name for name in kernels) == cut
+
+
 def test_the_same_as_the_cpus_kernels(gpu):
     call = random_call(B=2, T=40, H=2, N=24, states=2, extreme=True)
     y, state = torch_rwkv6.wkv(*call.floats())

@@ -17,6 +17,9 @@ from torch_rwkv6._torch_private import concrete
 from torch_rwkv6.contract import MAX_HEAD_SIZE, Argument, Dtype, Operator
 
 
+NO_OFFSETS = "cu_seqlens: expected at least one offset (M + 1 of them), got none"
+
+
 def check(operator: Operator, arguments: Sequence[Any]) -> dict[str, int]:
     """Checks a call by the operator's contract.
 
@@ -132,11 +135,10 @@ def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str,
                 f"got B = {sequences}"
             )
         offsets = cu_seqlens.shape[0]
-        # Not an if, because the number may be known only when compiled code runs.
-        torch._check_value(
-            offsets >= 1,
-            lambda: "cu_seqlens: expected at least one offset (M + 1 of them), got none",
-        )
+        if torch.compiler.is_compiling():  # the number may be known only when compiled code runs
+            torch._check(offsets >= 1, lambda: NO_OFFSETS)
+        elif offsets < 1:
+            raise ValueError(NO_OFFSETS)
         sequences = offsets - 1
     sizes["M"] = sequences
     if "S" not in sizes:

@@ -143,22 +143,40 @@ void walk_states(const Launch& launch, const Walk& walk, const Segments& segment
 }  // namespace
 
 Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
-                     int64_t blocks_each) {
-  constexpr int64_t kGroupTokens = kChunk * kGroup, kShortest = 256;
-  const auto whole_groups = [](int64_t tokens) {
+                     int64_t blocks_each, const Costs& costs) {
+  constexpr int64_t kGroupTokens = kChunk * kGroup;
+  const auto in_groups = [](int64_t tokens) {
     return (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
   };
   const int64_t T = std::max<int64_t>(sequences.tokens, 1);
-  int64_t length = T;
-  if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT")) {
-    length = std::max<int64_t>(std::atoll(forced), 1);
-  } else {
-    const int64_t units = std::max<int64_t>(sequences.count * H, 1);
-    const int64_t wanted = launch.multiprocessors * blocks_each / units;
-    if (wanted > 1) length = std::max(T / wanted, kShortest);
+  const auto of_length = [&](int64_t length) {
+    return Segments{(T + length - 1) / length, length};
+  };
+  if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT"))
+    return of_length(in_groups(std::clamp<int64_t>(std::atoll(forced), 1, T)));
+
+  const int64_t each = std::max<int64_t>(blocks_each, 1), room = launch.multiprocessors * each;
+  const bool packed = sequences.cu_seqlens.data;
+  const int64_t units = std::max<int64_t>(packed ? H : sequences.count * H, 1);
+  const auto cost = [&](const Segments& segments) {
+    const int64_t blocks = units * segments.count;
+    const int64_t most_filled = (blocks + launch.multiprocessors - 1) / launch.multiprocessors;
+    const double full = double(std::min(most_filled, each)) / double(each);
+    const double waves = double((blocks + room - 1) / room);
+    const double tokens =
+        waves * (double(segments.length) + costs.begin) * (1 + costs.crowding * full * full);
+    if (segments.count == 1) return tokens;
+    return tokens * costs.walk + costs.scan + costs.scan_each * double(segments.count);
+  };
+  Segments best = of_length(in_groups(T));
+  if (packed && sequences.count * H >= room) return best;
+  // more segments than this only make more waves of the same blocks
+  const int64_t most = std::min(T / kGroupTokens, 8 * room / units + 1);
+  for (int64_t count = 2; count <= most; count++) {
+    const Segments segments = of_length(in_groups((T + count - 1) / count));
+    if (cost(segments) < cost(best)) best = segments;
   }
-  length = whole_groups(std::min(length, T));
-  return {(T + length - 1) / length, length};
+  return best;
 }
 
 const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments) {

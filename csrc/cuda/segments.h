@@ -17,10 +17,23 @@ struct Segments {
   int64_t length;  // in tokens, whole groups of chunks
 };
 
-// As many segments as it takes to give every multiprocessor the blocks_each blocks that it has room
-// for, of no fewer than 256 tokens (RWKV6_CUDA_SEGMENT names another length, for tests).
+// What a walk in segments costs, in units of the time in which a block that has a multiprocessor for
+// itself takes one token. Fitted to times of every segment length at fifteen shapes on an H200
+// (docs/cuda.md).
+struct Costs {
+  double begin;      // what a block does before its first token
+  double crowding;   // by how much of itself a token takes longer in full multiprocessors
+  double walk;       // a token that is also walked for its segment's start, to one that is not
+  double scan;       // to launch the walk and the scan
+  double scan_each;  // the scan, for each segment
+};
+
+// The segments that cost least, for a kernel of which a multiprocessor has room for blocks_each
+// blocks. RWKV6_CUDA_SEGMENT names a length instead, for tests. Of a packed batch only the sum of
+// the lengths is known here: it is taken for one long sequence if its sequences alone leave
+// multiprocessors empty, and is not cut otherwise.
 Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
-                     int64_t blocks_each);
+                     int64_t blocks_each, const Costs& costs);
 
 // The walk of a state alone, S <- d S + x v: of the state itself with x = k, or, backwards, of its
 // gradient with x = r and v = grad_y.

@@ -608,6 +608,8 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
 }
 
+constexpr Costs kCosts = {160, 0.7, 1.4, 16, 0.75};
+
 template <class E, int N>
 void run(const Launch& launch, const BackwardJob& job) {
   const Sequences& all = job.sequences;
@@ -619,7 +621,7 @@ void run(const Launch& launch, const BackwardJob& job) {
   const int with_one = kernel_of(1).blocks_each(launch),
             with_two = kernel_of(2).blocks_each(launch);
   const int buffers = with_one > with_two ? 1 : 2;
-  const Segments segments = segments_of(launch, all, job.H, std::max(with_one, with_two));
+  const Segments segments = segments_of(launch, all, job.H, std::max(with_one, with_two), kCosts);
   const int64_t blocks = all.count * job.H * segments.count;
   const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
   const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};

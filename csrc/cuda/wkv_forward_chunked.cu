@@ -108,11 +108,14 @@ __global__ void __launch_bounds__(2 * N)
     store_state<N>(s, f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, value);
 }
 
+constexpr Costs kCosts = {48, 0.4, 1.8, 224, 6};
+
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
   const ChunkedKernel kernel = {"forward_chunked", forward_chunked_kernel<E, N>, 2 * N,
                                 Shared<N>::bytes(job.w.dtype == DType::f32)};
-  const Segments segments = segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch));
+  const Segments segments =
+      segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch), kCosts);
   const float* starts = nullptr;
   if (segments.count > 1)
     starts = segment_starts(
