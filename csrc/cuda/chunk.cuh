@@ -20,10 +20,10 @@
 // four neighbouring tokens (a quad) of K neighbouring keys.
 #pragma once
 
-#include "job.h"
 #include "cuda/mma.cuh"
 #include "cuda/segments.h"
 #include "cuda/span.cuh"
+#include "job.h"
 
 namespace rwkv6::cuda {
 
