@@ -50,7 +50,7 @@ bench-gpu: .venv/built
 	$(BIN)/python -m benchmarks gpu
 
 docs: .venv/built
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+	$(BIN)/python -m sphinx -E -q -W --keep-going -c docs -d build/doctrees . build/site
 	cp build/site/README.html build/site/index.html
 
 lint: .venv/built
