@@ -20,8 +20,8 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: article demo docs test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
-	test-neon test-clang wheel clean
+.PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
+	test-neon test-clang docs wheel clean
 
 demo: export PYTHONPATH := .
 demo: .venv/demo-built
