@@ -21,7 +21,7 @@ export NVCC_APPEND_FLAGS ?= --no-compress
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: article demo test test-gpu lint format bench bench-gpu bench-rivals bench-readme sanitize \
-	test-neon test-clang docs wheel clean
+	test-neon test-clang wheel clean
 
 demo: export PYTHONPATH := .
 demo: .venv/demo-built
@@ -49,6 +49,7 @@ bench-gpu: export RWKV6_CUDA := 1
 bench-gpu: .venv/built
 	$(BIN)/python -m benchmarks gpu
 
+.PHONY: docs
 docs: .venv/built
 	$(BIN)/python -m sphinx -E -q -W --keep-going -c docs -d build/doctrees . build/site
 	cp build/site/README.html build/site/index.html
