@@ -49,11 +49,6 @@ bench-gpu: export RWKV6_CUDA := 1
 bench-gpu: .venv/built
 	$(BIN)/python -m benchmarks gpu
 
-.PHONY: docs
-docs: .venv/built
-	$(BIN)/python -m sphinx -E -q -W --keep-going -c docs -d build/doctrees . build/site
-	cp build/site/README.html build/site/index.html
-
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +59,11 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+.PHONY: docs
+docs: .venv/built
+	$(BIN)/python -m sphinx -E -q -W --keep-going -c docs -d build/doctrees . build/site
+	cp build/site/README.html build/site/index.html
 
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --short
