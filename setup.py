@@ -108,7 +108,7 @@ class Build(BuildExtension):
     """Names the kernel library librwkv6.so, adds its CUDA part and links the bindings to it."""
 
     def finalize_options(self) -> None:
-        self.build_temp = "build/objects"  # stays, also where pip builds: ninja compiles what is new
+        self.build_temp = "build/objects"  # not pip's temporary folder: ninja finds what is there
         super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:
