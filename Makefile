@@ -144,6 +144,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 	$(PIP_INSTALL) -r requirements-dev.txt
 	$(BIN)/python -m pip download -q --no-deps -d build/jaxlib jaxlib==$(OLDEST_JAXLIB)
 	$(BIN)/python -c '$(HEADERS_ALONE)'
+	rm -r build/jaxlib
 	touch $@
 
 .venv/built: .venv/installed .venv/demo-built pyproject.toml
