@@ -20,7 +20,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: article demo docs test test-gpu report-gpu lint format bench bench-gpu bench-rivals \
+.PHONY: article demo test test-gpu report-gpu lint format bench bench-gpu bench-rivals \
 	bench-readme sanitize test-neon test-clang wheel clean
 
 demo: export PYTHONPATH := .
@@ -46,10 +46,6 @@ bench-gpu: export RWKV6_CUDA := 1
 bench-gpu: .venv/built
 	$(BIN)/python -m benchmarks gpu
 
-docs: .venv/built
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
-	cp build/site/README.html build/site/index.html
-
 # One file about a GPU, with everything that makes sense to ask it: send it to us.
 report-gpu: export RWKV6_CUDA := 1
 report-gpu: .venv/built
@@ -65,6 +61,11 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+.PHONY: docs
+docs: .venv/built
+	$(BIN)/python -m sphinx -E -q -W --keep-going -c docs -d build/doctrees . build/site
+	cp build/site/README.html build/site/index.html
 
 bench: .venv/built
 	$(BIN)/python -m benchmarks all --short
@@ -145,6 +146,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 	$(PIP_INSTALL) -r requirements-dev.txt
 	$(BIN)/python -m pip download -q --no-deps -d build/jaxlib jaxlib==$(OLDEST_JAXLIB)
 	$(BIN)/python -c '$(HEADERS_ALONE)'
+	rm -r build/jaxlib
 	touch $@
 
 .venv/built: .venv/installed .venv/demo-built pyproject.toml

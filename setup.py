@@ -107,6 +107,10 @@ def cuda_objects(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:
 class Build(BuildExtension):
     """Names the kernel library librwkv6.so, adds its CUDA part and links the bindings to it."""
 
+    def finalize_options(self) -> None:
+        self.build_temp = "build/objects"  # not pip's temporary folder: ninja finds what is there
+        super().finalize_options()
+
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.split(".")[-1] == KERNELS.split(".")[-1]:
             return os.path.join(*fullname.split(".")) + ".so"
@@ -205,8 +209,5 @@ setup(
         ),
     ],
     cmdclass={"build_ext": Build},
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310"},
-        "build_ext": {"build_temp": "build/objects"},
-    },
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

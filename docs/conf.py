@@ -46,6 +46,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_copy_source = html_show_sourcelink = False
 
 CONTENTS = """
@@ -77,14 +78,14 @@ docs/api/keras
 :hidden:
 :caption: Speed
 
-docs/benchmarks
-docs/benchmarks/op
-docs/benchmarks/backward
-docs/benchmarks/decode
-docs/benchmarks/scaling
-docs/benchmarks/overhead
-benchmarks/README
-docs/cuda
+Overview <docs/benchmarks>
+Forward <docs/benchmarks/op>
+Backward <docs/benchmarks/backward>
+Decoding <docs/benchmarks/decode>
+Scaling <docs/benchmarks/scaling>
+Overhead <docs/benchmarks/overhead>
+How they are made <benchmarks/README>
+CUDA <docs/cuda>
 ```
 
 ```{toctree}
