@@ -7,6 +7,7 @@ flash-linear-attention where it is installed. bfloat16, as models are trained.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -31,7 +32,7 @@ SHAPES = [(8, 1024, 8, 64), (8, 4096, 32, 64), (1, 65536, 8, 64)]
 SHORT = [(8, 1024, 8, 64)]
 DECODE = [(1, 1, 32, 64), (64, 1, 32, 64)]
 LOOPED_TOKENS = 1024  # a loop over more is only a matter of patience
-CHECKED_TOKENS = 256  # compared with float64
+CHECKED_TOKENS = 1024  # compared with float64: several segments, so every kernel
 WRONG = 1e-2  # a contender with a larger error is not timed
 TURNS, SHORT_TURNS = 20, 5
 COLUMNS = (
@@ -73,7 +74,7 @@ def _contenders(work: Work) -> dict[str, Function]:
     else:
         found = {
             "torch_rwkv6": torch_rwkv6.wkv,
-            "torch_rwkv6, recurrent": _forced("recurrent"),
+            "torch_rwkv6, recurrent": torch_rwkv6.wkv,
             **(loops if work.T <= LOOPED_TOKENS else {}),
             "PyTorch chunked": chunked.wkv,
             "PyTorch chunked, torch.compile": compiled.chunks(),
@@ -95,16 +96,10 @@ def _in_place(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     return torch_rwkv6.wkv_update(r, k, v, w, u, state), state
 
 
-def _forced(family: str) -> Function:
-    def wkv(*args: Tensor) -> tuple[Tensor, Tensor]:
-        with _kernel(family):
-            return torch_rwkv6.wkv(*args)
-
-    return wkv
-
-
 @contextmanager
-def _kernel(family: str) -> Iterator[None]:
+def _kernel(contender: str) -> Iterator[None]:
+    """The family of kernels that the contender is about, in its backward too."""
+    family = "recurrent" if contender.endswith(", recurrent") else ""
     before = os.environ.get("RWKV6_CUDA_KERNEL", "")
     os.environ["RWKV6_CUDA_KERNEL"] = family
     try:
@@ -137,21 +132,32 @@ def _inputs(work: Work, shape: Shape) -> list[Tensor]:
     return [*(x.to(dtype) for x in tokens), normal(H, N).to(dtype), normal(B, H, N, N)]
 
 
-def _call(work: Work, wkv: Function, args: list[Tensor]) -> Callable[[], Any]:
-    if work.kind != "forward + backward":
-        return torch.no_grad()(lambda: wkv(*args))
+def _call(work: Work, name: str, wkv: Function, args: list[Tensor]) -> Callable[[], Any]:
     leaves = [x.detach().requires_grad_() for x in args]
     grad_y = torch.randn_like(args[0])
-    return lambda: torch.autograd.grad(wkv(*leaves)[0], leaves, grad_y)
+
+    def call() -> Any:
+        with _kernel(name):
+            if work.kind == "forward + backward":
+                return torch.autograd.grad(wkv(*leaves)[0], leaves, grad_y)
+            with torch.no_grad():
+                return wkv(*args)
+
+    return call
 
 
-def _error(work: Work, wkv: Function) -> float:
-    """Relative RMS of y against float64 on the first tokens of one batch row."""
+def _error(work: Work, name: str, wkv: Function) -> float:
+    """The larger relative RMS, of y and the final state, against float64 on the first tokens of one
+    batch row; NaN is infinitely wrong.
+    """
     args = _inputs(work, (1, min(work.T, CHECKED_TOKENS), work.H, work.N))
-    exact, _ = reference.recurrence(*(x.double() for x in args))
-    with torch.no_grad():
-        y, _ = wkv(*(x.clone() for x in args))
-    return ((y.double() - exact).norm() / exact.norm()).item()
+    exact = reference.recurrence(*(x.double() for x in args))
+    with torch.no_grad(), _kernel(name):
+        found = wkv(*(x.clone() for x in args))
+    errors = [
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)
+    ]
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def _table(work: Work, turns: int) -> Table:
@@ -161,11 +167,11 @@ def _table(work: Work, turns: int) -> Table:
         row: dict[str, Any] = {"contender": name, "kind": work.kind}
         rows.append(row)
         try:
-            row["error"] = _error(work, wkv)
+            row["error"] = _error(work, name, wkv)
             if row["error"] > WRONG:
                 row["note"] = "wrong, not timed"
                 continue
-            call = _call(work, wkv, [x.clone() for x in args])
+            call = _call(work, name, wkv, [x.clone() for x in args])
             for _ in range(3):
                 call()
             torch.cuda.synchronize()

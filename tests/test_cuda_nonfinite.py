@@ -1,4 +1,4 @@
-"""A NaN or an infinity goes where the recurrence takes it and no further, in the CUDA kernels too."""
+"""In the CUDA kernels, too, a NaN or an infinity goes where the recurrence takes it, no further."""
 
 import itertools
 import math
