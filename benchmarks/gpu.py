@@ -13,8 +13,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +42,7 @@ SHORT = TRAINING[:1]
 DECODE = [(1, 1, 32, 64), (64, 1, 32, 64)]
 LOOPED_TOKENS = 1024  # a loop over more is only a matter of patience
 DEVICE = "cuda"
+RECURRENT = "torch_rwkv6, recurrent"
 WRONG = 1e-2  # a contender with a larger error is not timed
 TURNS, SHORT_TURNS = 20, 5
 TURN = 1e-3  # seconds: a shorter call is repeated to fill a turn
@@ -118,7 +118,7 @@ def _contenders(work: Work, short: bool) -> dict[str, Function]:
     else:
         found = {"torch_rwkv6": torch_rwkv6.wkv}
         if work.dtype != "float32":  # which has the recurrent kernels only
-            found["torch_rwkv6, recurrent"] = _forced("recurrent")
+            found[RECURRENT] = torch_rwkv6.wkv
         found |= looped | {"PyTorch chunked": chunked.wkv}
         if not short:
             found["PyTorch chunked, torch.compile"] = compiled.chunks()
@@ -139,22 +139,18 @@ def _in_place(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     return torch_rwkv6.wkv_update(r, k, v, w, u, state), state
 
 
-def _forced(family: str) -> Function:
-    def wkv(*args: Tensor) -> tuple[Tensor, Tensor]:
-        with _kernel(family):
-            return torch_rwkv6.wkv(*args)
+def _recurrent(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, by the recurrent kernels, in the backward too."""
 
-    return wkv
+    def forced() -> Any:
+        before = os.environ.get("RWKV6_CUDA_KERNEL", "")
+        os.environ["RWKV6_CUDA_KERNEL"] = "recurrent"
+        try:
+            return call()
+        finally:
+            os.environ["RWKV6_CUDA_KERNEL"] = before
 
-
-@contextmanager
-def _kernel(family: str) -> Iterator[None]:
-    before = os.environ.get("RWKV6_CUDA_KERNEL", "")
-    os.environ["RWKV6_CUDA_KERNEL"] = family
-    try:
-        yield
-    finally:
-        os.environ["RWKV6_CUDA_KERNEL"] = before
+    return forced
 
 
 def _fla(function: Callable[..., Any]) -> Function:
@@ -191,6 +187,14 @@ def _call(work: Work, wkv: Function, args: list[Tensor]) -> Callable[[], tuple[T
     return lambda: torch.autograd.grad(wkv(*leaves)[0], leaves, grad_y)
 
 
+def _prepared(
+    work: Work, name: str, wkv: Function, args: list[Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """The call of a contender, as its name says."""
+    call = _call(work, wkv, args)
+    return _recurrent(call) if name == RECURRENT else call
+
+
 def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -215,9 +219,9 @@ def _exact(work: Work) -> tuple[Tensor, ...]:
     return tuple(torch.stack(x).sum(0) if x[0].shape == u.shape else torch.cat(x) for x in outputs)
 
 
-def _error(work: Work, wkv: Function, exact: tuple[Tensor, ...]) -> float:
+def _error(work: Work, name: str, wkv: Function, exact: tuple[Tensor, ...]) -> float:
     """The largest relative RMS error of an output."""
-    found = _call(work, wkv, _inputs(work))()
+    found = _prepared(work, name, wkv, _inputs(work))()
     return max(_relative(a, b) for a, b in zip(found, exact, strict=True))
 
 
@@ -237,11 +241,11 @@ def _table(work: Work, turns: int, bandwidth: float, short: bool) -> Table:
         row: dict[str, Any] = {"contender": name, "kind": work.kind, "dtype": work.dtype}
         rows.append(row)
         try:
-            row["error"] = _error(work, wkv, exact)
+            row["error"] = _error(work, name, wkv, exact)
             if not row["error"] <= WRONG:
                 row["note"] = "wrong, not timed"
                 continue
-            each = [_call(work, wkv, [x.clone() for x in args]) for args in inputs]
+            each = [_prepared(work, name, wkv, [x.clone() for x in args]) for args in inputs]
             if name.endswith("CUDA graph"):
                 each = [_graph(call) for call in each]
             for call in each * 3:

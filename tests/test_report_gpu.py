@@ -159,12 +159,12 @@ def test_contenders_are_compared_with_float64(kind: str, monkeypatch) -> None:
     work = replace(FORWARD, kind=kind, T=1 if kind == "decode" else FORWARD.T)
     exact = gpu._exact(work)
     assert all(x.dtype == torch.float64 for x in exact)
-    assert gpu._error(work, wkv, exact) < 1e-6
-    assert gpu._error(work, reference.wkv, exact) < 1e-6
-    assert gpu._error(work, lambda *x: nan(*wkv(*x)), exact) == math.inf
+    assert gpu._error(work, "", wkv, exact) < 1e-6
+    assert gpu._error(work, "", reference.wkv, exact) < 1e-6
+    assert gpu._error(work, "", lambda *x: nan(*wkv(*x)), exact) == math.inf
     last = torch.zeros(work.T)[None, :, None, None]
     last[:, -1] = 1e-3  # one token wrong, the last
-    assert gpu._error(work, lambda *x: (wkv(*x)[0] * (1 + last), wkv(*x)[1]), exact) > 1e-5
+    assert gpu._error(work, "", lambda *x: (wkv(*x)[0] * (1 + last), wkv(*x)[1]), exact) > 1e-5
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch_rwkv6._torch_private import concrete
 from torch_rwkv6.contract import MAX_HEAD_SIZE, Argument, Dtype, Operator
 
-
 NO_OFFSETS = "cu_seqlens: expected at least one offset (M + 1 of them), got none"
 
 

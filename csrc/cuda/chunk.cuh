@@ -40,20 +40,40 @@ template <int N>
 constexpr int kRawRow = N / 2 + 8;  // words of a row of 16-bit elements
 using Pairs = float[kChunk][20];    // [token][token]
 
+// The first segment of sequence m, and with m = sequences.count how many there are.
+__device__ inline int64_t first_segment(const Sequences& sequences, const Segments& segments,
+                                        int64_t m) {
+  if (!sequences.cu_seqlens.data) return segments.count / sequences.count * m;
+  return packed_begin(sequences, m) / segments.length + m;
+}
+// The last sequence that begins with this segment or before.
+__device__ inline int64_t sequence_of(const Sequences& sequences, const Segments& segments,
+                                      int64_t segment) {
+  if (!sequences.cu_seqlens.data) return segment / (segments.count / sequences.count);
+  int64_t low = 0, high = sequences.count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first_segment(sequences, segments, middle) <= segment ? low : high) = middle;
+  }
+  return low;
+}
+
 // One of a sequence's segments, walked by one block.
 struct Place {
-  int64_t unit;         // of (sequence, head)
   int64_t m, h;         // sequence, head
   int64_t segment;      // in the sequence
   Span span;            // the sequence
   int64_t first, last;  // the segment's tokens, in the sequence
+  bool cut;             // the sequence has more than one segment
 
   __device__ Place(const Sequences& sequences, const Segments& segments, int64_t H) {
-    unit = blockIdx.x / segments.count, segment = blockIdx.x % segments.count;
-    m = unit / H, h = unit % H;
+    h = blockIdx.x % H;
+    m = sequence_of(sequences, segments, blockIdx.x / H);
+    segment = blockIdx.x / H - first_segment(sequences, segments, m);
     span = span_of(sequences, m);
     first = min(segment * segments.length, span.length);
     last = min(first + segments.length, span.length);
+    cut = span.length > segments.length;
   }
   // The segment of the sequence's last token, which the final state belongs to.
   __device__ bool is_end() const { return last == span.length && (segment == 0 || first < last); }
@@ -82,25 +102,35 @@ struct Lane {
   }
 };
 
-// Starts to copy 16 rows of x, tokens from `first` on, to shared memory; zeros beyond the end.
-template <int N, int kThreads, int element_bytes = 2>
-__device__ inline void stage(uint32_t* raw, const Tokens& x, const Place& at, int64_t first) {
-  constexpr int kRowBytes = N * element_bytes, kPieces = kRowBytes / 16, kAll = kChunk * kPieces;
-  const char* rows = x.row(at.span.b, at.span.begin + first, at.h);
-  const int64_t distance = x.distance(1, 0);
-  const int tokens = at.tokens(first);
-#pragma unroll
-  for (int begin = 0; begin < kAll; begin += kThreads) {
-    const int piece = begin + threadIdx.x;
-    if (kAll % kThreads && piece >= kAll) break;
-    const int row = piece / kPieces, column = piece % kPieces * 16;
-    char* to = reinterpret_cast<char*>(raw) + row * (kRowBytes + 32) + column;
-    if (x.data && row < tokens)
-      cp_async<16>(to, rows + row * distance + column);
-    else
-      *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+// The rows of a segment, of which 16 at a time are staged: where a thread's first piece of 16 bytes
+// comes from and goes to. 2 N threads copy a chunk's rows of 16 bits, or half of those of 32.
+template <int N>
+struct Source {
+  const char* piece;  // of the segment's first chunk
+  int64_t distance;   // bytes from a token's row to the next one's
+  int row, to;        // in a chunk; bytes in its place
+
+  __device__ Source(const Tokens& x, const Place& at, int thread, bool wide = false) {
+    const int row_bytes = wide ? 4 * N : 2 * N, column = thread % (row_bytes / 16) * 16;
+    row = thread / (row_bytes / 16);
+    piece = x.row(at.span.b, at.span.begin + at.first + row, at.h) + column;
+    distance = x.distance(1, 0);
+    to = row * (row_bytes + 32) + column;
+    if (!x.data) row = kChunk;  // beyond every chunk's tokens
   }
-}
+  // Starts to copy the chunk that begins `offset` tokens behind the segment's first; zeros beyond
+  // its `tokens`.
+  template <int threads>
+  __device__ void stage(uint32_t* raw, int offset, int tokens, bool wide = false) const {
+    constexpr int kHalf = kChunk / 2;
+    const char* from = piece + offset * distance;
+    char* place = reinterpret_cast<char*>(raw) + to;
+    cp_async_or_zeros(place, from, row < tokens ? 16 : 0);
+    if (wide && threads == 2 * N)
+      cp_async_or_zeros(place + kHalf * (4 * N + 32), from + kHalf * distance,
+                        row + kHalf < tokens ? 16 : 0);
+  }
+};
 
 // Where rows are staged, behind a kernel's Shared<N>: in each buffer `tensors` of 16-bit rows, then
 // w, of 16 or 32 bits.
@@ -121,14 +151,6 @@ struct Buffers {
   __device__ uint32_t* w(int buffer) const { return tensor(buffer, tensors); }
   static_assert(kTensor * 4 % 16 == 0 && bytes(false) % 16 == 0 && bytes(true) % 16 == 0);
 };
-
-template <int N, int kThreads>
-__device__ inline void stage_w(uint32_t* raw, const Tokens& w, const Place& at, int64_t first) {
-  if (w.dtype == DType::f32)
-    stage<N, kThreads, 4>(raw, w, at, first);
-  else
-    stage<N, kThreads>(raw, w, at, first);
-}
 
 // What a thread has of a chunk: K keys from `key` on, of the quad's four tokens.
 template <class E, int N, int kThreads>
@@ -523,20 +545,28 @@ __device__ inline void times_values(OutputTile& y, const Pairs& pairs, const Val
   }
 }
 
-// Stores a warp's [16 tokens][16 values]; its lanes hold values 4t to 4t + 3 of tokens g and g + 8.
-template <class E>
-__device__ inline void store_output(const OutputTile& y, const Tokens& to, const Place& at,
-                                    int64_t first, int value) {
-  const Lane lane;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int64_t token = first + lane.g + 8 * half;
-    if (token >= at.last) continue;
-    char* row = to.row(at.span.b, at.span.begin + token, at.h);
-    *reinterpret_cast<uint2*>(row + 2 * (value + 4 * lane.t)) = {
-        E::pack(y[0][2 * half], y[1][2 * half]), E::pack(y[0][2 * half + 1], y[1][2 * half + 1])};
+// Where a warp's [16 tokens][16 values] of a segment's outputs go; its lanes hold values 4t to 4t + 3
+// of tokens g and g + 8.
+struct Target {
+  char* four;        // of the segment's first chunk
+  int64_t distance;  // bytes from a token's row to the next one's
+
+  __device__ Target(const Tokens& x, const Place& at, int value) {
+    const Lane lane;
+    four = x.row(at.span.b, at.span.begin + at.first + lane.g, at.h) + 2 * (value + 4 * lane.t);
+    distance = x.distance(1, 0);
   }
-}
+  template <class E>
+  __device__ void store(const OutputTile& y, int offset, int tokens) const {
+    const Lane lane;
+    char* place = four + offset * distance;
+#pragma unroll
+    for (int half = 0; half < 2; half++, place += 8 * distance)
+      if (lane.g + 8 * half < tokens)
+        *reinterpret_cast<uint2*>(place) = {E::pack(y[0][2 * half], y[1][2 * half]),
+                                            E::pack(y[0][2 * half + 1], y[1][2 * half + 1])};
+  }
+};
 
 // A pair's product, to be read by times_values.
 template <class E>

@@ -22,6 +22,13 @@ __device__ inline void cp_async(void* shared, const void* global) {
                  : "memory");
 }
 
+// Starts to copy the first `given` of 16 bytes, 16 or 0; the rest becomes zeros.
+__device__ inline void cp_async_or_zeros(void* shared, const void* global, int given) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(given)
+               : "memory");
+}
+
 // The copies started since the last commit become a group.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

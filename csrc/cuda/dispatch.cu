@@ -8,7 +8,6 @@
 #include <initializer_list>
 
 #include "cuda/launch.h"
-#include "cuda/load.cuh"
 
 namespace rwkv6::cuda {
 namespace {
@@ -64,51 +63,6 @@ void check_cu_seqlens(const Launch& launch, Sequences& sequences) {
                                                              sequences.tokens, bad);
   check_launched("check_cu_seqlens");
   sequences.bad_cu_seqlens = bad;
-}
-
-// The row that sequence m starts from; any value where state_map is wrong.
-__device__ int64_t row_of(const Sequences& sequences, int64_t m) {
-  if (sequences.state_map.data) return sequences.state_map[m];
-  return sequences.states == 1 ? 0 : m;
-}
-
-// Chains the sequences that start from the same row: next[s], s < S, is the first that starts from
-// row s, next[S + m] the one after m with m's row, and `count` ends a chain.
-__global__ void __launch_bounds__(kThreads) chain_kernel(Sequences sequences, int64_t* next) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, S = sequences.states;
-  if (i >= S + sequences.count) return;
-  const int64_t row = i < S ? i : row_of(sequences, i - S);
-  int64_t m = i < S ? 0 : i - S + 1;
-  while (m < sequences.count && row_of(sequences, m) != row) m++;
-  next[i] = m;
-}
-
-// out[s] = the sum of parts[m] over the sequences m of row s, in their order.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_states_kernel(const T* parts, const int64_t* next, int64_t S, int64_t count, int64_t H,
-                      int64_t N, States out) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t size = H * N * N, s = index / size, element = index % size;
-  if (s >= S) return;
-  T sum = 0;
-  for (int64_t m = next[s]; m < count; m = next[S + m]) sum += parts[m * size + element];
-  const int64_t h = element / (N * N), i = element / N % N, j = element % N;
-  store_element(out.matrix(s, h), out.dtype, i * out.stride_row + j, sum);
-}
-
-template <class T>
-void sum_states(const Launch& launch, const BackwardJob& job, const States& out) {
-  const int64_t S = job.sequences.states, count = job.sequences.count;
-  if (S == 0) return;
-  int64_t* next = launch.workspace<int64_t>(S + count);
-  chain_kernel<<<blocks_for(S + count, kThreads), kThreads, 0, launch.stream>>>(job.sequences,
-                                                                                next);
-  check_launched("chain");
-  sum_states_kernel<<<blocks_for(S * job.H * job.N * job.N, kThreads), kThreads, 0,
-                      launch.stream>>>(reinterpret_cast<const T*>(job.grad_initial.data), next, S,
-                                       count, job.H, job.N, out);
-  check_launched("sum_states");
 }
 
 enum class Family { recurrent, chunked };

@@ -57,4 +57,8 @@ template <class T>
 void sum_heads(const Launch& launch, const T* parts, int64_t sequences, int64_t count, int64_t H,
                int64_t N, Heads out);
 
+// out[s] = the sum of job.grad_initial[m], of T, over the sequences m that start from row s.
+template <class T>
+void sum_states(const Launch& launch, const BackwardJob& job, const States& out);
+
 }  // namespace rwkv6::cuda

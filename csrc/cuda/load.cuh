@@ -64,7 +64,7 @@ __device__ void store_element(char* row, DType dtype, int64_t i, T x) {
 
 // The elements of a pack, from kSize values of E that one load reads.
 template <class T, class E>
-__device__ Pack<T> load_whole(const char* from) {
+__device__ Pack<T> load_vector(const char* from) {
   struct alignas(Pack<T>::kSize * sizeof(E)) Raw {
     E x[Pack<T>::kSize];
   };
@@ -75,18 +75,18 @@ __device__ Pack<T> load_whole(const char* from) {
   return pack;
 }
 
-// Up to kSize elements, of which `count` exist and the rest are zeros; whole: `from` is aligned so
+// Up to kSize elements, of which `count` exist and the rest are zeros; vector: `from` is aligned so
 // that one load reads a pack.
 template <class T>
-__device__ Pack<T> load_pack(const char* from, DType dtype, int64_t count, bool whole) {
-  if (whole && count >= Pack<T>::kSize) {
+__device__ Pack<T> load_pack(const char* from, DType dtype, int64_t count, bool vector) {
+  if (vector && count >= Pack<T>::kSize) {
     switch (dtype) {
       case DType::f64:
-        if constexpr (sizeof(T) == 8) return load_whole<T, double>(from);
+        if constexpr (sizeof(T) == 8) return load_vector<T, double>(from);
         break;
-      case DType::f32: return load_whole<T, float>(from);
-      case DType::bf16: return load_whole<T, __nv_bfloat16>(from);
-      default: return load_whole<T, __half>(from);
+      case DType::f32: return load_vector<T, float>(from);
+      case DType::bf16: return load_vector<T, __nv_bfloat16>(from);
+      default: return load_vector<T, __half>(from);
     }
   }
   Pack<T> pack;
@@ -96,9 +96,9 @@ __device__ Pack<T> load_pack(const char* from, DType dtype, int64_t count, bool 
   return pack;
 }
 
-// The first `count` elements of a pack; whole: as above.
+// The first `count` elements of a pack; vector: as above.
 template <class T, class E>
-__device__ void store_whole(char* to, const Pack<T>& pack) {
+__device__ void store_vector(char* to, const Pack<T>& pack) {
   struct alignas(Pack<T>::kSize * sizeof(E)) Raw {
     E x[Pack<T>::kSize];
   } raw;
@@ -112,15 +112,15 @@ __device__ void store_whole(char* to, const Pack<T>& pack) {
   *reinterpret_cast<Words*>(to) = words;  // one store
 }
 template <class T>
-__device__ void store_pack(char* to, DType dtype, const Pack<T>& pack, int64_t count, bool whole) {
-  if (whole && count >= Pack<T>::kSize) {
+__device__ void store_pack(char* to, DType dtype, const Pack<T>& pack, int64_t count, bool vector) {
+  if (vector && count >= Pack<T>::kSize) {
     switch (dtype) {
       case DType::f64:
-        if constexpr (sizeof(T) == 8) store_whole<T, double>(to, pack);
+        if constexpr (sizeof(T) == 8) store_vector<T, double>(to, pack);
         return;
-      case DType::f32: return store_whole<T, float>(to, pack);
-      case DType::bf16: return store_whole<T, __nv_bfloat16>(to, pack);
-      default: return store_whole<T, __half>(to, pack);
+      case DType::f32: return store_vector<T, float>(to, pack);
+      case DType::bf16: return store_vector<T, __nv_bfloat16>(to, pack);
+      default: return store_vector<T, __half>(to, pack);
     }
   }
 #pragma unroll
@@ -141,10 +141,10 @@ __device__ Pack<T> zeros() {
 // Starts to copy the elements of a pack, as they are, to the start of its place.
 template <class T>
 __device__ void fetch_pack(Pack<T>* place, const char* from, DType dtype, int64_t count,
-                           bool whole) {
+                           bool vector) {
   constexpr int kSize = Pack<T>::kSize;
   const int size = int(size_of(dtype));
-  if (whole && count >= kSize) {
+  if (vector && count >= kSize) {
     if (size * kSize == 16)
       cp_async<16>(place, from);
     else
@@ -172,17 +172,17 @@ __device__ Pack<T> unpack(const Pack<T>* place, DType dtype, int64_t count) {
 
 // Whether every row of x starts where a pack of the accumulator's type T can be read at once.
 template <class T>
-bool starts_whole(const void* data, DType dtype, int64_t strides) {
+bool is_vector_aligned(const void* data, DType dtype, int64_t strides) {
   const int64_t bytes = Pack<T>::kSize * size_of(dtype);
   return (reinterpret_cast<int64_t>(data) | strides * size_of(dtype)) % bytes == 0;
 }
 template <class T>
-bool rows_whole(const Tokens& x) {
-  return starts_whole<T>(x.data, x.dtype, x.stride_b | x.stride_t | x.stride_h);
+bool has_vector_rows(const Tokens& x) {
+  return is_vector_aligned<T>(x.data, x.dtype, x.stride_b | x.stride_t | x.stride_h);
 }
 template <class T>
-bool rows_whole(const States& x) {
-  return starts_whole<T>(x.data, x.dtype, x.stride_s | x.stride_h | x.stride_row);
+bool has_vector_rows(const States& x) {
+  return is_vector_aligned<T>(x.data, x.dtype, x.stride_s | x.stride_h | x.stride_row);
 }
 
 }  // namespace rwkv6::cuda

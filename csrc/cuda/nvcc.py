@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+# The PTX of 10.0 is for 10.3 and 11.0, that of 12.0 for what comes after it.
+DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0+PTX 12.0+PTX"
 OLDEST_ARCHITECTURE = (8, 0)  # has bfloat16 tensor cores and cp.async
 
 PROBE = "#include <cuda_runtime_api.h>\n__global__ void probe() {}\n"

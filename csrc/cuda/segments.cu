@@ -20,61 +20,63 @@ static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
 
 // What the walk leaves behind: the segment's end from zeros and its decay, or checkpoints.
 struct Results {
-  float* ends;         // [unit][segment][N][N] or nullptr
-  float* decays;       // [unit][segment][N], with ends
+  float* ends;         // [segment][H][N][N] of the sequences with several, or nullptr
+  float* decays;       // [segment][H][N], with ends
   float* checkpoints;  // [group][H][N][N] or nullptr
 };
 
 template <class E, int N, bool reverse>
 __global__ void __launch_bounds__(2 * N)
     state_walk_kernel(const __grid_constant__ Walk walk, const __grid_constant__ Segments segments,
-                      const float* starts,  // [unit][segment][N][N] or nullptr
+                      const float* starts,  // [segment][H][N][N] or nullptr
                       const Results results) {
   constexpr int kThreads = 2 * N, K = 2;
   extern __shared__ __align__(16) char memory[];
   Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
   const Place at(walk.sequences, segments, walk.H);
-  if (!at.span.valid) return;
+  if (!at.span.valid || (results.ends && !at.cut)) return;
   const int value = threadIdx.x / 32 * 16;
 
   StateTile<N> s;
   if (results.ends)
     fill_state<N>(s, 0.f);
-  else if (starts)
+  else if (starts && at.cut)
     load_state<N>(s, starts + int64_t(blockIdx.x) * (N * N), N, value);
   else
     load_state<E, N>(s, walk.from, at.span.initial, at.h, value);
 
   const bool wide = walk.w.dtype == DType::f32;
   const Buffers<N, 2> staged(&shared + 1, wide);
-  const auto stage_chunk = [&](int64_t first, int buffer) {
-    stage<N, kThreads>(staged.tensor(buffer, 0), walk.x, at, first);
-    stage<N, kThreads>(staged.tensor(buffer, 1), walk.v, at, first);
-    stage_w<N, kThreads>(staged.w(buffer), walk.w, at, first);
+  const Source<N> from_x(walk.x, at, threadIdx.x), from_v(walk.v, at, threadIdx.x),
+      from_w(walk.w, at, threadIdx.x, wide);
+  const int length = int(at.last - at.first);
+  const auto stage_chunk = [&](int offset, int buffer) {
+    const int tokens = length - offset;
+    from_x.template stage<kThreads>(staged.tensor(buffer, 0), offset, tokens);
+    from_v.template stage<kThreads>(staged.tensor(buffer, 1), offset, tokens);
+    from_w.template stage<kThreads>(staged.w(buffer), offset, tokens, wide);
     cp_async_commit();
   };
-  const int64_t chunks = (at.last - at.first + kChunk - 1) / kChunk;
-  const auto first_of = [&](int64_t c) {
-    return at.first + kChunk * (reverse ? chunks - 1 - c : c);
-  };
+  const int chunks = (length + kChunk - 1) / kChunk;
+  const auto offset_of = [&](int c) { return kChunk * (reverse ? chunks - 1 - c : c); };
   Quad<E, N, kThreads> my;
   float decay[K] = {1.f, 1.f};  // of all the segment, in the threads of the first quad
-  if (chunks) stage_chunk(first_of(0), 0);
-  for (int64_t c = 0; c < chunks; c++) {
-    const int64_t first = first_of(c);
-    const int buffer = int(c % 2);
+  if (chunks) stage_chunk(offset_of(0), 0);
+  for (int c = 0; c < chunks; c++) {
+    const int offset = offset_of(c);
+    const int buffer = c % 2;
     cp_async_wait<0>();
     __syncthreads();
-    if (c + 1 < chunks) stage_chunk(first_of(c + 1), buffer ^ 1);
-    if (results.checkpoints && first % (kChunk * kGroup) == 0) {
+    if (c + 1 < chunks) stage_chunk(offset_of(c + 1), buffer ^ 1);
+    if (results.checkpoints && offset % (kChunk * kGroup) == 0) {
       const int64_t position = at.span.b * walk.sequences.tokens + at.span.begin;
-      const int64_t group = group_of(position, at.m, first);
+      const int64_t group = group_of(position, at.m, at.first + offset);
       store_state<N>(s, results.checkpoints + (group * walk.H + at.h) * (N * N), N, value);
     }
 
     float x[kQuad][K], scale[K];
     my.load(x, staged.w(buffer), wide);
-    my.decays(x, reverse ? at.decaying(first, walk.from.data) : at.tokens(first));
+    my.decays(x, reverse ? at.decaying(at.first + offset, walk.from.data) : length - offset);
     my.share_products(shared.products);
     my.load(x, staged.tensor(buffer, 0));
     __syncthreads();
@@ -105,13 +107,15 @@ __global__ void __launch_bounds__(2 * N)
 template <class E>
 __global__ void scan_kernel(const __grid_constant__ Walk walk,
                             const __grid_constant__ Segments segments,
-                            float* ends,            // [unit][segment][N][N]
-                            const float* decays) {  // [unit][segment][N]
+                            float* ends,            // [segment][H][N][N]
+                            const float* decays) {  // [segment][H][N]
   const int64_t N = walk.N, parts = N * N / blockDim.x, unit = blockIdx.x / parts;
   const int64_t element = blockIdx.x % parts * blockDim.x + threadIdx.x, key = element / N;
   const int64_t m = unit / walk.H, h = unit % walk.H;
   const Span span = span_of(walk.sequences, m);
-  if (!span.valid) return;
+  if (!span.valid || span.length <= segments.length) return;
+  const int64_t first = first_segment(walk.sequences, segments, m);
+  const int64_t count = (span.length + segments.length - 1) / segments.length;
   const int64_t row = walk.reverse ? m : span.initial;
   float s = 0.f;
   if (walk.from.data && row >= 0) {
@@ -120,12 +124,12 @@ __global__ void scan_kernel(const __grid_constant__ Walk walk,
     s = walk.from.dtype == DType::f32 ? reinterpret_cast<const float*>(state)[at]
                                       : E::low(reinterpret_cast<const uint16_t*>(state)[at]);
   }
-  for (int64_t i = 0; i < segments.count; i++) {
-    const int64_t segment = unit * segments.count + (walk.reverse ? segments.count - 1 - i : i);
-    float& end = ends[segment * (N * N) + element];
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t segment = first + (walk.reverse ? count - 1 - i : i), at = segment * walk.H + h;
+    float& end = ends[at * (N * N) + element];
     const float added = end;
     end = s;
-    s = decays[segment * N + key] * s + added;
+    s = decays[at * N + key] * s + added;
   }
 }
 
@@ -136,53 +140,48 @@ void walk_states(const Launch& launch, const Walk& walk, const Segments& segment
   const ChunkedKernel kernel = {
       "state_walk", walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>,
       2 * N, int(sizeof(Shared<N>)) + 2 * Buffers<N, 2>::bytes(wide)};
-  kernel.run(launch, walk.sequences.count * walk.H * segments.count, walk, segments, starts,
-             results);
+  kernel.run(launch, segments.count * walk.H, walk, segments, starts, results);
 }
 
 }  // namespace
 
 Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
-                     int64_t blocks_each, const Costs& costs) {
-  constexpr int64_t kGroupTokens = kChunk * kGroup;
-  const auto in_groups = [](int64_t tokens) {
-    return (tokens + kGroupTokens - 1) / kGroupTokens * kGroupTokens;
-  };
-  const int64_t T = std::max<int64_t>(sequences.tokens, 1);
-  const auto of_length = [&](int64_t length) {
-    return Segments{(T + length - 1) / length, length};
-  };
-  if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT"))
-    return of_length(in_groups(std::clamp<int64_t>(std::atoll(forced), 1, T)));
-
-  const int64_t each = std::max<int64_t>(blocks_each, 1), room = launch.multiprocessors * each;
+                     int64_t blocks_each, const SegmentCosts& costs) {
+  constexpr int64_t kGroupTokens = kChunk * kGroup, kShortestPacked = 256;
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const bool packed = sequences.cu_seqlens.data;
-  const int64_t units = std::max<int64_t>(packed ? H : sequences.count * H, 1);
-  const auto cost = [&](const Segments& segments) {
-    const int64_t blocks = units * segments.count;
-    const int64_t most_filled = (blocks + launch.multiprocessors - 1) / launch.multiprocessors;
-    const double full = double(std::min(most_filled, each)) / double(each);
-    const double waves = double((blocks + room - 1) / room);
-    const double tokens =
-        waves * (double(segments.length) + costs.begin) * (1 + costs.crowding * full * full);
-    if (segments.count == 1) return tokens;
-    return tokens * costs.walk + costs.scan + costs.scan_each * double(segments.count);
+  const int64_t T = std::max<int64_t>(sequences.tokens, 1);
+  const int64_t multiprocessors = launch.multiprocessors, room = multiprocessors * blocks_each;
+  const auto cost = [&](int64_t length) {
+    const int64_t count = up(T, length), blocks = sequences.count * H * count;
+    const double full = double(std::min(blocks_each, up(blocks, multiprocessors))) / blocks_each;
+    const double tokens = up(blocks, room) * (length + costs.start);
+    const double walked = tokens * (1 + costs.sharing * full * full);
+    return count == 1 ? walked : walked * costs.walk + costs.scan + count * costs.segment;
   };
-  Segments best = of_length(in_groups(T));
-  if (packed && sequences.count * H >= room) return best;
-  // more segments than this only make more waves of the same blocks
-  const int64_t most = std::min(T / kGroupTokens, 8 * room / units + 1);
-  for (int64_t count = 2; count <= most; count++) {
-    const Segments segments = of_length(in_groups((T + count - 1) / count));
-    if (cost(segments) < cost(best)) best = segments;
+  int64_t length = up(T, kGroupTokens) * kGroupTokens;
+  if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT")) {
+    length = std::min(length, std::max<int64_t>(std::atoll(forced), 1));
+  } else if (packed) {
+    length = std::min(length, std::max(up(T * H, room), kShortestPacked));
+  } else {
+    // more segments than twice what there is room for would only wait for each other
+    const int64_t units = std::max<int64_t>(sequences.count * H, 1);
+    const int64_t most = std::min(up(T, kGroupTokens), 2 * room / units + 1);
+    for (int64_t count = 2; count <= most; count++) {
+      const int64_t shorter = up(up(T, count), kGroupTokens) * kGroupTokens;
+      if (cost(shorter) < cost(length)) length = shorter;
+    }
   }
-  return best;
+  length = up(length, kGroupTokens) * kGroupTokens;
+  if (packed) return {T / length + sequences.count, length};
+  return {up(T, length) * sequences.count, length};
 }
 
 const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments) {
-  const int64_t units = walk.sequences.count * walk.H;
-  float* ends = launch.workspace<float>(units * segments.count * walk.N * walk.N);
-  float* decays = launch.workspace<float>(units * segments.count * walk.N);
+  const int64_t units = walk.sequences.count * walk.H, blocks = segments.count * walk.H;
+  float* ends = launch.workspace<float>(blocks * walk.N * walk.N);
+  float* decays = launch.workspace<float>(blocks * walk.N);
   for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
     using E = decltype(element);
     constexpr int N = decltype(size)::value, kThreads = 256;

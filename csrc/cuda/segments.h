@@ -12,28 +12,31 @@ namespace rwkv6::cuda {
 constexpr int kChunk = 16;  // tokens
 constexpr int kGroup = 4;   // chunks between two checkpoints of the backward
 
+// The segments of all sequences lie one after another; one block each and head walks them. Packed
+// sequences, whose lengths only the device knows, have room for at least as many as they need; what
+// is left is empty.
 struct Segments {
-  int64_t count;   // in each sequence
+  int64_t count;   // of all sequences
   int64_t length;  // in tokens, whole groups of chunks
+
+  bool cuts(const Sequences& sequences) const { return count > sequences.count; }
 };
 
-// What a walk in segments costs, in units of the time in which a block that has a multiprocessor for
-// itself takes one token. Fitted to times of every segment length at fifteen shapes on an H200
-// (docs/cuda.md).
-struct Costs {
-  double begin;      // what a block does before its first token
-  double crowding;   // by how much of itself a token takes longer in full multiprocessors
-  double walk;       // a token that is also walked for its segment's start, to one that is not
-  double scan;       // to launch the walk and the scan
-  double scan_each;  // the scan, for each segment
+// What segments of L tokens cost, fitted to times measured on an H200 at 15 shapes; the unit is what
+// a token takes in a block alone on its multiprocessor.
+struct SegmentCosts {
+  double sharing;  // what a token takes more with a multiprocessor full of blocks
+  double start;    // of a block
+  double walk;     // a token's factor where its segment's beginning has to be found first
+  double scan;     // launches, and
+  double segment;  // one segment in the scan from beginning to beginning
 };
 
-// The segments that cost least, for a kernel of which a multiprocessor has room for blocks_each
-// blocks. RWKV6_CUDA_SEGMENT names a length instead, for tests. Of a packed batch only the sum of
-// the lengths is known here: it is taken for one long sequence if its sequences alone leave
-// multiprocessors empty, and is not cut otherwise.
+// Segments of the length that costs least, given how many blocks a multiprocessor has room for.
+// Of packed sequences the host knows no lengths: none is longer than what every block would have if
+// the tokens were shared evenly. RWKV6_CUDA_SEGMENT names another length, for tests.
 Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
-                     int64_t blocks_each, const Costs& costs);
+                     int64_t blocks_each, const SegmentCosts& costs);
 
 // The walk of a state alone, S <- d S + x v: of the state itself with x = k, or, backwards, of its
 // gradient with x = r and v = grad_y.
@@ -45,7 +48,8 @@ struct Walk {
   bool reverse;
 };
 
-// The state at each segment's beginning (backwards: end), [sequence][head][segment][N][N].
+// The state at the beginning (backwards: end) of each segment of a sequence that has several,
+// [segment][head][N][N].
 const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments);
 
 // The state before every kGroup-th chunk: [group_of(...)][head][N][N].

@@ -14,18 +14,19 @@ struct Span {
   bool valid;                // otherwise y, gradients and the final state are NaN
 };
 
+// Where a packed sequence begins. If cu_seqlens is wrong all tokens are somebody's, so that all of y
+// is written.
+__device__ inline int64_t packed_begin(const Sequences& s, int64_t m) {
+  return *s.bad_cu_seqlens ? s.tokens * m / s.count : s.cu_seqlens[m];
+}
+
 __device__ inline Span span_of(const Sequences& s, int64_t m) {
   Span span = {m, 0, s.tokens, s.states == 1 ? 0 : m, m, false, true};
   if (s.cu_seqlens.data) {
     span.b = 0;
-    if (*s.bad_cu_seqlens) {  // all tokens are somebody's, so that all of y is written
-      span.valid = false;
-      span.begin = s.tokens * m / s.count;
-      span.length = s.tokens * (m + 1) / s.count - span.begin;
-    } else {
-      span.begin = s.cu_seqlens[m];
-      span.length = s.cu_seqlens[m + 1] - span.begin;
-    }
+    span.valid = !*s.bad_cu_seqlens;
+    span.begin = packed_begin(s, m);
+    span.length = packed_begin(s, m + 1) - span.begin;
   }
   if (s.state_map.data) {
     span.initial = s.state_map[m];

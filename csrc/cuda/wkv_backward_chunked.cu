@@ -207,40 +207,13 @@ __device__ inline bool is_of_level(int row, int column, int level) {
   return (row ^ column) >> level == 1;
 }
 
-// A level's gradients of its rows for the warp's keys, where rows may be NaN or infinite: zero times
-// that would be NaN.
-template <int N>
-__device__ inline void strange_level_gradient(TokenTile& out, const Rows<N>& rows, int level,
-                                              const PairTile& pairs, int key) {
-  const Lane lane;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-#pragma unroll 1
-    for (int t = 0; t < 4; t++) {  // lane t of those with the same g has this column's pairs
-      const int column = 4 * i + t;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float pair = __shfl_sync(kAllLanes, pairs[i / 2][2 * half + i % 2], t, 4);
-        if (!is_of_level(lane.g + 8 * half, column, level)) continue;
-#pragma unroll
-        for (int q = 0; q < 2; q++)
-#pragma unroll
-          for (int e = 0; e < 2; e++)
-            out[q][2 * half + e] += pair * rows[column][key + 8 * q + 2 * lane.t + e];
-      }
-    }
-}
-
 // A level's gradients of its rows, in place, for the warp's keys.
 template <class E, int N>
-__device__ inline void level_gradient(Rows<N>& rows, int level, const PairTile& pairs, int key,
-                                      bool finite) {
+__device__ inline void level_gradient(Rows<N>& rows, int level, const PairTile& pairs, int key) {
   const Lane lane;
   TokenTile out = {};
-  if (!finite) strange_level_gradient<N>(out, rows, level, pairs, key);
 #pragma unroll
   for (int step = 0; step < 2; step++) {
-    if (!finite) break;
     uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -257,6 +230,32 @@ __device__ inline void level_gradient(Rows<N>& rows, int level, const PairTile& 
       mma(out[q], high, b0, b1);
     }
   }
+  __syncwarp();
+  store_tile<N>(rows, out, key);
+}
+
+// The same where rows may be NaN or infinite: zero times that would be NaN.
+template <int N>
+__device__ inline void strange_level_gradient(Rows<N>& rows, int level, const PairTile& pairs,
+                                              int key) {
+  const Lane lane;
+  TokenTile out = {};
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll 1
+    for (int t = 0; t < 4; t++) {  // lane t of those with the same g has this column's pairs
+      const int column = 4 * i + t;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float pair = __shfl_sync(kAllLanes, pairs[i / 2][2 * half + i % 2], t, 4);
+        if (!is_of_level(lane.g + 8 * half, column, level)) continue;
+#pragma unroll
+        for (int q = 0; q < 2; q++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            out[q][2 * half + e] += pair * rows[column][key + 8 * q + 2 * lane.t + e];
+      }
+    }
   __syncwarp();
   store_tile<N>(rows, out, key);
 }
@@ -386,9 +385,9 @@ struct Share {
 
 struct Given {
   const float* checkpoints;  // [group][H][N][N]
-  const float* ends;         // [unit][segment][N][N], G behind each segment, or nullptr
-  float* scratch;            // [unit][segment][kGroup - 1][N][N]
-  float* grad_u;             // [sequence][segment][H][N]
+  const float* ends;         // [segment][H][N][N], G behind each segment, or nullptr
+  float* scratch;            // [segment][H][kGroup - 1][N][N]
+  float* grad_u;             // [segment][H][N]
   int buffers;  // of staged rows: 2, of which one is filled while the other is read, or 1
 };
 
@@ -402,9 +401,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   if (threadIdx.x == 0) shared.at = Place(job.sequences, segments, job.H);
   __syncthreads();
   const Place& at = shared.at;
-  const auto grad_u = [&] {
-    return given.grad_u + ((at.m * segments.count + at.segment) * job.H + at.h) * N;
-  };
+  const auto grad_u = [&] { return given.grad_u + int64_t(blockIdx.x) * N; };
   if (!at.span.valid) {
     for (const Tokens* to : {&job.grad_r, &job.grad_k, &job.grad_v}) fill_rows<N>(*to, at);
     fill_rows<N>(job.grad_w, at);
@@ -418,9 +415,10 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   KeyTile<N>& g_keys = reinterpret_cast<KeyTile<N>&>(g);
   {
     const Share<N> of = {};
-    const float* end = given.ends ? given.ends + int64_t(blockIdx.x) * (N * N)
-                                  : f32_matrix(job.grad_final, at.m, at.h);
-    const int64_t stride = given.ends ? N : job.grad_final.stride_row;
+    const bool cut = given.ends && at.cut;
+    const float* end =
+        cut ? given.ends + int64_t(blockIdx.x) * (N * N) : f32_matrix(job.grad_final, at.m, at.h);
+    const int64_t stride = cut ? N : job.grad_final.stride_row;
     if (!of.has_values)
       load_key_tile<N>(g_keys, end, stride, of.key);
     else if (end)
@@ -450,15 +448,21 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   const auto first_of = [&](const Step& step) {
     return at.first + int64_t(step.group * kGroup + step.chunk()) * kChunk;
   };
+  // One half of the threads copies r and v, the other one k and grad_y, which is twice as many as a
+  // tensor has pieces.
   const auto stage_step = [&](const Step& step, int buffer) {
-    const int64_t first = first_of(step);
-    if (!step.recomputes()) {
-      stage<N, kThreads>(staged.tensor(buffer, 0), job.r, at, first);
-      stage<N, kThreads>(staged.tensor(buffer, 3), job.grad_y, at, first);
-    }
-    stage<N, kThreads>(staged.tensor(buffer, 1), job.k, at, first);
-    stage<N, kThreads>(staged.tensor(buffer, 2), job.v, at, first);
-    stage_w<N, kThreads>(staged.w(buffer), job.w, at, first);
+    const int offset = (step.group * kGroup + step.chunk()) * kChunk;
+    const int tokens = at.tokens(at.first + offset);
+    const int thread = thread_index(), half = thread / (2 * N), piece = thread % (2 * N);
+    if (half == 1 || !step.recomputes())
+      Source<N>(half ? job.k : job.r, at, piece)
+          .template stage<2 * N>(staged.tensor(buffer, half), offset, tokens);
+    if (half == 0 || !step.recomputes())
+      Source<N>(half ? job.grad_y : job.v, at, piece)
+          .template stage<2 * N>(staged.tensor(buffer, half ? 3 : 2), offset, tokens);
+    if (wide || half == 0)
+      Source<N>(job.w, at, thread, wide)
+          .template stage<kThreads>(staged.w(buffer), offset, tokens, wide);
     cp_async_commit();
   };
   const auto scratch = [&](int chunk) {
@@ -560,15 +564,22 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
       ValueTile grad_y;
       load_values<E, N>(grad_y, raw_grad_y, of.value);
       times_values<E, N, true>(tiles[0], shared.pairs, grad_y, raw_grad_y, of.value);
-      store_output<E>(tiles[0], job.grad_v, at, first, of.value);
+      Target(job.grad_v, at, of.value)
+          .template store<E>(tiles[0], int(first - at.first), at.tokens(first));
     } else {
       store_tile<N>(shared.r, tiles[0], of.key);
       store_tile<N>(shared.k, tiles[1], of.key);
       PairTile pairs;
       load_pairs<E, N>(pairs, shared.diagonal, raw_grad_y, raw_v, of.key == 0);
+      if (finite) {
 #pragma unroll
-      for (int level = 0; level < kLevels; level++)
-        level_gradient<E, N>(shared.levels[level], level, pairs, of.key, finite);
+        for (int level = 0; level < kLevels; level++)
+          level_gradient<E, N>(shared.levels[level], level, pairs, of.key);
+      } else {
+#pragma unroll 1
+        for (int level = 0; level < kLevels; level++)
+          strange_level_gradient<N>(shared.levels[level], level, pairs, of.key);
+      }
     }
     __syncthreads();
 
@@ -608,7 +619,8 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
 }
 
-constexpr Costs kCosts = {160, 0.7, 1.4, 16, 0.75};
+constexpr SegmentCosts kCosts = {
+    .sharing = 0.7, .start = 160, .walk = 1.4, .scan = 16, .segment = 0.75};
 
 template <class E, int N>
 void run(const Launch& launch, const BackwardJob& job) {
@@ -622,11 +634,11 @@ void run(const Launch& launch, const BackwardJob& job) {
             with_two = kernel_of(2).blocks_each(launch);
   const int buffers = with_one > with_two ? 1 : 2;
   const Segments segments = segments_of(launch, all, job.H, std::max(with_one, with_two), kCosts);
-  const int64_t blocks = all.count * job.H * segments.count;
+  const int64_t blocks = segments.count * job.H;
   const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
   const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};
   const float *starts = nullptr, *ends = nullptr;
-  if (segments.count > 1) {
+  if (segments.cuts(all)) {
     starts = segment_starts(launch, forwards, segments);
     ends = segment_starts(launch, backwards, segments);
   }
@@ -634,7 +646,8 @@ void run(const Launch& launch, const BackwardJob& job) {
                        launch.workspace<float>(blocks * (kGroup - 1) * N * N),
                        launch.workspace<float>(blocks * N), buffers};
   kernel_of(buffers).run(launch, blocks, job, segments, given);
-  sum_heads<float>(launch, given.grad_u, all.count, segments.count, job.H, N, job.grad_u);
+  const int64_t rows = all.cu_seqlens.data ? 1 : all.count;
+  sum_heads<float>(launch, given.grad_u, rows, segments.count / rows, job.H, N, job.grad_u);
 }
 
 }  // namespace

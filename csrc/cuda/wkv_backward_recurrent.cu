@@ -90,7 +90,7 @@ struct Backward {
 };
 
 // Which packs of N elements can be read and written at once.
-struct Whole {
+struct VectorAccess {
   bool grad_y, r, k, v, w, initial, grad_final;
   bool grad_r, grad_k, grad_v, grad_w, grad_initial;
 };
@@ -183,13 +183,13 @@ __device__ T* elements(Pack<T>* row) {
 // Starts to copy the rows of `tokens` tokens from `begin` on.
 template <class T, int packs, int pitch>
 __device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Place& place,
-                           int64_t begin, int tokens, Range range, bool whole) {
+                           int64_t begin, int tokens, Range range, bool vector) {
   if (!x.data) return;
 #pragma unroll 1
   for (int at = threadIdx.x; at < tokens * packs; at += blockDim.x) {
     const int t = at / packs, i = at % packs * Pack<T>::kSize;
     fetch_pack(&rows[t][at % packs], place.row(x, begin + t) + (range.first + i) * size_of(x.dtype),
-               x.dtype, range.count - i, whole);
+               x.dtype, range.count - i, vector);
   }
 }
 
@@ -233,12 +233,12 @@ __device__ void unpack_rows(Pack<T> (*rows)[pitch], const Tokens& x, int tokens,
 
 template <class T, int packs, int pitch>
 __device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Place& place,
-                           int64_t begin, int tokens, Range range, bool whole) {
+                           int64_t begin, int tokens, Range range, bool vector) {
 #pragma unroll 1
   for (int at = threadIdx.x; at < tokens * packs; at += blockDim.x) {
     const int t = at / packs, i = at % packs * Pack<T>::kSize;
     store_pack(place.row(x, begin + t) + (range.first + i) * size_of(x.dtype), x.dtype,
-               rows[t][at % packs], range.count - i, whole);
+               rows[t][at % packs], range.count - i, vector);
   }
 }
 
@@ -277,7 +277,7 @@ __device__ void store_checkpoint(const Workspace& workspace, const Place& place,
 // loop, what indexes registers could not.
 template <class T, int P>
 __device__ void load_matrix(const Workspace& workspace, const Place& place, int64_t chunk,
-                            const States& from, int64_t row, bool whole) {
+                            const States& from, int64_t row, bool vector) {
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;
   const char* matrix = from.data && row >= 0 ? from.matrix(row, place.h) : nullptr;
@@ -289,14 +289,14 @@ __device__ void load_matrix(const Workspace& workspace, const Place& place, int6
     const int j = lane.column_pack(n % Shape::kColumnPacks) * Shape::kPack;
     const bool there = matrix && key < place.keys.count;
     to[n * 32] = there ? load_pack<T>(matrix + (i * from.stride_row + j) * size_of(from.dtype),
-                                      from.dtype, place.columns.count - j, whole)
+                                      from.dtype, place.columns.count - j, vector)
                        : zeros<T>();
   }
 }
 
 template <class T, int P>
 __device__ void store_matrix(const Workspace& workspace, const Place& place, int64_t chunk,
-                             const States& to, int64_t row, bool whole) {
+                             const States& to, int64_t row, bool vector) {
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;
   const Pack<T>* from = lane.checkpoint(workspace, place, chunk);
@@ -307,26 +307,27 @@ __device__ void store_matrix(const Workspace& workspace, const Place& place, int
     const int j = lane.column_pack(n % Shape::kColumnPacks) * Shape::kPack;
     if (key < place.keys.count)
       store_pack(to.matrix(row, place.h) + (i * to.stride_row + j) * size_of(to.dtype), to.dtype,
-                 from[n * 32], place.columns.count - j, whole);
+                 from[n * 32], place.columns.count - j, vector);
   }
 }
 
 // The walk there: leaves the state before every chunk behind.
 template <class T, int P>
-__device__ void walk_there(const BackwardJob& job, const Whole& whole, const Workspace& workspace,
-                           const Place& place, int64_t chunks, Forward<T, P>& rows) {
+__device__ void walk_there(const BackwardJob& job, const VectorAccess& vector,
+                           const Workspace& workspace, const Place& place, int64_t chunks,
+                           Forward<T, P>& rows) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   const Lane<T, P> lane;
-  load_matrix<T, P>(workspace, place, 0, job.initial, place.span.initial, whole.initial);
+  load_matrix<T, P>(workspace, place, 0, job.initial, place.span.initial, vector.initial);
   typename Shape::State S;
   load_checkpoint<T, P>(workspace, place, 0, S);
 #pragma unroll 1
   for (int64_t chunk = 0; chunk + 1 < chunks; chunk++) {
     const int64_t begin = chunk * C;
-    fetch_rows<T, Shape::kKeyPacks>(rows.k, job.k, place, begin, C, place.keys, whole.k);
-    fetch_rows<T, Shape::kKeyPacks>(rows.w, job.w, place, begin, C, place.keys, whole.w);
-    fetch_rows<T, Shape::kRowPacks>(rows.v, job.v, place, begin, C, place.columns, whole.v);
+    fetch_rows<T, Shape::kKeyPacks>(rows.k, job.k, place, begin, C, place.keys, vector.k);
+    fetch_rows<T, Shape::kKeyPacks>(rows.w, job.w, place, begin, C, place.keys, vector.w);
+    fetch_rows<T, Shape::kRowPacks>(rows.v, job.v, place, begin, C, place.columns, vector.v);
     cp_async_commit();
     cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(rows.k, job.k, C, place.keys.count, AsItIs());
@@ -554,7 +555,7 @@ __device__ void pair_up(Backward<T, P>& back) {
 // dv, from what has been found with G and the rows of A.
 template <class T, int P>
 __device__ void store_grad_v(const Backward<T, P>& back, const Tokens& grad_v, const Place& place,
-                             int64_t begin, int tokens, bool whole) {
+                             int64_t begin, int tokens, bool vector) {
   constexpr int kRowPacks = Shape<T, P>::kRowPacks;
 #pragma unroll 1
   for (int at = threadIdx.x; at < tokens * kRowPacks; at += blockDim.x) {
@@ -568,7 +569,7 @@ __device__ void store_grad_v(const Backward<T, P>& back, const Tokens& grad_v, c
       for (int c = 0; c < Pack<T>::kSize; c++) sum.x[c] += a * y.x[c];
     }
     store_pack(place.row(grad_v, begin + s) + place.grad_v + j * size_of(grad_v.dtype),
-               grad_v.dtype, sum, place.columns.count - j, whole);
+               grad_v.dtype, sum, place.columns.count - j, vector);
   }
 }
 
@@ -597,7 +598,7 @@ __device__ void fill_with_nan(const BackwardJob& job, const Workspace& workspace
 
 template <class T, int P>
 __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlocks)
-    backward_recurrent_kernel(BackwardJob job, Whole whole, Workspace workspace) {
+    backward_recurrent_kernel(BackwardJob job, VectorAccess vector, Workspace workspace) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   extern __shared__ __align__(16) char shared[];
@@ -608,7 +609,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   if (!place.span.valid) return fill_with_nan<T, P>(job, workspace, place, grad_u);
 
   const int64_t chunks = (place.span.length + C - 1) / C;
-  walk_there<T, P>(job, whole, workspace, place, chunks, *reinterpret_cast<Forward<T, P>*>(shared));
+  walk_there<T, P>(job, vector, workspace, place, chunks,
+                   *reinterpret_cast<Forward<T, P>*>(shared));
 
   Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
   const Lane<T, P> lane;
@@ -621,19 +623,19 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     elements(back.grad_u)[lane.own_key] = 0;
   }
   typename Shape::State S, G;
-  load_matrix<T, P>(workspace, place, chunks, job.grad_final, place.m, whole.grad_final);
+  load_matrix<T, P>(workspace, place, chunks, job.grad_final, place.m, vector.grad_final);
   load_checkpoint<T, P>(workspace, place, chunks, G);
 #pragma unroll 1
   for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
     const int64_t begin = chunk * C, left = place.span.length - begin;
     const int tokens = left < C ? int(left) : C;
     const Range keys = place.keys, columns = place.columns;
-    fetch_rows<T, Shape::kKeyPacks>(back.r, job.r, place, begin, tokens, keys, whole.r);
-    fetch_rows<T, Shape::kKeyPacks>(back.k, job.k, place, begin, tokens, keys, whole.k);
-    fetch_rows<T, Shape::kKeyPacks>(back.w, job.w, place, begin, tokens, keys, whole.w);
-    fetch_rows<T, Shape::kRowPacks>(back.v, job.v, place, begin, tokens, columns, whole.v);
+    fetch_rows<T, Shape::kKeyPacks>(back.r, job.r, place, begin, tokens, keys, vector.r);
+    fetch_rows<T, Shape::kKeyPacks>(back.k, job.k, place, begin, tokens, keys, vector.k);
+    fetch_rows<T, Shape::kKeyPacks>(back.w, job.w, place, begin, tokens, keys, vector.w);
+    fetch_rows<T, Shape::kRowPacks>(back.v, job.v, place, begin, tokens, columns, vector.v);
     fetch_rows<T, Shape::kRowPacks>(back.grad_y, job.grad_y, place, begin, tokens, columns,
-                                    whole.grad_y);
+                                    vector.grad_y);
     cp_async_commit();
     cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(back.r, job.r, tokens, keys.count, AsItIs());
@@ -668,18 +670,18 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
         sum += back.A_parts[warp][at / C][at % C];
       back.A[at / C][at % C] = sum;
     }
-    store_rows<T, Shape::kKeyPacks>(back.r, job.grad_r, place, begin, tokens, keys, whole.grad_r);
-    store_rows<T, Shape::kKeyPacks>(back.k, job.grad_k, place, begin, tokens, keys, whole.grad_k);
-    store_rows<T, Shape::kKeyPacks>(back.w, job.grad_w, place, begin, tokens, keys, whole.grad_w);
+    store_rows<T, Shape::kKeyPacks>(back.r, job.grad_r, place, begin, tokens, keys, vector.grad_r);
+    store_rows<T, Shape::kKeyPacks>(back.k, job.grad_k, place, begin, tokens, keys, vector.grad_k);
+    store_rows<T, Shape::kKeyPacks>(back.w, job.grad_w, place, begin, tokens, keys, vector.grad_w);
     __syncthreads();
-    store_grad_v(back, workspace.grad_v, place, begin, tokens, whole.grad_v);
+    store_grad_v(back, workspace.grad_v, place, begin, tokens, vector.grad_v);
     __syncthreads();
   }
 
   if (owns) grad_u[place.keys.first + lane.own_key] = elements(back.grad_u)[lane.own_key];
   if (!job.grad_initial.data) return;
   store_checkpoint<T, P>(workspace, place, chunks, G);
-  store_matrix<T, P>(workspace, place, chunks, job.grad_initial, place.m, whole.grad_initial);
+  store_matrix<T, P>(workspace, place, chunks, job.grad_initial, place.m, vector.grad_initial);
 }
 
 // grad_v from the shares of a head's blocks. parts: [count, B, T, H, N]
@@ -728,11 +730,13 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
       chunks,
       parts};
 
-  const Whole whole = {
-      rows_whole<T>(job.grad_y),     rows_whole<T>(job.r),      rows_whole<T>(job.k),
-      rows_whole<T>(job.v),          rows_whole<T>(job.w),      rows_whole<T>(job.initial),
-      rows_whole<T>(job.grad_final), rows_whole<T>(job.grad_r), rows_whole<T>(job.grad_k),
-      rows_whole<T>(grad_v_parts),   rows_whole<T>(job.grad_w), rows_whole<T>(job.grad_initial)};
+  const VectorAccess vector = {
+      has_vector_rows<T>(job.grad_y),     has_vector_rows<T>(job.r),
+      has_vector_rows<T>(job.k),          has_vector_rows<T>(job.v),
+      has_vector_rows<T>(job.w),          has_vector_rows<T>(job.initial),
+      has_vector_rows<T>(job.grad_final), has_vector_rows<T>(job.grad_r),
+      has_vector_rows<T>(job.grad_k),     has_vector_rows<T>(grad_v_parts),
+      has_vector_rows<T>(job.grad_w),     has_vector_rows<T>(job.grad_initial)};
   const int bytes = int(sizeof(Backward<T, P>));
   static_assert(sizeof(Backward<T, P>) <= 99 * 1024);  // on every architecture from 8.0 on
   if (bytes > 48 * 1024)
@@ -740,7 +744,7 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
                                cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "backward_recurrent");
   backward_recurrent_kernel<T, P>
-      <<<blocks_for(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, whole,
+      <<<blocks_for(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, vector,
                                                                                   workspace);
   check_launched("backward_recurrent");
   const int64_t size = tokens * job.H * job.N;

@@ -24,7 +24,7 @@ template <class E, int N>
 __global__ void __launch_bounds__(2 * N)
     forward_chunked_kernel(const __grid_constant__ ForwardJob job,
                            const __grid_constant__ Segments segments,
-                           const float* starts) {  // [unit][segment][N][N] or nullptr
+                           const float* starts) {  // [segment][H][N][N] or nullptr
   constexpr int kThreads = 2 * N, K = 2;
   extern __shared__ __align__(16) char memory[];
   Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
@@ -38,35 +38,40 @@ __global__ void __launch_bounds__(2 * N)
     return;
   }
   StateTile<N> s;
-  if (starts)
+  if (starts && at.cut)
     load_state<N>(s, starts + int64_t(blockIdx.x) * (N * N), N, value);
   else
     load_state<E, N>(s, job.initial, at.span.initial, at.h, value);
 
   const bool wide = job.w.dtype == DType::f32;
   const typename Shared<N>::Staged staged(&shared + 1, wide);
-  const auto stage_chunk = [&](int64_t first, int buffer) {
-    stage<N, kThreads>(staged.tensor(buffer, 0), job.r, at, first);
-    stage<N, kThreads>(staged.tensor(buffer, 1), job.k, at, first);
-    stage<N, kThreads>(staged.tensor(buffer, 2), job.v, at, first);
-    stage_w<N, kThreads>(staged.w(buffer), job.w, at, first);
+  const Source<N> from_r(job.r, at, threadIdx.x), from_k(job.k, at, threadIdx.x),
+      from_v(job.v, at, threadIdx.x), from_w(job.w, at, threadIdx.x, wide);
+  const Target to_y(job.y, at, value);
+  const int length = int(at.last - at.first);
+  const auto stage_chunk = [&](int offset, int buffer) {
+    const int tokens = length - offset;
+    from_r.template stage<kThreads>(staged.tensor(buffer, 0), offset, tokens);
+    from_k.template stage<kThreads>(staged.tensor(buffer, 1), offset, tokens);
+    from_v.template stage<kThreads>(staged.tensor(buffer, 2), offset, tokens);
+    from_w.template stage<kThreads>(staged.w(buffer), offset, tokens, wide);
     cp_async_commit();
   };
   Quad<E, N, kThreads> my;
   float u[K];
   load_u<E, K>(u, job.u, at.h, at.span.b, my.key);
-  if (at.first < at.last) stage_chunk(at.first, 0);
+  if (length > 0) stage_chunk(0, 0);
 
   int buffer = 0;
-  for (int64_t first = at.first; first < at.last; first += kChunk, buffer ^= 1) {
+  for (int offset = 0; offset < length; offset += kChunk, buffer ^= 1) {
     const uint32_t* raw_v = staged.tensor(buffer, 2);
     cp_async_wait<0>();
     __syncthreads();
-    if (first + kChunk < at.last) stage_chunk(first + kChunk, buffer ^ 1);
+    if (offset + kChunk < length) stage_chunk(offset + kChunk, buffer ^ 1);
 
     float r[kQuad][K], k[kQuad][K], x[kQuad][K], scale[K];
     my.load(x, staged.w(buffer), wide);
-    my.decays(x, at.tokens(first));
+    my.decays(x, length - offset);
     my.share_products(shared.products);
     my.load(r, staged.tensor(buffer, 0));
     my.load(k, staged.tensor(buffer, 1));
@@ -102,13 +107,14 @@ __global__ void __launch_bounds__(2 * N)
     __syncthreads();
 
     times_values<E, N, false>(y, shared.pairs, v, raw_v, value);
-    store_output<E>(y, job.y, at, first, value);
+    to_y.template store<E>(y, offset, length - offset);
   }
   if (at.is_end())
     store_state<N>(s, f32_matrix(job.final, at.span.final, at.h), job.final.stride_row, value);
 }
 
-constexpr Costs kCosts = {48, 0.4, 1.8, 224, 6};
+constexpr SegmentCosts kCosts = {
+    .sharing = 0.4, .start = 48, .walk = 1.8, .scan = 224, .segment = 6};
 
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
@@ -117,10 +123,10 @@ void run(const Launch& launch, const ForwardJob& job) {
   const Segments segments =
       segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch), kCosts);
   const float* starts = nullptr;
-  if (segments.count > 1)
+  if (segments.cuts(job.sequences))
     starts = segment_starts(
         launch, {job.sequences, job.H, job.N, job.k, job.v, job.w, job.initial, false}, segments);
-  kernel.run(launch, job.sequences.count * job.H * segments.count, job, segments, starts);
+  kernel.run(launch, segments.count * job.H, job, segments, starts);
 }
 
 }  // namespace

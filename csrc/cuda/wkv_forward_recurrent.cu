@@ -46,13 +46,13 @@ struct Tile {
 };
 
 // Which packs of N elements can be read and written at once.
-struct Whole {
+struct VectorAccess {
   bool r, k, v, w, initial, final;
 };
 
 template <class T, int P>
 __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlocks)
-    forward_recurrent_kernel(ForwardJob job, int64_t parts, Whole whole) {
+    forward_recurrent_kernel(ForwardJob job, int64_t parts, VectorAccess vector) {
   typedef Shape<T, P> Shape;
   constexpr int kPack = Shape::kPack;
   constexpr int kTile = Shape::kTile;
@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
       for (int p = row_pack; p < Shape::kRowPacks; p += Shape::kRowLanes) {
         const int i = p * kPack, count = N - i;
-        fetch_pack(&to.r[t][p], r + i * size_of(job.r.dtype), job.r.dtype, count, whole.r);
-        fetch_pack(&to.k[t][p], k + i * size_of(job.k.dtype), job.k.dtype, count, whole.k);
-        fetch_pack(&to.w[t][p], w + i * size_of(job.w.dtype), job.w.dtype, count, whole.w);
-        fetch_pack(&to.v[t][p], v + i * size_of(job.v.dtype), job.v.dtype, count, whole.v);
+        fetch_pack(&to.r[t][p], r + i * size_of(job.r.dtype), job.r.dtype, count, vector.r);
+        fetch_pack(&to.k[t][p], k + i * size_of(job.k.dtype), job.k.dtype, count, vector.k);
+        fetch_pack(&to.w[t][p], w + i * size_of(job.w.dtype), job.w.dtype, count, vector.w);
+        fetch_pack(&to.v[t][p], v + i * size_of(job.v.dtype), job.v.dtype, count, vector.v);
       }
     }
     cp_async_commit();
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
         const bool there = initial && i < N;
         const Pack<T> row =
             there ? load_pack<T>(initial + i * job.initial.stride_row * size_of(job.initial.dtype),
-                                 job.initial.dtype, N - column, whole.initial)
+                                 job.initial.dtype, N - column, vector.initial)
                   : zeros<T>();
 #pragma unroll
         for (int c = 0; c < kPack; c++) state[p][e][c] = row.x[c];
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
       for (int c = 0; c < kPack; c++) row.x[c] = state[p][e][c];
       if (i < N)
         store_pack(reinterpret_cast<char*>(final + i * job.final.stride_row + column),
-                   job.final.dtype, row, N - column, whole.final);
+                   job.final.dtype, row, N - column, vector.final);
     }
 }
 
@@ -257,10 +257,11 @@ void launch_forward(const Launch& launch, const ForwardJob& job) {
   while (warps > 1 && heads * ((head_warps + warps - 1) / warps) < launch.multiprocessors)
     warps = (warps + 1) / 2;
   const int64_t parts = (head_warps + warps - 1) / warps;
-  const Whole whole = {rows_whole<T>(job.r), rows_whole<T>(job.k),       rows_whole<T>(job.v),
-                       rows_whole<T>(job.w), rows_whole<T>(job.initial), rows_whole<T>(job.final)};
+  const VectorAccess vector = {has_vector_rows<T>(job.r),       has_vector_rows<T>(job.k),
+                               has_vector_rows<T>(job.v),       has_vector_rows<T>(job.w),
+                               has_vector_rows<T>(job.initial), has_vector_rows<T>(job.final)};
   forward_recurrent_kernel<T, P>
-      <<<blocks_for(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, whole);
+      <<<blocks_for(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, vector);
   check_launched("forward_recurrent");
 }
 

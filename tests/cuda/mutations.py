@@ -69,7 +69,7 @@ MUTATIONS = [
     # barriers and waits
     Mutation(
         "forward, chunked: no wait for the staged rows",
-        FORWARD, "    wait_for_copies<0>();\n", "", CHUNKED_17,
+        FORWARD, "    cp_async_wait<0>();\n", "", CHUNKED_17,
     ),
     Mutation(
         "forward, chunked: no barrier before the rows of all threads are read",
@@ -80,7 +80,7 @@ MUTATIONS = [
     ),
     Mutation(
         "forward, chunked: the next chunk is staged over the current one",
-        FORWARD, "stage_chunk(first + kChunk, buffer ^ 1)", "stage_chunk(first + kChunk, buffer)",
+        FORWARD, "stage_chunk(offset + kChunk, buffer ^ 1)", "stage_chunk(offset + kChunk, buffer)",
         CHUNKED_17,
     ),
     Mutation(
@@ -92,7 +92,10 @@ MUTATIONS = [
     ),
     Mutation(
         "backward, chunked: no __syncwarp before a level is overwritten",
-        BACKWARD, "  __syncwarp();\n", "", CHUNKED_17,
+        BACKWARD,
+        "  __syncwarp();\n  store_tile<N>(rows, out, key);\n}\n\n// The same where",
+        "  store_tile<N>(rows, out, key);\n}\n\n// The same where",
+        CHUNKED_17,
     ),
     Mutation(
         "state walk: no barrier before the state's update",
@@ -137,19 +140,26 @@ MUTATIONS = [
     ),
     Mutation(
         "forward, chunked: a last chunk of one token forgotten",
-        FORWARD, "first < at.last; first += kChunk", "first + 1 < at.last; first += kChunk",
+        FORWARD, "offset < length; offset += kChunk", "offset + 1 < length; offset += kChunk",
         CHUNKED_17,
     ),
     Mutation(
         "chunked: rows beyond the end not zero",
-        "chunk.cuh", "if (x.data && row < tokens)", "if (x.data)", CHUNKED_17,
+        "chunk.cuh",
+        "from, row < tokens ? 16 : 0);\n    if (wide",
+        "from, 16);\n    if (wide",
+        CHUNKED_17,
     ),
     Mutation(
         "backward, chunked: decays beyond the end not 1",
         BACKWARD,
-        "    my.decays(w, int(min(at.last - first, int64_t(kChunk))));\n    my.share_products",
+        "    my.decays(w, at.decaying(first, job.grad_final.data));\n    my.share_products",
         "    my.decays(w, kChunk);\n    my.share_products",
         CHUNKED_17,
+    ),
+    Mutation(
+        "chunked: a state's rows with 11 bits",
+        "mma.cuh", "low = __float_as_uint(x - __uint_as_float(high));", "low = 0;", CHUNKED_17,
     ),
     # decays
     Mutation(
@@ -171,15 +181,26 @@ MUTATIONS = [
     Mutation(
         "segments: each starts where it should end",
         "segments.cu",
-        "    end = s;\n    s = decays[segment * N + key] * s + added;\n",
-        "    s = decays[segment * N + key] * s + added;\n    end = s;\n",
+        "    end = s;\n    s = decays[at * N + key] * s + added;\n",
+        "    s = decays[at * N + key] * s + added;\n    end = s;\n",
         "test_segments and sm_80 and plain",
+    ),
+    Mutation(
+        "packed segments: each is the sequence's before",
+        "chunk.cuh", "middle) <= segment ? low", "middle) < segment ? low",
+        "test_segments and sm_80 and packed",
+    ),
+    Mutation(
+        "chain of sequences: only the first 32 are searched",
+        "sum_states.cu",
+        "for (; m < sequences.count; m += 32)", "for (; m < 32; m += 32)",
+        "test_gradients_of_a_state_that_many_start_from and sm_80",
     ),
     Mutation(
         "state walk: a checkpoint every second group",
         "segments.cu",
-        "first % (kChunk * kGroup) == 0",
-        "first % (2 * kChunk * kGroup) == 0",
+        "offset % (kChunk * kGroup) == 0",
+        "offset % (2 * kChunk * kGroup) == 0",
         CHUNKED_65,
     ),
     Mutation(
@@ -224,7 +245,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradient of a shared state: only the first sequence's",
-        "dispatch.cu",
+        "sum_states.cu",
         "m < count; m = next[S + m]",
         "m < count; m = count",
         OPTIONS + "recurrent-float32-20-state",
