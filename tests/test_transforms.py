@@ -244,8 +244,14 @@ BAD = {
 }
 
 
+# On a GPU no value is looked at: what a wrong one names is NaN there (test_gpu.py).
+VALUES = ("cu_seqlens falls", "cu_seqlens ends early", "state_map")
+
+
 @pytest.mark.parametrize("derivative", [reverse_functional, forward_dual])
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.cpu] if n in VALUES else []) for n in BAD]
+)
 def test_bad_input_raises_inside_transforms_as_well(name, derivative):
     call = random_call(B=1, T=5)
     keywords = {"k": call.k, "v": call.v, "w": call.w, "u": call.u} | BAD[name]

@@ -34,9 +34,9 @@ def choose(high_level: bool | None = None) -> Wkv:
 def _high_level() -> Wkv:
     if keras.backend.backend() != "jax":
         return chunked.wkv
-    from keras_adapter.backends import jax_mesh
+    from keras_adapter.backends import jax_chunks, jax_mesh
 
-    return jax_mesh.with_auto_axes(chunked.wkv)
+    return jax_mesh.with_auto_axes(jax_chunks.wkv)
 
 
 def _of_backend() -> tuple[Wkv, bool]:

@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from keras_adapter import _library
-from keras_adapter.backends import chunked, jax_mesh
+from keras_adapter.backends import chunked, jax_chunks, jax_mesh
 from keras_adapter.backends.jax_mesh import HEADS, ROWS, STATES, TOKENS
 from keras_adapter.checks import state_dtype
 
@@ -64,7 +64,7 @@ def wkv(
     initial_state: Array | None,  # [S, H, N, N]
     state_map: Array | None,  # [B]
 ) -> tuple[Array, Array]:  # y [B, T, H, N], final_state [B, H, N, N]
-    compute = jax_mesh.with_auto_axes(_native if _is_native() else chunked.wkv)
+    compute = jax_mesh.with_auto_axes(_native if _is_native() else jax_chunks.wkv)
     y, final_state = compute(r, k, v, w, u, initial_state, state_map)
     return y, final_state
 
@@ -211,7 +211,7 @@ def _high_level_backward(
     *floats: Array,  # r, k, v, w, u [B, H, N], perhaps state
 ) -> Arrays:
     def forward(r: Array, k: Array, v: Array, w: Array, u: Array, *state: Array) -> Arrays:
-        return chunked.wkv(r, k, v, w, u[:, None], *state)
+        return jax_chunks.wkv(r, k, v, w, u[:, None], *state)
 
     _, vjp = jax.vjp(forward, *floats)
     return tuple(vjp((grad_y, grad_final_state)))

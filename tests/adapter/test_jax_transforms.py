@@ -18,6 +18,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+ON_THE_CPU = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="on a GPU no value is looked at: such states are NaN"
+)
+
+
 def scanned(r, k, v, w, u, state):
     """WKV as jax.lax.scan over tokens: the oracle, under any transform of JAX."""
 
@@ -202,6 +207,12 @@ def test_export():
     assert_close(exported(wkv, *shapes).call(*X), scanned(*X))
 
 
+def test_high_level_products_are_no_tf32():
+    f = jax.value_and_grad(loss(partial(wkv, high_level=True)), GRAD)
+    graph = str(jax.make_jaxpr(f)(*X))
+    assert graph.count("dot_general") == graph.count("precision=(Precision.HIGHEST,") > 5
+
+
 def test_export_of_any_batch_and_length():
     B, T = jax.export.symbolic_shape("b, t")
     shapes = [jax.ShapeDtypeStruct((B, T, 2, 4), jnp.float32)] * 4
@@ -279,6 +290,7 @@ def test_where_nothing_can_be_raised_a_wrong_entry_of_state_map_starts_from_nan(
     np.testing.assert_array_equal(state_map, [1, 2])
 
 
+@ON_THE_CPU
 def test_a_traced_state_map_out_of_range_is_a_runtime_error():
     f = jax.jit(lambda m: wkv(*X, state_map=m))
     assert_close(f(jnp.asarray([1, 0])), scanned(*X[:5], X[5][::-1]))
@@ -287,7 +299,7 @@ def test_a_traced_state_map_out_of_range_is_a_runtime_error():
             jax.block_until_ready(f(jnp.asarray(bad)))
 
 
-@pytest.mark.parametrize("high_level", [False, True])
+@pytest.mark.parametrize("high_level", [pytest.param(False, marks=ON_THE_CPU), True])
 def test_an_entry_that_32_bits_would_make_valid(high_level):
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         f = jax.jit(lambda m: wkv(*X, state_map=m, high_level=high_level))
