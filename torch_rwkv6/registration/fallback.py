@@ -150,7 +150,7 @@ def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _say_what_is_missing() -> None:
-    problem = _library.cuda_problem()
+    problem = _library.cuda_problem() if torch_rwkv6.has_kernels else None
     warnings.warn(
         "torch_rwkv6: there are no CUDA kernels, so WKV6 runs its pure PyTorch reference on the "
         f"GPU: the same results, but much slower.{f' Reason: {problem}.' if problem else ''} "
