@@ -194,7 +194,7 @@ MUTATIONS = [
         "chain of sequences: only the first 32 are searched",
         "sum_states.cu",
         "for (; m < sequences.count; m += 32)", "for (; m < 32; m += 32)",
-        "test_gradients_of_a_state_that_many_start_from and sm_80",
+        "test_gradients_of_a_state_that_many_start_from and sm_80 and float32",
     ),
     Mutation(
         "state walk: a checkpoint every second group",
