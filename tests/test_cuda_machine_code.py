@@ -38,6 +38,7 @@ pytestmark = [
 # Bytes a thread, where it is not 0. With 512 threads a block the backward of head size 128 has 128
 # registers a thread, for a state, its gradient and what is between them.
 MOST_STACK = {f"backward_chunked<{dtype}, 128>": 160 for dtype in ("Bf16", "F16")}
+MOST_STACK |= {f"state_walk<{dtype}, 128, true>": 32 for dtype in ("Bf16", "F16")}
 # Two tokens at once, of which a few words are kept aside, outside of the loop over keys.
 MOST_STACK |= {f"forward_recurrent<float, {N}>": 32 for N in (64, 128, 256)}
 MOST_STACK |= {f"forward_recurrent<double, {N}>": 32 for N in (64, 256)}

@@ -35,9 +35,7 @@ def _load() -> bool:
 
 
 def cuda_problem() -> str | None:
-    """Why the loaded kernel library has no CUDA kernels for this machine's driver."""
-    if not _BINARY.exists():
-        return None
+    """Why the loaded kernel library cannot run CUDA kernels here; None where nothing is known."""
     problem = ctypes.CDLL(str(_BINARY.with_name("librwkv6.so"))).rwkv6_cuda_problem
     problem.restype = ctypes.c_char_p
     text = problem()

@@ -116,7 +116,7 @@ struct Source {
     piece = x.row(at.span.b, at.span.begin + at.first + row, at.h) + column;
     distance = x.distance(1, 0);
     to = row * (row_bytes + 32) + column;
-    if (!x.data) row = kChunk;  // beyond every chunk's tokens
+    if (!x.data) row = 1 << 30;  // behind all tokens: zeros
   }
   // Starts to copy the chunk that begins `offset` tokens behind the segment's first; zeros beyond
   // its `tokens`.

@@ -25,8 +25,15 @@ struct Results {
   float* checkpoints;  // [group][H][N][N] or nullptr
 };
 
+// Of a multiprocessor: as many as leave (next to) no registers in memory.
+template <int N, bool reverse>
+constexpr int kWalkBlocks = N == 32    ? 10
+                            : N == 128 ? 2
+                            : reverse  ? 4
+                                       : 5;
+
 template <class E, int N, bool reverse>
-__global__ void __launch_bounds__(2 * N)
+__global__ void __launch_bounds__(2 * N, kWalkBlocks<N, reverse>)
     state_walk_kernel(const __grid_constant__ Walk walk, const __grid_constant__ Segments segments,
                       const float* starts,  // [segment][H][N][N] or nullptr
                       const Results results) {

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_rwkv6 import reference, reference4
-from torch_rwkv6._library import cuda_problem, has_cuda_kernels
+from torch_rwkv6._library import cuda_problem, has_cuda_kernels, has_kernels
 from torch_rwkv6.checks import check, check_memory, check_values
 from torch_rwkv6.contract import (
     MATVEC,
@@ -94,7 +94,7 @@ def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _say_what_is_missing() -> None:
-    problem = cuda_problem()
+    problem = cuda_problem() if has_kernels else None
     warnings.warn(
         "torch_rwkv6: there are no CUDA kernels, so WKV6 runs its pure PyTorch reference on the "
         f"GPU: the same results, but much slower.{f' Reason: {problem}.' if problem else ''} "
