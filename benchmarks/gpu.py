@@ -47,15 +47,17 @@ WRONG = 1e-2  # a contender with a larger error is not timed
 TURNS, SHORT_TURNS = 20, 5
 TURN = 1e-3  # seconds: a shorter call is repeated to fill a turn
 COPY_BYTES = 2**30
+_RACE = {column.key: column for column in RACE_COLUMNS}
 COLUMNS = (
-    Column("contender", "", left=True),
+    _RACE["contender"],
     Column("median_us", "median, us", number),
     Column("min_us", "min", number),
     Column("host_us", "host", number),
-    *RACE_COLUMNS[3:5],
+    _RACE["ratio"],
+    _RACE["gb_per_s"],
     Column("of_copy", "of a copy's", lambda share: f"{share:.0%}"),
-    RACE_COLUMNS[5],
-    RACE_COLUMNS[-1],
+    _RACE["error"],
+    _RACE["note"],
 )
 KERNEL_COLUMNS = (
     Column("kernel", "", left=True),
