@@ -47,15 +47,17 @@ WRONG = 1e-2  # a contender with a larger error is not timed
 TURNS, SHORT_TURNS = 20, 5
 TURN = 1e-3  # seconds: a shorter call is repeated to fill a turn
 COPY_BYTES = 2**30
+_RACE = {column.key: column for column in RACE_COLUMNS}
 COLUMNS = (
-    Column("contender", "", left=True),
+    _RACE["contender"],
     Column("median_us", "median, us", number),
     Column("min_us", "min", number),
     Column("host_us", "host", number),
-    *RACE_COLUMNS[3:5],
+    _RACE["ratio"],
+    _RACE["gb_per_s"],
     Column("of_copy", "of a copy's", lambda share: f"{share:.0%}"),
-    RACE_COLUMNS[5],
-    RACE_COLUMNS[-1],
+    _RACE["error"],
+    _RACE["note"],
 )
 KERNEL_COLUMNS = (
     Column("kernel", "", left=True),
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 def copy_bandwidth() -> float:
     """GB/s that a copy of a gibibyte on the GPU reads and writes together."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, SHORT_TURNS, gpu_clock, TURN)
     return 2 * COPY_BYTES / times["copy"][1] / 1e9
@@ -190,7 +192,7 @@ def _call(work: Work, wkv: Function, args: list[Tensor]) -> Callable[[], tuple[T
 def _prepared(
     work: Work, name: str, wkv: Function, args: list[Tensor]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The call of a contender, as its name says."""
+    """The call of a contender: the one called RECURRENT runs the recurrent kernels."""
     call = _call(work, wkv, args)
     return _recurrent(call) if name == RECURRENT else call
 
@@ -248,7 +250,7 @@ def _table(work: Work, turns: int, bandwidth: float, short: bool) -> Table:
             each = [_prepared(work, name, wkv, [x.clone() for x in args]) for args in inputs]
             if name.endswith("CUDA graph"):
                 each = [_graph(call) for call in each]
-            for call in each * 3:
+            for call in each * 3:  # what a first call does besides is not to be timed
                 call()
             row["host_us"] = _host_time(each) * 1e6
             calls[name] = _in_turns(each)

@@ -63,7 +63,7 @@ def card() -> None:
 
 
 def small() -> None:
-    """One launch of everything: N, dtype and family."""
+    """Calls every family of kernels once, for every head size and dtype."""
     for family, N, dtype in _kernels():
         with _family(family):
             _forward_and_backward(_inputs(B=2, T=70, H=2, N=N, dtype=dtype))

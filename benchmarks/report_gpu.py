@@ -68,7 +68,10 @@ def parts(short: bool) -> list[Part]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--file", type=Path, default=Path("gpu-report.md"), help="what is written (%(default)s)"
+        "--file",
+        type=Path,
+        default=Path("build/gpu-report.md"),
+        help="what is written (%(default)s)",
     )
 
 

@@ -15,12 +15,12 @@ struct Sequences {
   Indices cu_seqlens;  // [count + 1], or absent
   bool in_place;  // final states go where the initial ones came from, negative entries of state_map
                   // are padding rows
-  // On a GPU: set where cu_seqlens does not rise from 0 to T. The launch fills it in, with
-  // cu_seqlens only.
+  // On a GPU, with cu_seqlens: points to 1 if they do not rise from 0 to T, otherwise to 0. The
+  // launch fills it in.
   const int* bad_cu_seqlens;
 };
 
-// The inputs of a call, of which the gradients are wanted in the backward.
+// The inputs of a call, forward or backward.
 struct WkvInputs {
   Sequences sequences;
   int64_t H, N;
@@ -39,9 +39,9 @@ struct BackwardJob : WkvInputs {
   States grad_final;  // [count, H, N, N] of the accumulator's dtype; absent: zeros
   Tokens grad_r, grad_k, grad_v, grad_w;
   Heads grad_u;
-  States
-      grad_initial;  // [S, H, N, N] of initial's dtype; absent: not wanted. The kernels are given
-                     // one of [count, H, N, N] of the accumulator's dtype, per sequence.
+  // [S, H, N, N] of initial's dtype; absent if initial is. The kernels are given one of
+  // [count, H, N, N] of the accumulator's dtype, which is summed where sequences share a state.
+  States grad_initial;
 };
 
 }  // namespace rwkv6

@@ -15,6 +15,7 @@ constexpr int64_t kFewHeads = 4;
 // products of pairs within a chunk.
 constexpr double kIntraChunkShare = 0.27;
 
+// About how many multiply-adds a call takes.
 int64_t work_of(const Sizes& sizes) {
   return (sizes.B * sizes.T + 1) * sizes.H * sizes.N * sizes.N;
 }
@@ -214,7 +215,7 @@ const char* rwkv6_cuda_architectures(void) { return cuda::architectures(); }
 
 const char* rwkv6_cuda_problem(void) {
   try {
-    return rwkv6::cuda::problem();
+    return cuda::problem();
   } catch (const std::exception&) {
     return "CUDA does not tell its versions";
   }

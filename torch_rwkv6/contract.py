@@ -40,7 +40,7 @@ class Dtype(enum.Enum):
     INDEX = enum.auto()
 
     def allowed(self, first: Tensor) -> tuple[torch.dtype, ...]:
-        """The dtypes themselves."""
+        """The dtypes that are allowed beside this first input; results have the first of them."""
         return {
             Dtype.FLOAT: FLOAT_DTYPES,
             Dtype.SAME: (first.dtype,),

@@ -13,6 +13,7 @@ from torch_rwkv6.registration.autocast import DEVICE_KEYS
 
 __all__ = ["wkv", "wkv4", "wkv4_update", "wkv_update"]
 
+# Looked up once, not in every call.
 _wkv, _wkv_update = WKV.overload, WKV_UPDATE.overload
 _wkv4, _wkv4_update = WKV4.overload, WKV4_UPDATE.overload
 

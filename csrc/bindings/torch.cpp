@@ -393,7 +393,7 @@ Tensor decode_layer(const Tensor& x,          // [B, D]
 
 }  // namespace
 
-// torch_rwkv6/registration/schema.py holds the same schemas, for an installation without binary.
+// torch_rwkv6/contract.py holds the same schemas, for an installation without binary.
 STABLE_TORCH_LIBRARY(rwkv6, m) {
   m.def(
       "wkv(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None, "

@@ -11,10 +11,10 @@
 // overlap themselves, each other or the inputs. Optional tensors may be NULL. Structs are to be
 // initialised to zero before their fields are set, so that what a later version adds is absent.
 //
-// All tensors of a call are on the CPU, or all on one CUDA device, for WKV6. On a GPU a call only
-// launches kernels: it returns before they are done, and it looks at no value. A sequence whose
-// entry of state_map is out of range, and every sequence when cu_seqlens does not rise from 0 to T,
-// then gets NaN, and no memory outside the tensors is touched.
+// WKV6 takes tensors that are all on the CPU, or all on one CUDA device; everything else is computed
+// on the CPU. On a GPU a call only launches kernels: it returns before they are done, and it looks
+// at no value. There a sequence whose entry of state_map is out of range gets NaN, and so does every
+// sequence if cu_seqlens does not rise from 0 to T; no memory outside the tensors is touched.
 #pragma once
 
 #include <ATen/dlpack.h>  // the DLPack header, as torch's wheel ships it

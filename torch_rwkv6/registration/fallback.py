@@ -115,6 +115,7 @@ _FUNCTIONS: dict[Operator, Callable[..., Any]] = {
     WKV4_UPDATE: _in_place(WKV4_UPDATE, reference4.wkv4),
     MATVEC: _matvec,
 }
+# By the operator's name. `autograd` records their operations where a derivative has no kernel.
 KERNELS = {operator.name: _kernel(operator, _FUNCTIONS[operator]) for operator in OPERATORS}
 
 for _name, _function in KERNELS.items():

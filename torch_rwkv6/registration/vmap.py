@@ -31,7 +31,7 @@ def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | 
     x = (
         x.unsqueeze(heads).expand(*x.shape[:heads], size, *x.shape[heads:])
         if dim is None
-        else (x.movedim(dim, heads))
+        else x.movedim(dim, heads)
     )
     return x.flatten(heads, heads + 1)
 
