@@ -1,6 +1,7 @@
 # make demo: trains a small RWKV-6 on the King James Bible (about two minutes) and lets it write.
 # make article: runs examples/article, tables to the screen and pictures to runs/article.
 # make test: runs every test; make test-gpu: those of the operator on a GPU.
+# make report-gpu: writes all that can be found out about a GPU into build/gpu-report.md.
 # make docs: renders README.md and docs/ as a site, into build/site.
 # All create .venv and build the kernels first.
 MAKEFLAGS += -j2 # installing and compiling, side by side

@@ -286,8 +286,9 @@ def _kernels(work: Work) -> Table:
 
 def _short(kernel: str) -> str:
     """A kernel's name without return type, namespaces and arguments."""
-    name = kernel.split("(anonymous namespace)::")[-1].removeprefix("void ").split("(")[0]
-    return name.replace("rwkv6::cuda::", "").replace("rwkv6::", "")
+    for part in ("(anonymous namespace)::", "void ", "rwkv6::cuda::", "rwkv6::", "(bool)"):
+        kernel = kernel.replace(part, "")
+    return kernel.split("(")[0]
 
 
 def _in_turns(each: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

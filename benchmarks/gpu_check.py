@@ -85,12 +85,12 @@ def matrix() -> None:
         name = f"{family}, {str(dtype)[6:]}, N {N}"
         errors = [_relative(a, b) for a, b in zip(found, expected, strict=True)]
         print(f"{name:28}" + "".join(f"{error:14.1e}" for error in errors))
-        limits = [_limit(family, x.dtype) for x in found]
+        limits = [_limit(x.dtype) for x in found]
         if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):
             wrong.append(f"{name}: error above {max(limits):.1e}")
         if not all(torch.equal(a, b) for more in again for a, b in zip(found, more, strict=True)):
             wrong.append(f"{name}: {REPEATS} repeats differ")
-        if not all(_relative(a, b) <= _limit(family, a.dtype) for a, b in zip(decoded, expected)):
+        if not all(_relative(a, b) <= _limit(a.dtype) for a, b in zip(decoded, expected)):
             wrong.append(f"{name}: token by token differs")
     wrong += large()
     print("\n".join(wrong) or "all right")
@@ -108,7 +108,7 @@ def large() -> list[str]:
     *tokens, u, start = inputs
     last = [x[:, :, -1:].contiguous() for x in tokens]
     alone_y, alone_state = torch_rwkv6.wkv(*last, u[-1:], start[:, -1:])
-    limit = _limit("chunked", torch.bfloat16)
+    limit = _limit(torch.bfloat16)
     right = _relative(y[:, :, -1:], alone_y) <= limit
     right &= _relative(state[:, -1:], alone_state) <= limit
     print(f"2^31 elements: {'as' if right else 'NOT as'} the last head alone")
@@ -158,11 +158,11 @@ def _decode(inputs: list[Tensor]) -> Output:
     return torch.cat(y, 1), state
 
 
-def _limit(family: str, dtype: torch.dtype) -> float:
+def _limit(dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return 1e-12
     if dtype == torch.float32:
-        return 2.5e-4 if family == "chunked" else 5e-6
+        return 5e-6
     return 2.5e-3
 
 

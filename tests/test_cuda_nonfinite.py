@@ -80,3 +80,25 @@ def test_packed_sequences_keep_theirs(gpu, monkeypatch):
     offsets = [0, 4, 16, 70]
     call = random_call(B=1, T=T, H=2, N=32, dtype=torch.bfloat16, states=3, cu_seqlens=offsets)
     check(gpu, call)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "N", "tokens"),
+    [
+        ("chunked", torch.bfloat16, 32, T),
+        ("recurrent", torch.float32, 20, T),
+        ("recurrent", torch.float32, 20, 1),
+    ],
+    ids=str,
+)
+def test_nothing_but_its_own_gradient_depends_on_the_last_decay(
+    gpu, monkeypatch, family, dtype, N, tokens
+):
+    monkeypatch.setenv("RWKV6_CUDA_KERNEL", family)
+    call = random_call(B=1, T=tokens, H=2, N=N, dtype=dtype, states=1)
+    call.w[0, -1, 1, 3] = math.nan
+    grad_y, _ = call.grad_outputs()
+    found = gpu.backward(call, grad_y, None)
+    expected = reference.wkv_backward(grad_y.double(), None, *call.double().args())
+    same_elements_are_finite(found, expected, "gradients of y")
+    assert found[3].isnan().sum() == 1

@@ -175,6 +175,11 @@ def test_contenders_are_compared_with_float64(kind: str, monkeypatch) -> None:
             "forward_chunked<Bf16, 64>",
         ),
         ("rwkv6::cuda::sum_parts(float const*)", "sum_parts"),
+        (
+            "void rwkv6::cuda::(anonymous namespace)::state_walk_kernel<rwkv6::Bf16, 64, (bool)1>"
+            "(rwkv6::cuda::Walk, rwkv6::cuda::(anonymous namespace)::Results)",
+            "state_walk_kernel<Bf16, 64, 1>",
+        ),
         ("Memcpy DtoD", "Memcpy DtoD"),
     ],
 )

@@ -349,7 +349,8 @@ __device__ inline float finish(Gradients& out, const Shared<N>& shared, const Qu
     du += r[t][0] * k[t][0] * p;
     // where exp(w) has no value in f32, what crosses is exactly 0
     const float rate = exp2_approx(kLog2E * fminf(w[t][0], 80.f));
-    out.w[t] = kQuad * my.quad + t < decaying ? -rate * (crossing + out.w[t]) : 0.f;
+    const float without = w[t][0] == w[t][0] ? 0.f : w[t][0];  // a NaN stays one
+    out.w[t] = kQuad * my.quad + t < decaying ? -rate * (crossing + out.w[t]) : without;
   }
   return du;
 }

@@ -313,9 +313,9 @@ __device__ void store_matrix(const Workspace& workspace, const Place& place, int
 
 // The walk there: leaves the state before every chunk behind.
 template <class T, int P>
-__device__ void walk_there(const BackwardJob& job, const VectorAccess& vector,
-                           const Workspace& workspace, const Place& place, int64_t chunks,
-                           Forward<T, P>& rows) {
+__device__ void recompute_states(const BackwardJob& job, const VectorAccess& vector,
+                                 const Workspace& workspace, const Place& place, int64_t chunks,
+                                 Forward<T, P>& rows) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   const Lane<T, P> lane;
@@ -356,7 +356,7 @@ __device__ void walk_there(const BackwardJob& job, const VectorAccess& vector,
 
 // F_t r_t, B_t k_t and the product of all decays, every key by itself.
 template <class T, int P>
-__device__ void fade(Backward<T, P>& back) {
+__device__ void apply_decays(Backward<T, P>& back) {
   constexpr int C = Shape<T, P>::kChunk;
   const Lane<T, P> lane;
   const int i = lane.own_key;
@@ -501,7 +501,7 @@ __device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::St
 // D[s] is D(s, t). `passed` is what arrives at t of the sources met so far, first S, then the
 // tokens one by one: passing s on their way, they are q's at s.
 template <class T, int P>
-__device__ void pair_up(Backward<T, P>& back) {
+__device__ void intra_chunk_backward(Backward<T, P>& back) {
   constexpr int C = Shape<T, P>::kChunk;
   const Lane<T, P> lane;
   const int i = lane.own_key;
@@ -609,8 +609,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   if (!place.span.valid) return fill_with_nan<T, P>(job, workspace, place, grad_u);
 
   const int64_t chunks = (place.span.length + C - 1) / C;
-  walk_there<T, P>(job, vector, workspace, place, chunks,
-                   *reinterpret_cast<Forward<T, P>*>(shared));
+  recompute_states<T, P>(job, vector, workspace, place, chunks,
+                         *reinterpret_cast<Forward<T, P>*>(shared));
 
   Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
   const Lane<T, P> lane;
@@ -646,14 +646,19 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     unpack_rows<T, Shape::kRowPacks, C>(back.v, job.v, tokens, columns.count, AsItIs());
     unpack_rows<T, Shape::kRowPacks, C>(back.grad_y, job.grad_y, tokens, columns.count, AsItIs());
     __syncthreads();
-    fade(back);
+    apply_decays(back);
     multiply_values(back);
     __syncthreads();
     apply_gradient(back, G);
     load_checkpoint<T, P>(workspace, place, chunk,
                           S);  // not before: with G it takes most registers
     apply_state(back, S, G);
-    pair_up(back);
+    intra_chunk_backward(back);
+    if (decaying < tokens && owns) {  // that token's gradient of w: 0, or NaN where w is
+      const T w = load_element<T>(place.row(job.w, begin + decaying), job.w.dtype,
+                                  place.keys.first + lane.own_key);
+      elements(back.w[decaying])[lane.own_key] = w == w ? T(0) : w;
+    }
     __syncthreads();
     if (!job.grad_y.data) {  // then r and u have no gradient, also where a state is NaN
 #pragma unroll 1
