@@ -113,7 +113,7 @@ MUTATIONS = [
     ),
     Mutation(
         "backward, recurrent: no __syncwarp before sums replace what they are made of",
-        RECURRENT_BACKWARD,
+        "recurrent_backward_rows.cuh",
         "    __syncwarp();  // everybody has read what was there\n",
         "",
         RECURRENT_17,
