@@ -13,7 +13,8 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -141,16 +142,26 @@ def _in_place(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     return torch_rwkv6.wkv_update(r, k, v, w, u, state), state
 
 
+@contextmanager
+def kernel_family(name: str) -> Iterator[None]:
+    """Calls run the recurrent or the chunked kernels meanwhile."""
+    before = os.environ.get("RWKV6_CUDA_KERNEL")
+    os.environ["RWKV6_CUDA_KERNEL"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RWKV6_CUDA_KERNEL"]
+        else:
+            os.environ["RWKV6_CUDA_KERNEL"] = before
+
+
 def _recurrent(call: Callable[[], Any]) -> Callable[[], Any]:
     """The same, by the recurrent kernels, in the backward too."""
 
     def forced() -> Any:
-        before = os.environ.get("RWKV6_CUDA_KERNEL", "")
-        os.environ["RWKV6_CUDA_KERNEL"] = "recurrent"
-        try:
+        with kernel_family("recurrent"):
             return call()
-        finally:
-            os.environ["RWKV6_CUDA_KERNEL"] = before
 
     return forced
 

@@ -8,16 +8,15 @@ than 2^31 elements where the card has the memory. Exits with 1 if anything is wr
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 import torch_rwkv6
+from benchmarks.gpu import copy_bandwidth, kernel_family
 from torch_rwkv6 import reference
 
 SIZES = (32, 64, 80, 128)
@@ -43,8 +42,6 @@ def main(arguments: list[str]) -> None:
 
 
 def card() -> None:
-    from benchmarks.gpu import copy_bandwidth
-
     properties = torch.cuda.get_device_properties()
     fields = (
         "name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size",
@@ -65,7 +62,7 @@ def card() -> None:
 def small() -> None:
     """Calls every family of kernels once, for every head size and dtype."""
     for family, N, dtype in _kernels():
-        with _family(family):
+        with kernel_family(family):
             _forward_and_backward(_inputs(B=2, T=70, H=2, N=N, dtype=dtype))
             _decode(_inputs(B=2, T=1, H=2, N=N, dtype=dtype))
     torch.cuda.synchronize()
@@ -78,7 +75,7 @@ def matrix() -> None:
     for family, N, dtype in _kernels():
         inputs = _inputs(B=2, T=517, H=3, N=N, dtype=dtype)
         expected = _forward_and_backward([x.double() for x in inputs], reference.recurrence)
-        with _family(family):
+        with kernel_family(family):
             found = _forward_and_backward(inputs)
             again = [_forward_and_backward(inputs) for _ in range(REPEATS)]
             decoded = _decode(inputs)
@@ -120,15 +117,6 @@ def _kernels() -> Iterator[tuple[str, int, torch.dtype]]:
         yield "recurrent", N, dtype
         if dtype in HALF and N in CHUNKED_SIZES:
             yield "chunked", N, dtype
-
-
-@contextmanager
-def _family(name: str) -> Iterator[None]:
-    os.environ["RWKV6_CUDA_KERNEL"] = name
-    try:
-        yield
-    finally:
-        del os.environ["RWKV6_CUDA_KERNEL"]
 
 
 def _inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype) -> list[Tensor]:
