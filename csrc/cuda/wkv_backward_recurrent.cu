@@ -173,11 +173,6 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
                           S);  // not before: with G it takes most registers
     apply_state(back, S, G);
     intra_chunk_backward(back);
-    if (decaying < tokens && owns) {  // that token's gradient of w: 0, or NaN where w is
-      const T w = load_element<T>(place.row(job.w, begin + decaying), job.w.dtype,
-                                  place.keys.first + lane.own_key);
-      elements(back.w[decaying])[lane.own_key] = w == w ? T(0) : w;
-    }
     __syncthreads();
     if (!job.grad_y.data) {  // then r and u have no gradient, also where a state is NaN
 #pragma unroll 1
@@ -203,9 +198,15 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   }
 
   if (owns) grad_u[place.keys.first + lane.own_key] = elements(back.grad_u)[lane.own_key];
-  if (!job.grad_initial.data) return;
-  store_checkpoint<T, P>(workspace, place, chunks, G);
-  store_matrix<T, P>(workspace, place, chunks, job.grad_initial, place.m, vector.grad_initial);
+  if (job.grad_initial.data) {
+    store_checkpoint<T, P>(workspace, place, chunks, G);
+    store_matrix<T, P>(workspace, place, chunks, job.grad_initial, place.m, vector.grad_initial);
+  }
+  if (job.grad_final.data || place.span.length == 0 || !owns) return;
+  // The last token's gradient of w is 0 then, but NaN where w is.
+  const int64_t last = place.span.length - 1, key = place.keys.first + lane.own_key;
+  const T w = load_element<T>(place.row(job.w, last), job.w.dtype, key);
+  if (w != w) store_element(place.row(job.grad_w, last), job.grad_w.dtype, key, w);
 }
 
 // grad_v from the shares of a head's blocks. parts: [count, B, T, H, N]
