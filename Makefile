@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: export PYTHONPATH := .
 demo: .venv/demo-built
-	$(BIN)/python examples/train_lm.py --out runs/demo
+	$(BIN)/python examples/train_lm.py --steps 1600 --out runs/demo
 	$(BIN)/python examples/generate.py runs/demo/model.pth --prompt "In the beginning" --length 600
 
 article: .venv/built
