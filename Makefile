@@ -1,4 +1,4 @@
-# make demo: trains a small RWKV-6 on the King James Bible (about two minutes) and lets it write.
+# make demo: trains a small RWKV-6 on the King James Bible (some 100 seconds) and lets it write.
 # make article: runs examples/article, tables to the screen and pictures to runs/article.
 # make test: runs every test; make test-gpu: those of the operator on a GPU.
 # make report-gpu: writes all that can be found out about a GPU into build/gpu-report.md.

@@ -78,6 +78,7 @@ class Operator:
     independent: str = ""
     autocast: bool = False  # has a rule for mixed precision
     forward: Operator | None = None  # the operator whose gradients this one computes
+    update_of: Operator | None = None  # the operator that this one is the in-place form of
 
     @property
     def schema(self) -> str:
@@ -152,6 +153,7 @@ def _update(forward: Operator) -> Operator:
         name=f"{forward.name}_update",
         arguments=tuple(arguments),
         results=forward.results[:1],
+        update_of=forward,
     )
 
 

@@ -21,16 +21,7 @@ from torch_rwkv6._torch_private import (
     forward_mode_active,
     transforms_active,
 )
-from torch_rwkv6.contract import (
-    MATVEC,
-    WKV,
-    WKV4,
-    WKV4_BACKWARD,
-    WKV4_UPDATE,
-    WKV_BACKWARD,
-    WKV_UPDATE,
-    Operator,
-)
+from torch_rwkv6.contract import OPERATORS, Operator
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
 
@@ -179,16 +170,21 @@ def _without_derivatives(name: str, differentiable_name: str, update: Any) -> An
     return kernel
 
 
-for _forward, _backward in ((WKV, WKV_BACKWARD), (WKV4, WKV4_BACKWARD)):
-    for _operator, _function in zip((_forward, _backward), _functions(_forward, _backward)):
-        library.impl(_operator.name, _differentiable(_operator, _function), "Autograd")
-library.impl(MATVEC.name, _differentiable(MATVEC, None), "Autograd")
-for _forward, _operator in ((WKV, WKV_UPDATE), (WKV4, WKV4_UPDATE)):
-    _name, _op, (_state,) = _operator.name, _operator.overload, _operator.mutated
+_autograd_functions: dict[str, Any] = {}
+for _operator in OPERATORS:
+    if _operator.forward is not None:
+        _names = (_operator.forward.name, _operator.name)
+        _autograd_functions.update(zip(_names, _functions(_operator.forward, _operator)))
+for _operator in OPERATORS:
+    _name, _op = _operator.name, _operator.overload
+    if _operator.update_of is None:
+        _kernel = _differentiable(_operator, _autograd_functions.get(_name))
+        library.impl(_name, _kernel, "Autograd")
+        continue
+    (_state,) = _operator.mutated
     _update = _bump_version(_op, _state)
-    library.impl(
-        _name, _without_derivatives(_name, _forward.name, _update), "Autograd", with_keyset=True
-    )
+    _kernel = _without_derivatives(_name, _operator.update_of.name, _update)
+    library.impl(_name, _kernel, "Autograd", with_keyset=True)
     # where the Autograd key is switched off, as in inference mode
     library.impl(_name, _update, "ADInplaceOrView", with_keyset=True)
     library.impl(_name, _resolve_negated(_op, _state), "Negative")

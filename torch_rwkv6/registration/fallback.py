@@ -15,17 +15,7 @@ from torch import Tensor
 from torch_rwkv6 import reference, reference4
 from torch_rwkv6._library import cuda_problem, has_cuda_kernels, has_kernels
 from torch_rwkv6.checks import check, check_memory, check_values
-from torch_rwkv6.contract import (
-    MATVEC,
-    OPERATORS,
-    WKV,
-    WKV4,
-    WKV4_BACKWARD,
-    WKV4_UPDATE,
-    WKV_BACKWARD,
-    WKV_UPDATE,
-    Operator,
-)
+from torch_rwkv6.contract import OPERATORS, Operator
 from torch_rwkv6.registration.schema import library
 
 
@@ -106,20 +96,26 @@ def _say_what_is_missing() -> None:
     )
 
 
-_FUNCTIONS: dict[Operator, Callable[..., Any]] = {
-    WKV: reference.wkv,
-    WKV_BACKWARD: reference.wkv_backward,
-    WKV_UPDATE: _in_place(WKV_UPDATE, reference.wkv),
-    WKV4: reference4.wkv4,
-    WKV4_BACKWARD: reference4.wkv4_backward,
-    WKV4_UPDATE: _in_place(WKV4_UPDATE, reference4.wkv4),
-    MATVEC: _matvec,
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "wkv": reference.wkv,
+    "wkv_backward": reference.wkv_backward,
+    "wkv4": reference4.wkv4,
+    "wkv4_backward": reference4.wkv4_backward,
+    "matvec": _matvec,
 }
-# By the operator's name. `autograd` records their operations where a derivative has no kernel.
-KERNELS = {operator.name: _kernel(operator, _FUNCTIONS[operator]) for operator in OPERATORS}
 
-for _name, _function in KERNELS.items():
-    library.impl(_name, _function, "CompositeExplicitAutograd")
+
+def _function(operator: Operator) -> Callable[..., Any]:
+    if operator.update_of is None:
+        return _FUNCTIONS[operator.name]
+    return _in_place(operator, _FUNCTIONS[operator.update_of.name])
+
+
+# By the operator's name. `autograd` records their operations where a derivative has no kernel.
+KERNELS = {operator.name: _kernel(operator, _function(operator)) for operator in OPERATORS}
+
+for _name, _implementation in KERNELS.items():
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
 if not has_cuda_kernels:
-    for _operator in (WKV, WKV_BACKWARD, WKV_UPDATE):
-        library.impl(_operator.name, slow_on_gpus(KERNELS[_operator.name]), "CUDA")
+    for _name in ("wkv", "wkv_backward", "wkv_update"):
+        library.impl(_name, slow_on_gpus(KERNELS[_name]), "CUDA")

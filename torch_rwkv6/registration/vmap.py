@@ -12,16 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rwkv6.contract import (
-    WKV,
-    WKV4,
-    WKV4_BACKWARD,
-    WKV4_UPDATE,
-    WKV_BACKWARD,
-    WKV_UPDATE,
-    Argument,
-    Operator,
-)
+from torch_rwkv6.contract import OPERATORS, Argument, Operator
 
 
 def _fold(x: Tensor | None, dim: int | None, heads: int, size: int) -> Tensor | None:
@@ -134,7 +125,11 @@ def _batched_update(operator: Operator, forward: Operator) -> Any:
     return rule
 
 
-for _operator in (WKV, WKV_BACKWARD, WKV4, WKV4_BACKWARD):
-    torch.library.register_vmap(f"rwkv6::{_operator.name}", _batched(_operator))
-for _operator, _forward in ((WKV_UPDATE, WKV), (WKV4_UPDATE, WKV4)):
-    torch.library.register_vmap(f"rwkv6::{_operator.name}", _batched_update(_operator, _forward))
+for _operator in OPERATORS:
+    if _operator.independent:
+        _rule = (
+            _batched(_operator)
+            if _operator.update_of is None
+            else _batched_update(_operator, _operator.update_of)
+        )
+        torch.library.register_vmap(f"rwkv6::{_operator.name}", _rule)
