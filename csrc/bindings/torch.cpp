@@ -91,6 +91,47 @@ View heads(const Tensor& u) {
   return View(u);
 }
 
+// The inputs of WKV, borrowed for the expression that this is part of. An update has no initial
+// state.
+class WkvInputs {
+  View r_, k_, v_, w_, u_, initial_state_, state_map_, cu_seqlens_;
+  rwkv6_wkv_inputs inputs_;
+
+ public:
+  WkvInputs(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+            const OptionalTensor& initial_state, const OptionalTensor& state_map,
+            const OptionalTensor& cu_seqlens)
+      : r_(r),
+        k_(k),
+        v_(v),
+        w_(w),
+        u_(heads(u)),
+        initial_state_(initial_state),
+        state_map_(state_map),
+        cu_seqlens_(cu_seqlens),
+        inputs_{r_, k_, v_, w_, u_, initial_state_, state_map_, cu_seqlens_} {}
+  WkvInputs(const WkvInputs&) = delete;
+  operator const rwkv6_wkv_inputs*() const { return &inputs_; }
+};
+
+// The same of RWKV-4's operator.
+class Wkv4Inputs {
+  View k_, v_, w_, u_, initial_state_;
+  rwkv6_wkv4_inputs inputs_;
+
+ public:
+  Wkv4Inputs(const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+             const OptionalTensor& initial_state)
+      : k_(k),
+        v_(v),
+        w_(w),
+        u_(u),
+        initial_state_(initial_state),
+        inputs_{k_, v_, w_, u_, initial_state_} {}
+  Wkv4Inputs(const Wkv4Inputs&) = delete;
+  operator const rwkv6_wkv4_inputs*() const { return &inputs_; }
+};
+
 int32_t dtype_of(const Tensor& x) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
@@ -230,14 +271,7 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H
                                const OptionalTensor& cu_seqlens) {   // [M + 1]
   const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens);
   check(rwkv6_wkv_forward(Context(r),
-                          address(rwkv6_wkv_inputs{.r = View(r),
-                                                   .k = View(k),
-                                                   .v = View(v),
-                                                   .w = View(w),
-                                                   .u = heads(u),
-                                                   .initial_state = View(initial_state),
-                                                   .state_map = View(state_map),
-                                                   .cu_seqlens = View(cu_seqlens)}),
+                          WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens),
                           View::output(y), View::output(final_state)));
   return {y, final_state};
 }
@@ -258,16 +292,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
   const Tensor grad_initial =
       initial_state ? empty_for(*initial_state) : empty(r, {0}, aoti_torch_dtype_float32());
   check(rwkv6_wkv_backward(
-      Context(r),
-      address(rwkv6_wkv_inputs{.r = View(r),
-                               .k = View(k),
-                               .v = View(v),
-                               .w = View(w),
-                               .u = heads(u),
-                               .initial_state = View(initial_state),
-                               .state_map = View(state_map),
-                               .cu_seqlens = View(cu_seqlens)}),
-      View(grad_y), View(grad_final_state),
+      Context(r), WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens), View(grad_y),
+      View(grad_final_state),
       address(rwkv6_wkv_gradients{
           .grad_r = View::output(grad_r),
           .grad_k = View::output(grad_k),
@@ -287,15 +313,7 @@ Tensor wkv_update(const Tensor& r,                     // [B, T, H, N]
                   const OptionalTensor& state_map,     // [B] or [M]
                   const OptionalTensor& cu_seqlens) {  // [M + 1]
   const Tensor y = empty_for(r);
-  check(rwkv6_wkv_update(Context(r),
-                         address(rwkv6_wkv_inputs{.r = View(r),
-                                                  .k = View(k),
-                                                  .v = View(v),
-                                                  .w = View(w),
-                                                  .u = heads(u),
-                                                  .initial_state = nullptr,
-                                                  .state_map = View(state_map),
-                                                  .cu_seqlens = View(cu_seqlens)}),
+  check(rwkv6_wkv_update(Context(r), WkvInputs(r, k, v, w, u, std::nullopt, state_map, cu_seqlens),
                          View::output(state), View::output(y)));
   return y;
 }
@@ -306,13 +324,8 @@ std::tuple<Tensor, Tensor> wkv4(const Tensor& k,                        // [B, T
                                 const Tensor& u,                        // [D]
                                 const OptionalTensor& initial_state) {  // [B, 3, D]
   const Tensor y = empty_for(k), final_state = empty_channel_states(k);
-  check(rwkv6_wkv4_forward(Context(k),
-                           address(rwkv6_wkv4_inputs{.k = View(k),
-                                                     .v = View(v),
-                                                     .w = View(w),
-                                                     .u = View(u),
-                                                     .initial_state = View(initial_state)}),
-                           View::output(y), View::output(final_state)));
+  check(rwkv6_wkv4_forward(Context(k), Wkv4Inputs(k, v, w, u, initial_state), View::output(y),
+                           View::output(final_state)));
   return {y, final_state};
 }
 
@@ -329,13 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
   const Tensor grad_initial =
       initial_state ? empty_for(*initial_state) : empty(k, {0}, aoti_torch_dtype_float32());
   check(rwkv6_wkv4_backward(
-      Context(k),
-      address(rwkv6_wkv4_inputs{.k = View(k),
-                                .v = View(v),
-                                .w = View(w),
-                                .u = View(u),
-                                .initial_state = View(initial_state)}),
-      View(grad_y), View(grad_final_state),
+      Context(k), Wkv4Inputs(k, v, w, u, initial_state), View(grad_y), View(grad_final_state),
       address(rwkv6_wkv4_gradients{
           .grad_k = View::output(grad_k),
           .grad_v = View::output(grad_v),
@@ -351,11 +358,8 @@ Tensor wkv4_update(const Tensor& k,        // [B, T, D]
                    const Tensor& u,        // [D]
                    const Tensor& state) {  // [B, 3, D], updated in place
   const Tensor y = empty_for(k);
-  check(rwkv6_wkv4_update(
-      Context(k),
-      address(rwkv6_wkv4_inputs{
-          .k = View(k), .v = View(v), .w = View(w), .u = View(u), .initial_state = nullptr}),
-      View::output(state), View::output(y)));
+  check(rwkv6_wkv4_update(Context(k), Wkv4Inputs(k, v, w, u, std::nullopt), View::output(state),
+                          View::output(y)));
   return y;
 }
 
