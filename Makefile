@@ -20,6 +20,9 @@ export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Images of Docker often set this. Python would then compile all of torch and TensorFlow again in every
+# process that a test starts: most of the time that an import takes.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: article demo test test-gpu report-gpu lint format bench bench-gpu bench-rivals \
 	bench-readme sanitize test-neon test-clang wheel clean

@@ -40,15 +40,22 @@ EVERY_KIND = [replace(FORWARD, kind=kind) for kind in ("forward", "backward", "f
 EVERY_KIND.append(work.Work("decode", 2, 1, 2, 16))
 
 
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory: pytest.TempPathFactory):
+    """Shared, as its workers take seconds to start and forget each race."""
+    with race.Stable(tmp_path_factory.mktemp("race") / "rivals") as stable:
+        yield stable
+
+
 @pytest.fixture
-def stable(tmp_path: Path):
+def new_stable(tmp_path: Path):
     with race.Stable(tmp_path / "rivals") as stable:
         yield stable
 
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A maker of contenders whose module is `text`, in the folder where workers look for it."""
+    """A maker of contenders whose module is `text`, in the folder where new_stable looks for it."""
     monkeypatch.setitem(REQUIREMENTS, "rogue", "rogue>=1")
 
     def make(text: str) -> Contender:
@@ -178,13 +185,13 @@ def test_contenders_that_cannot_say_so(stable: race.Stable) -> None:
     assert not any(r.seconds for r in results)
 
 
-def test_wrong_results_are_not_timed(stable: race.Stable, broken) -> None:
+def test_wrong_results_are_not_timed(new_stable: race.Stable, broken) -> None:
     rogue = broken(
         "from benchmarks.contenders.eager import recurrence, torch_job\n"
         "def prepare(work, inputs, threads):\n"
         "    return torch_job(work, inputs, threads, lambda r, k, *x: recurrence(k, r, *x))\n"
     )
-    (result,) = stable.race([race.Entrant(rogue, FORWARD)], 0.02)
+    (result,) = new_stable.race([race.Entrant(rogue, FORWARD)], 0.02)
     assert result.note.startswith("wrong: relative error ")
     assert result.error > 0.1
     assert result.seconds == []
@@ -198,9 +205,9 @@ def test_wrong_results_are_not_timed(stable: race.Stable, broken) -> None:
         ("import os; print('last words', flush=True); os._exit(3)", "ended with exit code 3: last"),
     ],
 )
-def test_failures_are_rows_not_ends(stable: race.Stable, broken, body: str, note: str) -> None:
+def test_failures_are_rows_not_ends(new_stable: race.Stable, broken, body: str, note: str) -> None:
     rogue = broken(f"def prepare(work, inputs, threads):\n    {body}\n")
-    results = stable.race([race.Entrant(rogue, FORWARD), race.Entrant(EAGER, FORWARD)], 0.02)
+    results = new_stable.race([race.Entrant(rogue, FORWARD), race.Entrant(EAGER, FORWARD)], 0.02)
     assert results[0].note.startswith(note)
     assert results[1].seconds
 
