@@ -59,6 +59,7 @@ docs/operator
 docs/numerics
 docs/models
 docs/keras
+docs/coming-from
 docs/environment
 examples/article/README
 docs/glossary
@@ -72,6 +73,7 @@ docs/api/operator
 docs/api/nn
 docs/api/models
 docs/api/keras
+docs/api/compat
 ```
 
 ```{toctree}

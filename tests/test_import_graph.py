@@ -21,7 +21,7 @@ LAYERS = (
     {"checks", "reference", "reference4"},
     {"registration"},
     {"ops"},
-    {"nn"},
+    {"nn", "compat"},
     {"models"},
     {FACE},
     {"__main__"},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["flag", "integer", "number", "token", "tokens"]
+__all__ = ["flag", "integer", "number", "tensor", "token", "tokens"]
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -53,6 +53,17 @@ def number(name: str, value: Any) -> float:
     if not abs(float(value)) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """The value, which must be a tensor.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
 
 
 def token(name: str, value: Any, vocab_size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_rwkv6._torch_private import concrete
+from torch_rwkv6.arguments import tensor
 from torch_rwkv6.contract import MAX_HEAD_SIZE, Argument, Dtype, Operator
 
 NO_OFFSETS = "cu_seqlens: expected at least one offset (M + 1 of them), got none"
@@ -69,8 +70,7 @@ def _check_tensor(
     first: Tensor,  # the operator's first input, the value of `lead`
 ) -> None:
     name, axes = argument.name, argument.axes
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    tensor(name, x)
     if x.is_nested:
         raise TypeError(
             f"{name}: expected a dense tensor, got a nested one. Put sequences of different "
