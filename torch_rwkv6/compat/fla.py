@@ -119,5 +119,5 @@ def _raw(w: Tensor) -> Tensor:
     log(-w), which is 1 / w: at w = 0 that is 0 * inf. So w is lowered by so little that no decay
     changes; then the two factors cancel everywhere.
     """
-    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    w = w if w.dtype == torch.float64 else w.float()
     return torch.log(torch.finfo(w.dtype).eps ** 2 - w)
