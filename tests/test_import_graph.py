@@ -18,7 +18,7 @@ FACE = "__init__"
 LAYERS = (
     {"version", "_torch_private", "arguments", "files"},
     {"_library", "contract"},
-    {"checks", "reference", "reference4"},
+    {"checks", "reference", "reference4", "chunked"},
     {"registration"},
     {"ops"},
     {"nn", "compat"},

@@ -16,16 +16,22 @@ from torch_rwkv6.contract import state_dtype
 __all__ = ["recurrence", "recurrence_backward", "wkv", "wkv_backward"]
 
 
-def _decay(w: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(-exp(w)), differentiable, and its rounding error. w, results: [...].
+def log_decay(w: Tensor) -> Tensor:
+    """-exp(w), with w clamped where the decay is 0 anyway. w, result: [...]."""
+    # exp(-exp(7)) is exactly 0 even in float64, so the bound changes no decay. Without it the
+    # derivative of a large w would be inf * 0 instead of 0. (clamp has no derivative at NaN.)
+    return -torch.exp(torch.minimum(w, torch.full((), 7.0, dtype=w.dtype, device=w.device)))
+
+
+def decay_and_lost(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(log_decay), differentiable, and its rounding error. log_decay, results: [...].
 
     A decay near 1 has few digits left for 1 - decay, and over thousands of tokens the same rounding
     error adds up. Fast decays need no correction, because the state forgets their errors.
     """
-    rate = _rate(w)
-    decay = torch.exp(-rate)
-    lost = (1 - decay.detach()) + torch.expm1(-rate.detach())
-    return decay, torch.where(decay.detach() > 0.5, lost, 0.0)
+    factor, detached = torch.exp(log_decay), log_decay.detach()
+    lost = (1 - factor.detach()) + torch.expm1(detached)
+    return factor, torch.where(factor.detach() > 0.5, lost, 0.0)
 
 
 def _decayed(state: Tensor, decay: Tensor, lost: Tensor, added: Tensor | float) -> Tensor:
@@ -34,13 +40,6 @@ def _decayed(state: Tensor, decay: Tensor, lost: Tensor, added: Tensor | float) 
     state, added and the result are [B, H, N, N]; decay and lost [B, H, N].
     """
     return decay[..., None] * state + (lost[..., None] * state + added)
-
-
-def _rate(w: Tensor) -> Tensor:
-    """exp(w), with w clamped where the decay is 0 anyway. w, result: [...]."""
-    # exp(-exp(7)) is exactly 0 even in float64, so the bound changes no decay. Without it the
-    # derivative of a large w would be inf * 0 instead of 0. (clamp has no derivative at NaN.)
-    return torch.exp(torch.where(w > 7.0, 7.0, w))
 
 
 def recurrence(
@@ -52,12 +51,12 @@ def recurrence(
     state: Tensor,  # [B, H, N, N], [key, value]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B, H, N, N]
     """y_t = r_t (S + u k_t v_t),  S = exp(-exp(w_t)) S + k_t v_t.  All tensors of one dtype."""
-    decay, lost = _decay(w)
+    factor, lost = decay_and_lost(log_decay(w))
     y = []
     for t in range(r.shape[1]):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, N, N]
         y.append((r[:, t, :, :, None] * (state + u[:, :, None] * kv)).sum(-2))
-        state = _decayed(state, decay[:, t], lost[:, t], kv)
+        state = _decayed(state, factor[:, t], lost[:, t], kv)
     return (torch.stack(y, 1) if y else r.clone()), state  # T = 0
 
 
@@ -77,12 +76,13 @@ def recurrence_backward(
     states of the forward pass, which are computed first. The gradient of w is
     -exp(w) decay * sum_j S[i][j] G[i][j].
     """
-    decay, lost = _decay(w)
-    slope = -_rate(w) * decay  # d decay / d w
+    exponent = log_decay(w)
+    factor, lost = decay_and_lost(exponent)
+    slope = exponent * factor  # d decay / d w
     states = [state]
     for t in range(r.shape[1] - 1):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
-        states.append(_decayed(states[-1], decay[:, t], lost[:, t], kv))
+        states.append(_decayed(states[-1], factor[:, t], lost[:, t], kv))
     grads: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     grad_u = torch.zeros_like(u)
     for t in reversed(range(r.shape[1])):
@@ -107,7 +107,7 @@ def recurrence_backward(
             grad_state = added
         else:
             kept = 0.0 if added is None else added
-            grad_state = _decayed(grad_state, decay[:, t], lost[:, t], kept)
+            grad_state = _decayed(grad_state, factor[:, t], lost[:, t], kept)
     if grad_state is None:
         grad_state = torch.zeros_like(state)
     if grads:
@@ -129,7 +129,7 @@ def wkv(
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B or M, H, N, N]
     """`torch.ops.rwkv6.wkv` by the recurrence. A state_map entry out of range gives NaN."""
     acc = state_dtype(r)
-    state = _initial_states(r, initial_state, state_map, cu_seqlens)
+    state = initial_states(r, initial_state, state_map, cu_seqlens)
     rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
     if cu_seqlens is None:
         y, new = recurrence(rf, kf, vf, wf, uf, state)
@@ -163,7 +163,7 @@ def wkv_backward(
     The sixth is empty ([0], float32) where there is no initial_state.
     """
     acc = state_dtype(r)
-    state = _initial_states(r, initial_state, state_map, cu_seqlens)
+    state = initial_states(r, initial_state, state_map, cu_seqlens)
     grad_y = None if grad_y is None else grad_y.to(acc)
     grad_state = None if grad_final_state is None else grad_final_state.to(acc)
     rf, kf, vf, wf, uf = (x.to(acc) for x in (r, k, v, w, u))
@@ -208,7 +208,7 @@ def wkv_backward(
         gv.to(v.dtype),
         gw.to(w.dtype),
         gu.to(u.dtype),
-        _grad_initial_state(_fresh(gs, grad_state), initial_state, state_map),
+        grad_initial_state(_fresh(gs, grad_state), initial_state, state_map),
     )
 
 
@@ -217,7 +217,7 @@ def _fresh(state: Tensor, start: Tensor | None) -> Tensor:
     return state.clone() if state is start else state
 
 
-def _initial_states(
+def initial_states(
     r: Tensor,  # [B, T, H, N]
     initial_state: Tensor | None,  # [S, H, N, N]
     state_map: Tensor | None,  # [B] or [M]
@@ -238,7 +238,7 @@ def _initial_states(
     return torch.where(valid[:, None, None, None], found, torch.nan)
 
 
-def _grad_initial_state(
+def grad_initial_state(
     grad: Tensor,  # [B or M, H, N, N], of each sequence's own initial state
     initial_state: Tensor | None,  # [S, H, N, N]
     state_map: Tensor | None,  # [B] or [M]

@@ -1,4 +1,4 @@
-"""The reference as the kernel of every device that has no native one.
+"""Plain PyTorch as the kernel of every device that has no native one: WKV6 by chunks.
 
 It is registered for all backends; kernels of the binary take precedence where they are loaded.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_rwkv6 import reference, reference4
+from torch_rwkv6 import chunked, reference4
 from torch_rwkv6._library import cuda_problem, has_cuda_kernels, has_kernels
 from torch_rwkv6.checks import check, check_memory, check_values
 from torch_rwkv6.contract import OPERATORS, Operator
@@ -86,7 +86,7 @@ def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
 def _say_what_is_missing() -> None:
     problem = cuda_problem() if has_kernels else None
     warnings.warn(
-        "torch_rwkv6: there are no CUDA kernels, so WKV6 runs its pure PyTorch reference on the "
+        "torch_rwkv6: there are no CUDA kernels, so WKV6 runs in plain PyTorch on the "
         f"GPU: the same results, but much slower.{f' Reason: {problem}.' if problem else ''} "
         "To build them for an NVIDIA GPU, "
         "install again where nvcc is found, with RWKV6_CUDA=1: pip install --force-reinstall "
@@ -97,8 +97,8 @@ def _say_what_is_missing() -> None:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "wkv": reference.wkv,
-    "wkv_backward": reference.wkv_backward,
+    "wkv": chunked.wkv,
+    "wkv_backward": chunked.wkv_backward,
     "wkv4": reference4.wkv4,
     "wkv4_backward": reference4.wkv4_backward,
     "matvec": _matvec,
