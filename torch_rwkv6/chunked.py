@@ -49,7 +49,7 @@ def wkv(
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final state [B or M, H, N, N]
     """`torch.ops.rwkv6.wkv` by chunks. A state_map entry out of range gives NaN."""
-    B, T, _, _ = r.shape
+    B, T, _, _ = _sizes(r)
     if T < SHORT:
         return reference.wkv(r, k, v, w, u, initial_state, state_map, cu_seqlens)
     with _without_autocast(r):
@@ -83,7 +83,7 @@ def wkv_backward(
 
     So the intermediate results of no more than one segment are in memory.
     """
-    B, T, _, _ = r.shape
+    B, T, _, _ = _sizes(r)
     if T < SHORT:
         return reference.wkv_backward(
             grad_y, grad_final_state, r, k, v, w, u, initial_state, state_map, cu_seqlens
@@ -212,7 +212,7 @@ def _segments(
     initial: Tensor,  # [B or M, H, N, N]
     cu_seqlens: Tensor | None,  # [M + 1]
 ) -> tuple[_Packing | None, list[_Segment]]:
-    B, T, H, N = r.shape
+    B, T, H, N = _sizes(r)
     sequences = 1 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1)
     chunk = CHUNK
     while chunk >= 2 * max(1, T // sequences):
@@ -400,6 +400,14 @@ def _walk(
         state = torch.addcmul(torch.addcmul(added, e, state), d, state)
         after.append(state)
     return before, after
+
+
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """The shape as numbers, also where it is traced: a graph is for one shape.
+
+    The loops over segments, chunks and runs depend on it anyway, and symbols take minutes.
+    """
+    return tuple(int(size) for size in x.shape)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
