@@ -22,7 +22,7 @@ sequence, which see nothing in it; behind them it would see theirs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ def wkv_backward(
         states = [state]  # before each segment
         for segment in segments[:-1]:
             _, keys, values, log_decay = map(_by_chunk, segment.tokens())
-            joined = _runs(keys, log_decay)[-1]
+            *_, joined = _runs(keys, log_decay)
             state = _walk(segment, *joined, values, state, *segment.given())[1][-1]
             states.append(state)
         grads: list[tuple[Tensor, ...]] = []
@@ -325,14 +325,14 @@ def _compute(
     if closed:
         end = segment.end()
         k, v, log_decay = (torch.where(end, 0.0, x) for x in (k, v, log_decay))
-    *runs, chunk = _runs(k, log_decay)
-    starts, ends = _walk(segment, *chunk, v, state, *given)
     r, y = (x.reshape(-1, 1, shape[-1]) for x in (r, y))
-    for k, log_decay in runs:
-        length = k.shape[1]
-        first_k, _ = _pairs(k)
-        first_v, _ = _pairs(v.reshape(k.shape))
-        first_decay, _ = _pairs(log_decay)
+    for joined_k, joined_decay in _runs(k, log_decay):
+        length = joined_k.shape[1]
+        if length == shape[-2]:
+            break
+        first_k, _ = _pairs(joined_k)
+        first_v, _ = _pairs(v.reshape(joined_k.shape))
+        first_decay, _ = _pairs(joined_decay)
         first_r, second_r = _pairs(r)
         first_y, second_y = _pairs(y)
         seen = second_r @ first_k.mT  # [pairs, length, length]
@@ -343,6 +343,7 @@ def _compute(
             second_y = torch.baddbmm(second_y, seen, first_v)
         y = torch.cat((first_y, second_y), 1)
         r = torch.cat((first_r, second_r * torch.exp(first_decay)), 1)
+    starts, ends = _walk(segment, joined_k, joined_decay, v, state, *given)
     y = torch.baddbmm(y, r, torch.stack(starts).flatten(0, 2))
     ends = ends if given else ends[-1:]
     return y.reshape(shape).permute(1, 0, 3, 2, 4), torch.stack(ends)
@@ -360,7 +361,7 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # [2 * pairs, ...] -> two [pair
 def _runs(
     k: Tensor,  # [n, B, H, C, N]
     log_decay: Tensor,  # [n, B, H, C, N]
-) -> list[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs of 1, 2, 4, ... C tokens.
 
     Of each, k [runs, length, N], decayed up to the end of its run, and the sum of the run's log
@@ -368,14 +369,13 @@ def _runs(
     """
     C, N = k.shape[-2:]
     k, log_decay = (x.reshape(-1, 1, N) for x in (k, log_decay))
-    runs = [(k, log_decay)]
+    yield k, log_decay
     while k.shape[1] < C:
         first_k, second_k = _pairs(k)
         first, second = _pairs(log_decay)
         k = torch.cat((first_k * torch.exp(second), second_k), 1)
         log_decay = first + second
-        runs.append((k, log_decay))
-    return runs
+        yield k, log_decay
 
 
 def _walk(
