@@ -29,6 +29,7 @@ from benchmarks.contenders import (  # noqa: E402
     RIVALS,
     STATE,
     STREAM,
+    WITHOUT_KERNELS,
     Contender,
     chunked,
     limits,
@@ -132,7 +133,8 @@ def test_relative_error_is_that_of_the_worst_tensor() -> None:
 
 @pytest.mark.parametrize("call", EVERY_KIND, ids=lambda call: call.kind)
 def test_our_own_contenders_race(stable: race.Stable, call: work.Work) -> None:
-    contenders = [OURS, EAGER] + ([C_INTERFACE, STATE] if call.kind == "decode" else [CHUNKED])
+    decode, others = [C_INTERFACE, STATE], [CHUNKED, WITHOUT_KERNELS]
+    contenders = [OURS, EAGER] + (decode if call.kind == "decode" else others)
     entrants = [race.Entrant(c, call) for c in (*contenders, STREAM)]
     results = stable.race(entrants, 0.02)
     for result in results:

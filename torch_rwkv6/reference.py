@@ -3,7 +3,8 @@
 `recurrence` is the operator in three lines (Peng et al., "Eagle and Finch", arXiv:2404.05892,
 section 4.2); `wkv` and `wkv_backward` add the options of `torch.ops.rwkv6.wkv`. They run on every
 device and in every dtype, can be differentiated any number of times and are understood by every
-`torch.func` transform. They are slow: a few PyTorch calls per token.
+`torch.func` transform. They are slow, a few PyTorch calls per token: `torch_rwkv6.chunked` is what
+runs where there is no kernel.
 """
 
 from __future__ import annotations

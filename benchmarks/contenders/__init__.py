@@ -32,6 +32,7 @@ REQUIREMENTS = {
 
 OURS = Contender("torch_rwkv6", "ours:prepare")
 C_INTERFACE = Contender("torch_rwkv6, C interface", "c_interface:prepare")
+WITHOUT_KERNELS = Contender("torch_rwkv6, without kernels", "without_kernels:prepare")
 EAGER = Contender("PyTorch loop", "eager:prepare")
 COMPILED = Contender("PyTorch loop, torch.compile", "compiled:prepare_loop")
 CHUNKED = Contender("PyTorch chunked", "chunked:prepare")
@@ -43,8 +44,9 @@ STREAM = Contender("limit: stream the tensors", "limits:stream")
 STATE = Contender("limit: read + write the state", "limits:state")
 FMA = Contender("limit: 2 N² FMAs a token", "limits:fma")
 
-RIVALS = (EAGER, COMPILED, CHUNKED, COMPILED_CHUNKED, JAX, RWKV_OPS, GGML)
-SHORT_RIVALS = (EAGER, COMPILED, CHUNKED, JAX, RWKV_OPS, GGML)  # the other compiles for a minute
+RIVALS = (WITHOUT_KERNELS, EAGER, COMPILED, CHUNKED, COMPILED_CHUNKED, JAX, RWKV_OPS, GGML)
+# without the one that compiles for a minute
+SHORT_RIVALS = tuple(rival for rival in RIVALS if rival is not COMPILED_CHUNKED)
 
 
 def at_level(isa: str) -> Contender:

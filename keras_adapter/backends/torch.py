@@ -1,14 +1,12 @@
-"""WKV on torch: the registered operator, where it has a kernel of its own."""
+"""WKV on torch: the registered operator, which has kernels or computes by chunks itself."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 import torch_rwkv6
-from keras_adapter.backends import chunked
 
 has_kernels: bool = torch_rwkv6.has_kernels
-_DEVICES_WITH_KERNELS = ("cpu",)
 
 
 def wkv(
@@ -20,6 +18,4 @@ def wkv(
     initial_state: Tensor | None,  # [S, H, N, N]
     state_map: Tensor | None,  # [B]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B, H, N, N]
-    if has_kernels and r.device.type in _DEVICES_WITH_KERNELS:
-        return torch_rwkv6.wkv(r, k, v, w, u, initial_state, state_map=state_map)
-    return chunked.wkv(r, k, v, w, u, initial_state, state_map)
+    return torch_rwkv6.wkv(r, k, v, w, u, initial_state, state_map=state_map)

@@ -1,4 +1,4 @@
-"""Derivatives: reverse mode runs the kernels, everything else runs the reference.
+"""Derivatives: reverse mode runs the kernels, everything else runs plain PyTorch.
 
 These are kernels for the Autograd key. torch.library.register_autograd would be shorter, but its
 forward-mode derivatives are silently zero, it fails inside torch.func transforms, and a call costs
@@ -26,8 +26,8 @@ from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
 
 
-def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether torch.func or forward-mode AD must see the operations of the reference."""
+def _needs_pytorch(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch.func or forward-mode AD must see the operations of plain PyTorch."""
     if transforms_active():
         return True
     if not forward_mode_active():
@@ -58,7 +58,7 @@ def _autograd_function(op: Any, backward: Any) -> Any:
 def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any]:
     """The autograd functions of an operator and of its backward operator."""
     backward_op = backward_operator.overload
-    reference_backward = fallback.KERNELS[backward_operator.name]
+    pytorch_backward = fallback.KERNELS[backward_operator.name]
     differentiable = forward.differentiable
 
     def backward(
@@ -82,7 +82,7 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
             # A separate alias of each input, so that autograd.grad does not also follow paths
             # from one input to another in the caller's graph.
             inputs = [x.view_as(x) if i in needed else x for i, x in enumerate(saved)]
-            outputs = reference_backward(*inputs)
+            outputs = pytorch_backward(*inputs)
             # Some outputs depend on no input: the state's gradient without a state, most if T = 0.
             paths = [
                 (out, g)
@@ -109,11 +109,11 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
 
 
 def _differentiable(operator: Operator, function: Any) -> Callable[..., Any]:
-    """The Autograd kernel; without an autograd function the reference's operations are recorded."""
+    """The Autograd kernel; without an autograd function PyTorch's operations are recorded."""
     op, in_python = operator.overload, fallback.KERNELS[operator.name]
 
     def kernel(*arguments: Any) -> Any:
-        if _needs_reference(arguments):
+        if _needs_pytorch(arguments):
             return in_python(*arguments)
         if _needs_grad(arguments):
             if function is None:
@@ -154,7 +154,7 @@ def _without_derivatives(name: str, differentiable_name: str, update: Any) -> An
     """The Autograd kernel of an update operator, which refuses to be differentiated."""
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
-        if _needs_reference(args):
+        if _needs_pytorch(args):
             raise RuntimeError(
                 f"rwkv6::{name} overwrites its state and has no derivative: inside forward-mode "
                 f"AD and torch.func transforms other than vmap use rwkv6::{differentiable_name}"
