@@ -180,6 +180,31 @@ def test_transforms(name):
         assert relative_rms(a, b) < 1e-12
 
 
+def test_inputs_stay_as_they_are():
+    """Also with one head and one chunk, where views would do for copies."""
+    call = random_call(B=1, T=4, H=1, states=1)
+    before = [x.clone() for x in call.floats()]
+    chunked.wkv(*call.args())
+    chunked.wkv_backward(*call.grad_outputs(), *call.args())
+    assert all(torch.equal(a, b) for a, b in zip(call.floats(), before, strict=True))
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_double_backward_of_one_input(which):
+    """What the others are made of is not kept for it, and may not be changed for it."""
+    call = random_call(T=T, N=2, dtype=torch.float64, states=2)
+    grads = call.grad_outputs()
+    results = []
+    for f in (chunked, reference):
+        x = list(call.floats())
+        x[which] = x[which].clone().requires_grad_()
+        y = f.wkv(*x)
+        first = f.wkv_backward(*grads, *x)
+        loss = sum(z.sin().sum() for z in (*y, *first))
+        results.append(torch.autograd.grad(loss, x[which])[0])
+    assert relative_rms(*results) < 1e-12
+
+
 def test_forward_mode_of_the_backward_operator():
     call = random_call(T=T, N=2, dtype=torch.float64, states=2)
     grads = call.grad_outputs()

@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torch_rwkv6 import reference
+from torch_rwkv6._torch_private import forward_mode_active, transforms_active
 
 __all__ = ["wkv", "wkv_backward"]
 
 SHORT = 16  # fewer tokens than this are faster by the recurrence
 CHUNK = 64  # tokens, a power of two
-SEGMENT = 1 << 16  # elements of r computed at a time, so that what is made of them stays in cache
+SEGMENT = 1 << 17  # elements of r computed at a time, so that what is made of them stays in cache
 
 
 def wkv(
@@ -95,7 +96,7 @@ def wkv_backward(
         states = [state]  # before each segment
         for segment in segments[:-1]:
             _, keys, values, log_decay = map(_by_chunk, segment.tokens())
-            *_, joined = _runs(keys, log_decay)
+            *_, joined = _runs(keys, log_decay, _recorded(keys, log_decay))
             state = _walk(segment, *joined, values, state, *segment.given())[1][-1]
             states.append(state)
         grads: list[tuple[Tensor, ...]] = []
@@ -325,24 +326,19 @@ def _compute(
     if closed:
         end = segment.end()
         k, v, log_decay = (torch.where(end, 0.0, x) for x in (k, v, log_decay))
+    recorded = _recorded(r, k, v, log_decay, u, state, *given)
     r, y = (x.reshape(-1, 1, shape[-1]) for x in (r, y))
-    for joined_k, joined_decay in _runs(k, log_decay):
-        length = joined_k.shape[1]
-        if length == shape[-2]:
+    for joined_k, joined_decay in _runs(k, log_decay, recorded):
+        if joined_k.shape[1] == shape[-2]:
             break
         first_k, _ = _pairs(joined_k)
         first_v, _ = _pairs(v.reshape(joined_k.shape))
         first_decay, _ = _pairs(joined_decay)
-        first_r, second_r = _pairs(r)
         first_y, second_y = _pairs(y)
-        seen = second_r @ first_k.mT  # [pairs, length, length]
-        if length <= 2:  # too small for a matrix product
-            for i in range(length):
-                second_y = torch.addcmul(second_y, seen[:, :, i, None], first_v[:, None, i])
-        else:
-            second_y = torch.baddbmm(second_y, seen, first_v)
-        y = torch.cat((first_y, second_y), 1)
-        r = torch.cat((first_r, second_r * torch.exp(first_decay)), 1)
+        seen = _pairs(r)[1] @ first_k.mT  # [pairs, length, length]
+        second_y = _plus_product(second_y, seen, first_v, recorded)
+        y = torch.cat((first_y, second_y), 1) if recorded else _twice_as_long(y)
+        r = _decayed(r, 1, torch.exp(first_decay), recorded)
     starts, ends = _walk(segment, joined_k, joined_decay, v, state, *given)
     y = torch.baddbmm(y, r, torch.stack(starts).flatten(0, 2))
     ends = ends if given else ends[-1:]
@@ -350,7 +346,8 @@ def _compute(
 
 
 def _by_chunk(x: Tensor) -> Tensor:  # [B, n, C, H, N] -> [n, B, H, C, N]
-    return x.permute(1, 0, 3, 2, 4).contiguous()
+    # a copy even where a view would do: r and k are changed in place
+    return x.permute(1, 0, 3, 2, 4).clone(memory_format=torch.contiguous_format)
 
 
 def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # [2 * pairs, ...] -> two [pairs, ...]
@@ -358,22 +355,64 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # [2 * pairs, ...] -> two [pair
     return first, second
 
 
+def _twice_as_long(x: Tensor) -> Tensor:  # [2 * pairs, length, N] -> [pairs, 2 * length, N]
+    return x.reshape(-1, 2 * x.shape[1], x.shape[2])
+
+
+def _decayed(
+    x: Tensor,  # [2 * pairs, length, N]
+    i: int,
+    decay: Tensor,  # [pairs, 1, N]
+    recorded: bool,
+) -> Tensor:  # [pairs, 2 * length, N]
+    """Pairs of runs joined, the first (i = 0) or second ones decayed: in place if not recorded."""
+    runs = list(_pairs(x))
+    if recorded:
+        runs[i] = runs[i] * decay
+        return torch.cat(runs, 1)
+    runs[i].mul_(decay)
+    return _twice_as_long(x)
+
+
+def _plus_product(
+    y: Tensor,  # [pairs, length, N]
+    seen: Tensor,  # [pairs, length, length]
+    v: Tensor,  # [pairs, length, N]
+    recorded: bool,
+) -> Tensor:
+    """y + seen @ v, in place if not recorded."""
+    length = seen.shape[-1]
+    if length > 2:
+        return torch.baddbmm(y, seen, v) if recorded else y.add_(seen @ v)
+    add = torch.addcmul if recorded else Tensor.addcmul_
+    for i in range(length):  # too small for a matrix product
+        y = add(y, seen[:, :, i, None], v[:, None, i])
+    return y
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether a derivative or a transform needs every intermediate result as it was."""
+    if transforms_active() or forward_mode_active():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _runs(
     k: Tensor,  # [n, B, H, C, N]
     log_decay: Tensor,  # [n, B, H, C, N]
+    recorded: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs of 1, 2, 4, ... C tokens.
 
     Of each, k [runs, length, N], decayed up to the end of its run, and the sum of the run's log
-    decays [runs, 1, N].
+    decays [runs, 1, N]. If not recorded, the next runs are made in the memory of k.
     """
     C, N = k.shape[-2:]
     k, log_decay = (x.reshape(-1, 1, N) for x in (k, log_decay))
     yield k, log_decay
     while k.shape[1] < C:
-        first_k, second_k = _pairs(k)
         first, second = _pairs(log_decay)
-        k = torch.cat((first_k * torch.exp(second), second_k), 1)
+        k = _decayed(k, 0, torch.exp(second), recorded)
         log_decay = first + second
         yield k, log_decay
 
