@@ -34,7 +34,7 @@ from torch_rwkv6._torch_private import forward_mode_active, transforms_active
 
 __all__ = ["wkv", "wkv_backward"]
 
-SHORT = 16  # fewer tokens than this are faster by the recurrence
+SHORT = 16  # fewer tokens go by the recurrence: docs/operator.md has the measurement
 CHUNK = 64  # tokens, a power of two
 SEGMENT = 1 << 17  # elements of r computed at a time, so that what is made of them stays in cache
 
