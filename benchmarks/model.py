@@ -84,43 +84,49 @@ def run(args: argparse.Namespace) -> None:
     print(machine_line())
     model = random_weights().requires_grad_(False)
     half = load(model.state_dict(), dtype=torch.bfloat16)
+    int8 = load(half.state_dict(), dtype="int8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
         save(model, path)
         other = peer(path)
     if other is not None:
         check(model, other)
-    read = sum(p.numel() * p.element_size() for p in model.parameters())
-    read -= model.emb.weight.numel() * model.emb.weight.element_size()
     print(
-        f"{LAYERS} layers, {WIDTH} wide, {VOCAB} tokens: {read / 1e6:.0f} MB read a token in fp32\n"
+        f"{LAYERS} layers, {WIDTH} wide, {VOCAB} tokens: {bytes_read(model) / 1e6:.0f} MB read a "
+        "token in fp32\n"
     )
     for threads in (1, 2):
         torch.set_num_threads(threads)
         title = f"{threads} thread" + "s" * (threads > 1)
         print(f"| {title}, tokens per second | best | median | to rwkv | GB/s |")
         print("|---|---:|---:|---:|---:|")
-        race_decoding(model, half, other, read)
+        race_decoding({"fp32": model, "bf16": half, "int8": int8}, other)
         race_reading(model, other)
         print()
 
 
-def race_decoding(model: RWKV, half: RWKV, other: Any, read: int) -> None:
+def bytes_read(model: RWKV) -> int:
+    """What decoding a token reads: all weights but the embedding's."""
+    weights = [*model.parameters(), *model.buffers()]
+    return sum(x.nbytes for x in weights) - model.emb.weight.nbytes
+
+
+def race_decoding(models: Mapping[str, RWKV], other: Any) -> None:
     """Decoding, and its limit: the speed at which the largest weight can be read from memory."""
-    head, x = model.head.weight, torch.randn(1, WIDTH)
+    head, x = models["fp32"].head.weight, torch.randn(1, WIDTH)
     contenders: dict[str, Callable[[], object]] = {
-        "decoding, fp32": decoder(model),
-        "decoding, bf16": decoder(half),
+        f"decoding, {name}": decoder(model) for name, model in models.items()
     }
+    read = {f"decoding, {name}": bytes_read(model) for name, model in models.items()}
     if other is not None:
         contenders["decoding, rwkv, fp32"] = peer_decoder(other)
+        read["decoding, rwkv, fp32"] = read["decoding, fp32"]
     contenders["sum"] = head.sum
     contenders["product"] = lambda: torch.ops.rwkv6.matvec(x, head)
     seconds = interleave(contenders, 8)
     limit = head.nbytes / min(seconds.pop("sum")[0], seconds.pop("product")[0])
     for name, (least, median) in seconds.items():
-        size = read / 2 if "bf16" in name else read
-        speed = TOKENS * size / least / 1e9
+        speed = TOKENS * read[name] / least / 1e9
         report(name, TOKENS, least, median, seconds, "decoding, rwkv, fp32", f"{speed:.1f}")
     print(f"| reading the head's weight alone | | | | {limit / 1e9:.1f} |")
 

@@ -28,7 +28,8 @@ const char* name_of(DType dtype) {
     case DType::f64: return "float64";
     case DType::f32: return "float32";
     case DType::bf16: return "bfloat16";
-    default: return "float16";
+    case DType::f16: return "float16";
+    default: return "int8";
   }
 }
 
@@ -107,6 +108,12 @@ void check(const char* name, const DLTensor* x, std::initializer_list<int64_t> s
   if (elements(x) && !x->data) fail(name, ": its data pointer is NULL");
 }
 
+void check_last_contiguous(const char* name, const DLTensor* x) {
+  const int last = x->ndim - 1;
+  if (x->shape[last] > 1 && stride(x, last) != 1 && elements(x))
+    fail(name, ": the last dimension must be contiguous, got stride ", stride(x, last));
+}
+
 // The same for a float tensor: also dtype and a contiguous last dimension.
 DType check_float(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
                   Device device, DType dtype, DType or_dtype) {
@@ -115,10 +122,16 @@ DType check_float(const char* name, const DLTensor* x, std::initializer_list<int
   if (found != dtype && found != or_dtype)
     fail(name, ": expected ", name_of(dtype), dtype == or_dtype ? "" : " or ",
          dtype == or_dtype ? "" : name_of(or_dtype), ", got ", name_of(found));
-  const int last = x->ndim - 1;
-  if (x->shape[last] > 1 && stride(x, last) != 1 && elements(x))
-    fail(name, ": the last dimension must be contiguous, got stride ", stride(x, last));
+  check_last_contiguous(name, x);
   return found;
+}
+
+// The same for a tensor of int8.
+void check_int8(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape) {
+  check(name, x, shape, Device());
+  const DLDataType dtype = x->dtype;
+  if (dtype.code != kDLInt || dtype.lanes != 1 || dtype.bits != 8) fail(name, ": expected int8");
+  check_last_contiguous(name, x);
 }
 
 // An index tensor as it lies in memory; absent for NULL.
@@ -218,6 +231,16 @@ Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns
   return {data(x), dtype, stride(x, 0), 0, 0};
 }
 
+Tokens int8_matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns) {
+  check_int8(name, x, {rows, columns});
+  return {data(x), DType::i8, stride(x, 0), 0, 0};
+}
+
+const float* row_scales(const char* name, const DLTensor* x, int64_t rows) {
+  check_float(name, x, {rows}, Device(), DType::f32, DType::f32);
+  return reinterpret_cast<const float*>(data(x));
+}
+
 const char* parameter(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
                       DType dtype) {
   if (!x) fail(name, ": required, got NULL");
@@ -226,7 +249,10 @@ const char* parameter(const char* name, const DLTensor* x, std::initializer_list
     inner.ndim--, inner.shape++;
     if (inner.strides) inner.strides++;
   }
-  check_float(name, &inner, shape, Device(), dtype, dtype);
+  if (dtype == DType::i8)
+    check_int8(name, &inner, shape);
+  else
+    check_float(name, &inner, shape, Device(), dtype, dtype);
   int64_t step = 1;
   for (int i = inner.ndim - 1; i >= 0; step *= inner.shape[i], i--)
     if (inner.shape[i] > 1 && stride(&inner, i) != step && elements(x))

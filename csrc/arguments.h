@@ -79,7 +79,13 @@ States channel_states(const char* name, const DLTensor* x, const Sizes& sizes, D
 // number.
 Tokens matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns, DType dtype);
 
+// A [rows, columns] matrix of int8 on the CPU, and the numbers that its rows are multiplied by: a
+// dense [rows] vector of f32.
+Tokens int8_matrix(const char* name, const DLTensor* x, int64_t rows, int64_t columns);
+const float* row_scales(const char* name, const DLTensor* x, int64_t rows);
+
 // The values of a dense tensor on the CPU, of this shape or with further dimensions of 1 in front.
+// i8 is a dtype here as well.
 const char* parameter(const char* name, const DLTensor* x, std::initializer_list<int64_t> shape,
                       DType dtype);
 

@@ -31,10 +31,18 @@ const char* rwkv6_decode_layer(const rwkv6_context* context, const rwkv6_layer* 
     const DType acc = state_dtype(dtype);
     const Sizes sizes = {M, 1, H, N, Device()};
     job.wkv = states("wkv", wkv, M, sizes, acc, acc);
+    // A matrix with a scale is int8.
+    const auto matrix_of = [&](const char* name, const DLTensor* x, const DLTensor* scale,
+                               int64_t rows, int64_t columns, const float*& scales) {
+      if (!scale) return parameter(name, x, {rows, columns}, dtype);
+      scales = row_scales((std::string(name) + "'s scale").c_str(), scale, rows);
+      return parameter(name, x, {rows, columns}, DType::i8);
+    };
 #define RWKV6_LAYER_PARAMETER(field, name, ...) \
   job.field = parameter(name, from.field, {__VA_ARGS__}, dtype);
+#define RWKV6_LAYER_MATRIX(field, name, rows, columns) \
+  job.field = matrix_of(name, from.field, from.field##_scale, rows, columns, job.field##_scale);
 #include "rwkv6_layer_parameters.inc"
-#undef RWKV6_LAYER_PARAMETER
     job.ln_eps = from.ln_eps, job.ln_x_eps = from.ln_x_eps;
 
     for (const auto& [name, written] :

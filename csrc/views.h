@@ -14,10 +14,10 @@ namespace rwkv6 {
 
 constexpr int64_t kMaxHeadSize = 256;
 
-enum class DType : uint8_t { f64, f32, bf16, f16 };
+enum class DType : uint8_t { f64, f32, bf16, f16, i8 };  // i8: quantised weights alone
 
 RWKV6_HOST_DEVICE inline int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
 }
 
 // The dtype of the state and of the accumulator, for inputs of this dtype.

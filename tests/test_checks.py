@@ -63,6 +63,11 @@ def matvec():
     return {"x": torch.randn(2, 5), "weight": torch.randn(4, 5)}
 
 
+def matvec_int8():
+    numbers = torch.randint(-128, 128, (4, 5), dtype=torch.int8)
+    return {"x": torch.randn(2, 5), "weight": numbers, "scale": torch.rand(4)}
+
+
 MAPPED = {"state_map": torch.tensor([1, 0, 2])}
 PACKED = {"B": 1, "cu_seqlens": [0, 1, 1, 4]}
 
@@ -82,6 +87,7 @@ CALLS = {
     "wkv4_backward": ("wkv4_backward", wkv4_backward),
     "wkv4_update": ("wkv4_update", wkv4_in_place),
     "matvec": ("matvec", matvec),
+    "matvec_int8": ("matvec_int8", matvec_int8),
 }
 
 

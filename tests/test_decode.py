@@ -79,7 +79,8 @@ def test_nan_and_large_inputs() -> None:
 def test_python_and_c_name_the_parameters_in_one_order() -> None:
     """The operator takes them by position; their names stand beside the fields of the C struct."""
     table = Path(__file__).parents[1] / "csrc/include/rwkv6_layer_parameters.inc"
-    rows = re.findall(r'^RWKV6_LAYER_PARAMETER\((\w+), "([\w.]+)"', table.read_text(), re.MULTILINE)
+    row = r'^RWKV6_LAYER_(?:PARAMETER|MATRIX)\((\w+), "([\w.]+)"'
+    rows = re.findall(row, table.read_text(), re.MULTILINE)
     names = [f"{m}.{n}" for m, names in decode._NAMES.items() for n in names]
     assert [name for _, name in rows] == names
     for field, name in rows:
@@ -180,6 +181,8 @@ def test_errors_name_the_argument_and_leave_the_states() -> None:
     with pytest.raises(RuntimeError, match="wkv: expected shape"):
         decode_(block, x, states[0], states[1][:1], states[2])
     with pytest.raises(RuntimeError, match="expected 28 parameters, got 1"):
-        torch.ops.rwkv6.decode_layer(x[:, 0], *states, [x], 1e-5, 1e-5)
+        torch.ops.rwkv6.decode_layer(x[:, 0], *states, [x], [], 1e-5, 1e-5)
+    with pytest.raises(RuntimeError, match="expected 8 scales, got 1"):
+        torch.ops.rwkv6.decode_layer(x[:, 0], *states, [x] * 28, [x], 1e-5, 1e-5)
     for a, b in zip(states, before, strict=True):
         assert torch.equal(a, b)

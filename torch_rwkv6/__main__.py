@@ -22,7 +22,12 @@ from torch_rwkv6.models import generate_text, load, load_tokenizer, save
 from torch_rwkv6.models.tokenizers import TextStream, Tokenizer
 from torch_rwkv6.nn import RWKV
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": "int8",  # of the matrices
+}
 # Exceptions that a user can act on. FloatingPointError: the logits of the model are NaN.
 MISTAKES = (
     FloatingPointError,
@@ -90,7 +95,7 @@ def info(args: argparse.Namespace) -> None:
     model = _model(args)
     shape = model.state_shape
     heads = "" if len(shape) == 2 else f", {shape[0]} heads of {shape[1]}"
-    parameters = list(model.parameters())
+    parameters = [*model.parameters(), *model.buffers()]  # buffers: those of int8
     embedding = model.emb.weight
     read = _bytes(parameters) - _bytes([embedding]) + _bytes([embedding[0]])
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})

@@ -37,6 +37,8 @@ class Dtype(enum.Enum):
     SAME_OR_FLOAT32 = enum.auto()
     STATE = enum.auto()
     STATE_OR_SAME = enum.auto()
+    FLOAT32 = enum.auto()
+    INT8 = enum.auto()
     INDEX = enum.auto()
 
     def allowed(self, first: Tensor) -> tuple[torch.dtype, ...]:
@@ -47,6 +49,8 @@ class Dtype(enum.Enum):
             Dtype.SAME_OR_FLOAT32: (first.dtype, torch.float32),
             Dtype.STATE: (state_dtype(first),),
             Dtype.STATE_OR_SAME: (state_dtype(first), first.dtype),
+            Dtype.FLOAT32: (torch.float32,),
+            Dtype.INT8: (torch.int8,),
             Dtype.INDEX: INDEX_DTYPES,
         }[self]
 
@@ -198,14 +202,27 @@ MATVEC = Operator(
     (Argument("x", "MK", Dtype.FLOAT), Argument("weight", "NK", Dtype.SAME)),
     (Argument("y", "MN", Dtype.SAME),),
 )
+MATVEC_INT8 = Operator(
+    "matvec_int8",
+    (
+        Argument("x", "MK", Dtype.FLOAT),
+        Argument("weight", "NK", Dtype.INT8),
+        Argument("scale", "N", Dtype.FLOAT32),
+    ),
+    (Argument("y", "MN", Dtype.SAME),),
+)
 
-OPERATORS = (WKV, WKV_BACKWARD, WKV_UPDATE, WKV4, WKV4_BACKWARD, WKV4_UPDATE, MATVEC)
+OPERATORS = (
+    *(WKV, WKV_BACKWARD, WKV_UPDATE),
+    *(WKV4, WKV4_BACKWARD, WKV4_UPDATE),
+    *(MATVEC, MATVEC_INT8),
+)
 
 # The operator of eager decoding on a CPU has no derivative, no fake implementation and no fallback:
 # torch_rwkv6/nn/decode.py alone calls it.
 DECODE_LAYER = (
     "(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
-    "Tensor[] parameters, float ln_eps, float ln_x_eps) -> Tensor"
+    "Tensor[] parameters, Tensor[] scales, float ln_eps, float ln_x_eps) -> Tensor"
 )
 
 SCHEMAS = {o.name: o.schema for o in OPERATORS} | {"decode_layer": DECODE_LAYER}

@@ -34,6 +34,7 @@ DLDataType dlpack_dtype(const Tensor& x) {
     case ScalarType::Float: return {kDLFloat, 32, 1};
     case ScalarType::BFloat16: return {kDLBfloat, 16, 1};
     case ScalarType::Half: return {kDLFloat, 16, 1};
+    case ScalarType::Char: return {kDLInt, 8, 1};
     case ScalarType::Int: return {kDLInt, 32, 1};
     case ScalarType::Long: return {kDLInt, 64, 1};
     default: return {kDLOpaqueHandle, 0, 1};  // the library refuses it by the argument's name
@@ -371,23 +372,43 @@ Tensor matvec(const Tensor& x,                              // [M, K]
   return y;
 }
 
+Tensor matvec_int8(const Tensor& x,                         // [M, K]
+                   const Tensor& weight,                    // [N, K], int8
+                   const Tensor& scale) {                   // [N]
+  const bool matrices = x.dim() == 2 && weight.dim() == 2;  // otherwise it is going to be refused
+  const Tensor y = matrices ? empty(x, {x.size(0), weight.size(0)}, dtype_of(x)) : empty_for(x);
+  check(rwkv6_matvec_int8(Context(x), View(x), View(weight), View(scale), View::output(y)));
+  return y;
+}
+
 Tensor decode_layer(const Tensor& x,          // [B, D]
                     const Tensor& att_shift,  // [B, D], updated in place
                     const Tensor& wkv,        // [B, H, N, N], updated in place
                     const Tensor& ffn_shift,  // [B, D], updated in place
-                    const std::vector<Tensor>& parameters, double ln_eps, double ln_x_eps) {
+                    const std::vector<Tensor>& parameters,
+                    const std::vector<Tensor>& scales,  // of the matrices, where those are int8
+                    double ln_eps, double ln_x_eps) {
   rwkv6_layer layer = {};
-  const DLTensor** const fields[] = {
+  const DLTensor** const parameter_fields[] = {
 #define RWKV6_LAYER_PARAMETER(field, name, ...) &layer.field,
 #include "rwkv6_layer_parameters.inc"
-#undef RWKV6_LAYER_PARAMETER
   };
-  constexpr size_t kFields = sizeof(fields) / sizeof(fields[0]);
-  if (parameters.size() != kFields)
-    throw std::runtime_error("rwkv6::decode_layer: expected " + std::to_string(kFields) +
-                             " parameters, got " + std::to_string(parameters.size()));
-  std::vector<View> views(parameters.begin(), parameters.end());
-  for (size_t i = 0; i < kFields; i++) *fields[i] = views[i];
+  const DLTensor** const scale_fields[] = {
+#define RWKV6_LAYER_PARAMETER(field, name, ...)
+#define RWKV6_LAYER_MATRIX(field, name, rows, columns) &layer.field##_scale,
+#include "rwkv6_layer_parameters.inc"
+  };
+  std::vector<View> parameter_views(parameters.begin(), parameters.end());
+  std::vector<View> scale_views(scales.begin(), scales.end());
+  const auto assign = [](const char* what, const auto& fields, std::vector<View>& views) {
+    if (views.size() != std::size(fields))
+      throw std::runtime_error("rwkv6::decode_layer: expected " +
+                               std::to_string(std::size(fields)) + " " + what + ", got " +
+                               std::to_string(views.size()));
+    for (size_t i = 0; i < views.size(); i++) *fields[i] = views[i];
+  };
+  assign("parameters", parameter_fields, parameter_views);
+  if (!scales.empty()) assign("scales", scale_fields, scale_views);
   layer.ln_eps = ln_eps, layer.ln_x_eps = ln_x_eps;
   const Tensor y = empty_for(x);
   check(rwkv6_decode_layer(Context(x), &layer, View(x), View::output(att_shift), View::output(wkv),
@@ -417,9 +438,10 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
       "Tensor u, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("wkv4_update(Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor");
   m.def("matvec(Tensor x, Tensor weight) -> Tensor");
+  m.def("matvec_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
   m.def(
       "decode_layer(Tensor x, Tensor(a!) att_shift, Tensor(b!) wkv, Tensor(c!) ffn_shift, "
-      "Tensor[] parameters, float ln_eps, float ln_x_eps) -> Tensor");
+      "Tensor[] parameters, Tensor[] scales, float ln_eps, float ln_x_eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
@@ -430,6 +452,7 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
   m.impl("wkv4_update", TORCH_BOX(&wkv4_update));
   m.impl("matvec", TORCH_BOX(&matvec));
+  m.impl("matvec_int8", TORCH_BOX(&matvec_int8));
   m.impl("decode_layer", TORCH_BOX(&decode_layer));
 }
 

@@ -65,13 +65,15 @@ struct Wkv4Job {
 constexpr int64_t kMatvecRows = 32;
 struct MatvecJob {
   int64_t M, N, K;
-  Tokens x, weight, y;  // [M, K], [N, K], [M, N], all of one dtype; rows are batch rows
+  Tokens x, weight, y;  // [M, K], [N, K], [M, N]; all of one dtype, or weight of int8
+  const float* scale;   // [N]: row n of an int8 weight stands for scale[n] times its numbers
 
   int64_t units() const { return (N + kMatvecRows - 1) / kMatvecRows; }
 };
 
 // One token of each of M sequences through one layer of RWKV-6. All parameters are dense and of one
-// dtype; D = H * N channels, F of them in the channel mixing.
+// dtype, but for the matrices where those are int8; D = H * N channels, F of them in the channel
+// mixing.
 struct LayerJob {
   // Runs body(data, begin, end) over [0, n) on several threads; nullptr: on this one.
   void (*parallel_for)(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), void* data);
@@ -84,8 +86,10 @@ struct LayerJob {
   Tokens x, att_shift, ffn_shift, y;  // [M, D]; the shifts are updated
   States wkv;                         // [M, H, N, N], updated
 #define RWKV6_LAYER_PARAMETER(field, name, ...) const char* field;
+#define RWKV6_LAYER_MATRIX(field, name, rows, columns) \
+  const char* field;                                   \
+  const float* field##_scale; /* nullptr where the matrix has the dtype of the others */
 #include "include/rwkv6_layer_parameters.inc"
-#undef RWKV6_LAYER_PARAMETER
 };
 
 // The kernels of one instruction set and one accumulator dtype; each computes the work units

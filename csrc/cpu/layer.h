@@ -181,6 +181,7 @@ class Layer {
   struct Product {  // y = x weight^T, with the weight [N, K]
     Rows x;
     const char* weight;
+    const float* scale;  // [N], of an int8 weight; nullptr: it has the dtype of the others
     int64_t N, K;
     Rows y;
   };
@@ -192,10 +193,11 @@ class Layer {
     int64_t first[n + 1] = {};
     for (int i = 0; i < n; i++) {
       const Product& p = products[i];
+      const DType dtype = p.scale ? DType::i8 : job.dtype;
       for (int64_t m = 0; m < M; m++)
-        matvec_layout(p.x.row(m), p.K, job.dtype, laid_out[i].data + m * matvec_padded<T>(p.K));
-      jobs[i] = {M, p.N, p.K, {}, {}, {}};
-      jobs[i].weight = {const_cast<char*>(p.weight), job.dtype, p.K, 0, 0};
+        matvec_layout(p.x.row(m), p.K, dtype, laid_out[i].data + m * matvec_padded<T>(p.K));
+      jobs[i] = {M, p.N, p.K, {}, {}, {}, p.scale};
+      jobs[i].weight = {const_cast<char*>(p.weight), dtype, p.K, 0, 0};
       jobs[i].y = {reinterpret_cast<char*>(p.y.data), DTypeOf<T>::value, p.y.pitch, 0, 0};
       first[i + 1] = first[i] + jobs[i].units();
     }
@@ -253,26 +255,27 @@ class Layer {
     parallel(kMixes, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) mix_one(i);
     });
-    project<4>({{mixed[0], job.att_key, D, D, k},
-                {mixed[1], job.att_value, D, D, v},
-                {mixed[2], job.att_receptance, D, D, r},
-                {mixed[3], job.att_gate, D, D, g}});
+    project<4>({{mixed[0], job.att_key, job.att_key_scale, D, D, k},
+                {mixed[1], job.att_value, job.att_value_scale, D, D, v},
+                {mixed[2], job.att_receptance, job.att_receptance_scale, D, D, r},
+                {mixed[3], job.att_gate, job.att_gate_scale, D, D, g}});
     recur();
     each(y, D,
          [&](int64_t i, int64_t m) { return at(y, i, m) * at(g, i, m) * sigmoid(at(g, i, m)); });
-    project<1>({{y, job.att_output, D, D, v}});
+    project<1>({{y, job.att_output, job.att_output_scale, D, D, v}});
     each(x, D, [&](int64_t i, int64_t m) { return at(x, i, m) + at(v, i, m); });
 
     next_token(job.ln2_weight, job.ln2_bias, job.ffn_shift);
     mix(job.ffn_time_maa_k, k);
     mix(job.ffn_time_maa_r, r);
-    project<2>({{k, job.ffn_key, F, D, hidden}, {r, job.ffn_receptance, D, D, g}});
+    project<2>({{k, job.ffn_key, job.ffn_key_scale, F, D, hidden},
+                {r, job.ffn_receptance, job.ffn_receptance_scale, D, D, g}});
     each(hidden, F, [&](int64_t i, int64_t m) {
       const V h = at(hidden, i, m), zero(T(0));
       const V positive = h.x < zero.x ? zero.x : h.x;  // a NaN stays a NaN
       return positive * positive;
     });
-    project<1>({{hidden, job.ffn_value, D, F, v}});
+    project<1>({{hidden, job.ffn_value, job.ffn_value_scale, D, F, v}});
     each(x, D,
          [&](int64_t i, int64_t m) { return fma(sigmoid(at(g, i, m)), at(v, i, m), at(x, i, m)); });
 

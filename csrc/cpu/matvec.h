@@ -13,6 +13,7 @@ constexpr int kVectors = 2;          // rows of x that are multiplied at a time
 
 // Loads two vectors of a row of the weight in the accumulator's dtype. bf16 is converted most
 // cheaply into the even and the odd elements, so the elements of x are put into that order for it.
+// int8 becomes whole numbers; the sum of a row is multiplied by the row's scale at the end.
 template <class T, DType D>
 RWKV6_INLINE void load_pair(const char* p, Vec<T>& x, Vec<T>& y) {
   if constexpr (D == DType::bf16) {
@@ -23,6 +24,9 @@ RWKV6_INLINE void load_pair(const char* p, Vec<T>& x, Vec<T>& y) {
   } else if constexpr (D == DType::f16) {
     x = load_as<T>(reinterpret_cast<const F16*>(p));
     y = load_as<T>(reinterpret_cast<const F16*>(p) + Vec<T>::W);
+  } else if constexpr (D == DType::i8) {
+    x = load_as<T>(reinterpret_cast<const int8_t*>(p));
+    y = load_as<T>(reinterpret_cast<const int8_t*>(p) + Vec<T>::W);
   } else {
     x = Vec<T>::load(reinterpret_cast<const T*>(p));
     y = Vec<T>::load(reinterpret_cast<const T*>(p) + Vec<T>::W);
@@ -77,7 +81,7 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
     T y[R + V::W];
     store_sums<R>(total, y);
     for (int r = 0; r < R; r++) {
-      const T lanes[V::W] = {y[r]};
+      const T lanes[V::W] = {D == DType::i8 ? y[r] * T(job.scale[row + r * distance]) : y[r]};
       char* const out = job.y.row(m + a, 0, 0) + (row + r * distance) * size_of(job.y.dtype);
       store_row(lanes, 1, job.y.dtype, out);
     }
@@ -109,7 +113,9 @@ template <class T>
 void matvec_blocks(const MatvecJob& job, const T* x, int64_t padded, int64_t begin, int64_t end) {
   const int64_t first = begin * kMatvecRows;
   const int64_t last = end * kMatvecRows < job.N ? end * kMatvecRows : job.N;
-  if constexpr (sizeof(T) == 8) {
+  if (job.weight.dtype == DType::i8) {
+    matvec_rows_of<T, DType::i8>(job, x, padded, first, last);
+  } else if constexpr (sizeof(T) == 8) {
     matvec_rows_of<T, DType::f64>(job, x, padded, first, last);
   } else if (job.weight.dtype == DType::bf16) {
     matvec_rows_of<T, DType::bf16>(job, x, padded, first, last);

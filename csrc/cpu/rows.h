@@ -68,6 +68,20 @@ RWKV6_INLINE Vec<T> load_as(const F16* p) {
 #endif
 }
 
+// Whole numbers, from the int8 weights of matvec.h.
+template <class T>
+RWKV6_INLINE Vec<T> load_as(const int8_t* p) {
+  Vec<T> v;
+  if constexpr (sizeof(T) == 4) {
+    Int8Lanes bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    v.x = __builtin_convertvector(__builtin_convertvector(bytes, Int32Lanes), FloatLanes);
+  } else {
+    for (int64_t i = 0; i < Vec<T>::W; i++) v.x[i] = T(p[i]);
+  }
+  return v;
+}
+
 template <class T>
 RWKV6_INLINE void store_as(Vec<T> v, T* p) {
   v.store(p);

@@ -141,13 +141,23 @@ RWKV6_API const char* rwkv6_matvec(const rwkv6_context* context,
                                    const DLTensor* weight,  // [N, K], as x
                                    DLTensor* y);            // [M, N], as x
 
+// The same with a weight of int8: row n of it stands for scale[n] times its numbers.
+RWKV6_API const char* rwkv6_matvec_int8(const rwkv6_context* context,
+                                        const DLTensor* x,       // [M, K], f64 f32 bf16 f16
+                                        const DLTensor* weight,  // [N, K], int8
+                                        const DLTensor* scale,   // [N], f32, dense
+                                        DLTensor* y);            // [M, N], as x
+
 // The parameters of one layer of RWKV-6: rwkv6_layer_parameters.inc lists them with their shapes.
 // All are dense (but for dimensions of 1 in front, which do not count) and of one dtype, f64 f32
-// bf16 f16.
+// bf16 f16. Each matrix may be int8 instead; then its _scale is there, [rows], f32, dense, and row n
+// of the matrix stands for _scale[n] times its numbers. Otherwise _scale is NULL.
 typedef struct {
 #define RWKV6_LAYER_PARAMETER(field, name, ...) const DLTensor* field;
+#define RWKV6_LAYER_MATRIX(field, name, rows, columns) \
+  const DLTensor* field;                               \
+  const DLTensor* field##_scale;
 #include "rwkv6_layer_parameters.inc"
-#undef RWKV6_LAYER_PARAMETER
   double ln_eps;  // of ln1 and ln2
   double ln_x_eps;
 } rwkv6_layer;

@@ -70,6 +70,41 @@ Values times(const Values& x, const Values& W, size_t M, size_t N, size_t K) {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+// A weight [N, K]: of the call's dtype, or of int8 with a scale for each row.
+struct Weight {
+  Tensor numbers, scale;
+  bool quantised;
+
+  Weight(DType dtype, int64_t N, int64_t K, bool int8, Layout layout = Layout::compact)
+      : numbers(int8 ? DType::i8 : dtype, {N, K}, layout),
+        scale(normal(DType::f32, {N}, 1)),
+        quantised(int8) {
+    Values x(size_t(N * K));
+    for (double& value : x)
+      value = int8 ? double(between(-127, 127)) : deviation(K) * ::numbers.normal();
+    numbers.fill(x);
+    if (!int8) return;
+    Values factors = scale.values();
+    for (double& factor : factors) factor *= deviation(K) / 73;  // 73: of between(-127, 127)
+    scale.fill(factors);
+  }
+
+  Values values() const {
+    Values x = numbers.values();
+    if (!quantised) return x;
+    const Values factors = scale.values();
+    const size_t K = factors.empty() ? 1 : x.size() / factors.size();
+    for (size_t i = 0; i < x.size(); i++) x[i] *= factors[i / K];
+    return x;
+  }
+
+  DLTensor* scale_dl() { return quantised ? scale.dl() : nullptr; }
+
+ private:
+  // The standard deviation with which a product of K terms stays near 1.
+  static double deviation(int64_t K) { return 1 / std::sqrt(double(K)); }
+};
+
 // Groups of n values of x, each to mean 0 and variance 1, times weight plus bias of `width` values.
 Values norm(const Values& x, size_t n, double eps, const Values& weight, const Values& bias) {
   Values y(x.size());
@@ -90,8 +125,8 @@ class Layer {
   DType dtype_;
   size_t M_, H_, N_, D_, F_, rank_, decay_rank_;
   Tensor ln1_w_, ln1_b_, maa_x_, maa_w_, maa_k_, maa_v_, maa_r_, maa_g_, maa_w1_, maa_w2_, decay_,
-      decay_w1_, decay_w2_, u_, receptance_, key_, value_, gate_, output_, ln_x_w_, ln_x_b_, ln2_w_,
-      ln2_b_, ffn_maa_k_, ffn_maa_r_, ffn_key_, ffn_receptance_, ffn_value_;
+      decay_w1_, decay_w2_, u_, ln_x_w_, ln_x_b_, ln2_w_, ln2_b_, ffn_maa_k_, ffn_maa_r_;
+  Weight receptance_, key_, value_, gate_, output_, ffn_key_, ffn_receptance_, ffn_value_;
   Tensor x_, att_shift_, wkv_, ffn_shift_, y_;
   static constexpr double kEps = 1e-5, kHeadEps = 64e-5;
 
@@ -124,7 +159,8 @@ class Layer {
   }
 
  public:
-  Layer(DType dtype, int64_t M, int64_t H, int64_t N, int64_t F, int64_t rank, int64_t decay_rank)
+  Layer(DType dtype, bool int8, int64_t M, int64_t H, int64_t N, int64_t F, int64_t rank,
+        int64_t decay_rank)
       : dtype_(dtype),
         M_(size_t(M)),
         H_(size_t(H)),
@@ -147,20 +183,20 @@ class Layer {
         decay_w1_(matrix(D_, decay_rank_)),
         decay_w2_(matrix(decay_rank_, D_)),
         u_(normal(dtype, {H, N}, .3)),
-        receptance_(matrix(D_, D_)),
-        key_(matrix(D_, D_)),
-        value_(matrix(D_, D_)),
-        gate_(matrix(D_, D_)),
-        output_(matrix(D_, D_)),
         ln_x_w_(vector(1)),
         ln_x_b_(vector()),
         ln2_w_(vector(1)),
         ln2_b_(vector()),
         ffn_maa_k_(vector(.5)),
         ffn_maa_r_(vector(.5)),
-        ffn_key_(matrix(F_, D_)),
-        ffn_receptance_(matrix(D_, D_)),
-        ffn_value_(matrix(D_, F_)),
+        receptance_(dtype, H * N, H * N, int8),
+        key_(dtype, H * N, H * N, int8),
+        value_(dtype, H * N, H * N, int8),
+        gate_(dtype, H * N, H * N, int8),
+        output_(dtype, H * N, H * N, int8),
+        ffn_key_(dtype, F, H * N, int8),
+        ffn_receptance_(dtype, H * N, H * N, int8),
+        ffn_value_(dtype, H * N, F, int8),
         x_(normal(dtype, {M, H * N})),
         att_shift_(normal(dtype, {M, H * N})),
         wkv_(normal(wide(dtype), {M, H, N, N})),
@@ -183,20 +219,22 @@ class Layer {
     layer.att_time_decay_w1 = decay_w1_.dl();
     layer.att_time_decay_w2 = decay_w2_.dl();
     layer.att_time_faaaa = u_.dl();
-    layer.att_receptance = receptance_.dl();
-    layer.att_key = key_.dl();
-    layer.att_value = value_.dl();
-    layer.att_gate = gate_.dl();
-    layer.att_output = output_.dl();
+    layer.att_receptance = receptance_.numbers.dl(),
+    layer.att_receptance_scale = receptance_.scale_dl();
+    layer.att_key = key_.numbers.dl(), layer.att_key_scale = key_.scale_dl();
+    layer.att_value = value_.numbers.dl(), layer.att_value_scale = value_.scale_dl();
+    layer.att_gate = gate_.numbers.dl(), layer.att_gate_scale = gate_.scale_dl();
+    layer.att_output = output_.numbers.dl(), layer.att_output_scale = output_.scale_dl();
     layer.att_ln_x_weight = ln_x_w_.dl();
     layer.att_ln_x_bias = ln_x_b_.dl();
     layer.ln2_weight = ln2_w_.dl();
     layer.ln2_bias = ln2_b_.dl();
     layer.ffn_time_maa_k = ffn_maa_k_.dl();
     layer.ffn_time_maa_r = ffn_maa_r_.dl();
-    layer.ffn_key = ffn_key_.dl();
-    layer.ffn_receptance = ffn_receptance_.dl();
-    layer.ffn_value = ffn_value_.dl();
+    layer.ffn_key = ffn_key_.numbers.dl(), layer.ffn_key_scale = ffn_key_.scale_dl();
+    layer.ffn_receptance = ffn_receptance_.numbers.dl(),
+    layer.ffn_receptance_scale = ffn_receptance_.scale_dl();
+    layer.ffn_value = ffn_value_.numbers.dl(), layer.ffn_value_scale = ffn_value_.scale_dl();
     layer.ln_eps = kEps, layer.ln_x_eps = kHeadEps;
     return rwkv6_decode_layer(context, &layer, x_.dl(), att_shift_.dl(), wkv_.dl(), ffn_shift_.dl(),
                               y_.dl());
@@ -218,7 +256,7 @@ class Layer {
       return mix(token, change,
                  low_rank(mixed_x, w1, 5 * rank_, i * rank_, own_w2, rank_, maa.values()));
     };
-    const auto projected = [&](const Values& input, const Tensor& weight) {
+    const auto projected = [&](const Values& input, const Weight& weight) {
       return times(input, weight.values(), M_, D_, D_);
     };
     const int64_t M = int64_t(M_), H = int64_t(H_), N = int64_t(N_);
@@ -274,7 +312,9 @@ void layers(Report& report, int calls) {
                               std::to_string(rank) + " and " + std::to_string(decay_rank);
     // D = 1 normalises everything to zero, and rounding is then all there is
     const DType dtype = D < 4 ? DType::f64 : any_dtype();
-    Layer(dtype, M, H, N, F, rank, decay_rank).compare(report, any_context(), where);
+    const bool int8 = numbers.percent() < 40;
+    Layer(dtype, int8, M, H, N, F, rank, decay_rank)
+        .compare(report, any_context(), where + (int8 ? ", int8" : ""));
   }
 }
 
@@ -282,12 +322,15 @@ void products(Report& report, int calls) {
   for (int call = 0; call < calls; call++) {
     const int64_t M = between(0, 9), N = between(0, 150), K = between(1, 150);
     const DType dtype = any_dtype();
+    const bool int8 = numbers.percent() < 50;
     Tensor x = normal(dtype, {M, K}, 1, 0, one_of({Layout::compact, Layout::strided}));
-    Tensor weight = normal(dtype, {N, K}, 1, 0, one_of({Layout::compact, Layout::strided}));
+    Weight weight(dtype, N, K, int8, one_of({Layout::compact, Layout::strided}));
     Tensor y(dtype, {M, N}, one_of({Layout::compact, Layout::strided}));
-    const char* message = rwkv6_matvec(any_context(), x.dl(), weight.dl(), y.dl());
-    const std::string where =
-        "M " + std::to_string(M) + ", N " + std::to_string(N) + ", K " + std::to_string(K);
+    const char* message = int8 ? rwkv6_matvec_int8(any_context(), x.dl(), weight.numbers.dl(),
+                                                   weight.scale.dl(), y.dl())
+                               : rwkv6_matvec(any_context(), x.dl(), weight.numbers.dl(), y.dl());
+    const std::string where = "M " + std::to_string(M) + ", N " + std::to_string(N) + ", K " +
+                              std::to_string(K) + (int8 ? ", int8" : "");
     report.check(!message, "matvec, " + where + ": " + (message ? message : ""));
     report.close(y.values(), times(x.values(), weight.values(), size_t(M), size_t(N), size_t(K)),
                  tolerance(dtype), "matvec", where);

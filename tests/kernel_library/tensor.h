@@ -9,7 +9,7 @@
 
 #include "rwkv6.h"
 
-enum class DType { f64, f32, bf16, f16, i64, i32 };
+enum class DType { f64, f32, bf16, f16, i64, i32, i8 };
 
 // Where the elements lie: one behind the other; the dimensions of a [B, T, H, N] tensor in another
 // order with gaps between the rows; or every dimension but the last walked backwards.
@@ -21,6 +21,7 @@ inline int64_t size_of(DType dtype) {
     case DType::i64: return 8;
     case DType::f32:
     case DType::i32: return 4;
+    case DType::i8: return 1;
     default: return 2;
   }
 }
@@ -128,6 +129,7 @@ class Tensor {
         case DType::f16: return set(at, half_of(x, 5));
         case DType::i64: return set(at, int64_t(x));
         case DType::i32: return set(at, int32_t(x));
+        case DType::i8: return set(at, int8_t(x));
       }
     });
   }
@@ -143,6 +145,7 @@ class Tensor {
         case DType::f16: return result.push_back(double_of(get<uint16_t>(at), 5));
         case DType::i64: return result.push_back(double(get<int64_t>(at)));
         case DType::i32: return result.push_back(double(get<int32_t>(at)));
+        case DType::i8: return result.push_back(double(get<int8_t>(at)));
       }
     });
     return result;
@@ -159,7 +162,7 @@ class Tensor {
   bool same_bits(const Tensor& other) const { return memory_ == other.memory_; }
 
   DLTensor* dl() {
-    const bool integer = dtype_ == DType::i64 || dtype_ == DType::i32;
+    const bool integer = dtype_ == DType::i64 || dtype_ == DType::i32 || dtype_ == DType::i8;
     const auto code = integer ? kDLInt : dtype_ == DType::bf16 ? kDLBfloat : kDLFloat;
     dl_.data = memory_.data();
     dl_.byte_offset = uint64_t(first_ * size_of(dtype_));

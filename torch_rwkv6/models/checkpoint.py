@@ -16,7 +16,7 @@ from torch_rwkv6.arguments import flag, number
 from torch_rwkv6.files import StrPath, device_named, file_to_write, reason, written
 from torch_rwkv6.models.detect import model_of
 from torch_rwkv6.models.names import official_names, unofficial
-from torch_rwkv6.nn import RWKV
+from torch_rwkv6.nn import RWKV, quantize_int8_
 
 __all__ = ["load", "read", "save"]
 
@@ -39,7 +39,7 @@ _FOREIGN = (
 def load(
     source: StrPath | Mapping[str, Any],
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     ln_x_eps: float | None = None,
     train_state: bool | None = None,
@@ -64,7 +64,9 @@ def load(
             ``model_state_dict``, ``model`` or ``module``; a folder with the files of one Hugging
             Face repository (see `read`); or a mapping of names to tensors. The tensors are copied.
         device: of the model; None is the CPU.
-        dtype: of the parameters; None is that of the embedding.
+        dtype: of the parameters; None is that of the embedding. "int8" quantises the matrices, for
+            decoding on a CPU (see `torch_rwkv6.nn.quantize_int8_`), and leaves the other parameters
+            in the dtype of the embedding.
         ln_x_eps: epsilon of the GroupNorm of RWKV-5 and RWKV-6, which no checkpoint holds; None
             is the official 64e-5.
         train_state: adds ``att.time_state`` (state tuning), zero where the checkpoint has none;
@@ -78,8 +80,11 @@ def load(
             message lists; or a device that this machine does not have.
     """
     device = device_named(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    int8 = dtype == "int8"
+    if int8:
+        dtype = None
+    elif dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f'dtype: expected a floating-point torch.dtype or "int8", got {dtype!r}')
     if train_state is not None:
         flag("train_state", train_state)
     if ln_x_eps is not None and number("ln_x_eps", ln_x_eps) <= 0:
@@ -100,6 +105,8 @@ def load(
     emb = tensors["emb.weight"]
     model = model.to(dtype=dtype or emb.dtype).to_empty(device=device)
     model.load_state_dict(tensors)
+    if int8:
+        quantize_int8_(model)
     return model
 
 
@@ -215,7 +222,10 @@ def _checked(argument: str, state_dict: Mapping[str, Any]) -> Mapping[str, Tenso
             raise TypeError(f"{argument}: expected names of tensors, got {name!r} as one")
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{argument}: expected floating-point tensors, got {found} as {name}")
+            hint = " (a model is saved before it is quantised)" * (found == torch.int8)
+            raise TypeError(
+                f"{argument}: expected floating-point tensors, got {found} as {name}{hint}"
+            )
         if x.layout != torch.strided:
             raise TypeError(f"{argument}: expected dense tensors, got {x.layout} as {name}")
         if x.is_meta:

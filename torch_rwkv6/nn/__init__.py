@@ -1,6 +1,7 @@
 """The RWKV language models and their layers, under the official parameter names."""
 
 from torch_rwkv6.nn.channel_mix import ChannelMix, ChannelMix4, ChannelMix5
+from torch_rwkv6.nn.int8 import Int8Linear, quantize_int8_
 from torch_rwkv6.nn.optim import parameter_groups
 from torch_rwkv6.nn.rwkv import RWKV, Block
 from torch_rwkv6.nn.state import RWKVState
@@ -18,9 +19,11 @@ __all__ = [
     "ChannelMix",
     "ChannelMix4",
     "ChannelMix5",
+    "Int8Linear",
     "RWKVState",
     "TimeMix",
     "TimeMix4",
     "TimeMix5",
     "parameter_groups",
+    "quantize_int8_",
 ]

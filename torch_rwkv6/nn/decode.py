@@ -20,6 +20,7 @@ from torch_rwkv6.nn.fast_path import (
     register,
     unchanged,
 )
+from torch_rwkv6.nn.int8 import Int8Linear
 from torch_rwkv6.nn.time_mix import TimeMix
 
 __all__ = ["decode_"]
@@ -66,12 +67,24 @@ def decode_(
     if modules is None:
         return None
     # Not by attribute access, which costs a microsecond each on an nn.Module.
-    parameters = [
-        m._parameters.get(n)
-        for m, names in zip(modules, _NAMES.values(), strict=True)
-        for n in names
-    ]
-    if not are_plain(parameters, x.dtype):
+    parameters: list[Any] = []
+    matrices: list[Any] = []  # of these, those of int8
+    others: list[Any] = []
+    scales: list[Any] = []
+    for module, names in zip(modules, _NAMES.values(), strict=True):
+        if type(module) is Int8Linear:
+            own = [module._buffers.get("weight")]
+            matrices += own
+            scales.append(module._buffers.get("scale"))
+        else:
+            own = [module._parameters.get(n) for n in names]
+            others += own
+        parameters += own
+    if not (
+        are_plain(others, x.dtype)
+        and are_plain(matrices, torch.int8)
+        and are_plain(scales, torch.float32)
+    ):
         return None
     for s in (att_shift, ffn_shift):
         if type(s) is not Tensor or not s.is_cpu or s.dtype != x.dtype or s.stride(1) != 1:
@@ -80,7 +93,10 @@ def decode_(
         return None
     with below_inplace_or_view():
         y = torch.ops.rwkv6.decode_layer.default(
-            x[:, 0], att_shift, wkv, ffn_shift, parameters, block.ln1.eps, block.att.ln_x.eps
+            x[:, 0],
+            *(att_shift, wkv, ffn_shift),
+            *(parameters, scales),
+            *(block.ln1.eps, block.att.ln_x.eps),
         )
     # Lets autograd notice that a tensor saved for a backward pass has been overwritten.
     torch.autograd.graph.increment_version((att_shift, wkv, ffn_shift))  # type: ignore[arg-type]
@@ -97,7 +113,11 @@ def _modules(block: Any) -> list[Any] | None:
     f: dict[str, Any] = ffn._modules
     linears: list[Any] = [a["receptance"], a["key"], a["value"], a["gate"], a["output"]]
     linears += [f["key"], f["receptance"], f["value"]]
-    if any(type(m) is not nn.Linear or m._parameters["bias"] is not None for m in linears):
+    kinds = {type(m) for m in linears}
+    if kinds == {nn.Linear}:
+        if any(m._parameters["bias"] is not None for m in linears):
+            return None
+    elif kinds != {Int8Linear}:
         return None
     ln1, ln2, ln_x = inner["ln1"], inner["ln2"], a["ln_x"]
     if (type(ln1), type(ln2), type(ln_x)) != (nn.LayerNorm, nn.LayerNorm, nn.GroupNorm):

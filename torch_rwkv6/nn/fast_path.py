@@ -21,6 +21,7 @@ from torch_rwkv6._torch_private import (
     global_forward_hooks,
     transforms_active,
 )
+from torch_rwkv6.nn.int8 import Int8Linear
 
 __all__ = [
     "MOST_ROWS",
@@ -43,7 +44,7 @@ def register(*classes: type[nn.Module]) -> None:
     _FORWARDS.update((c, c.forward) for c in classes)
 
 
-register(nn.Linear, nn.LayerNorm, nn.GroupNorm)
+register(nn.Linear, Int8Linear, nn.LayerNorm, nn.GroupNorm)
 
 
 def is_traced() -> bool:
@@ -104,20 +105,27 @@ def are_plain(weights: Sequence[Any], dtype: torch.dtype) -> bool:
 
 
 def linear(
-    module: nn.Module,  # an nn.Linear without bias, or what has taken its place
+    module: nn.Module,  # an nn.Linear without bias, an Int8Linear, or what has taken its place
     x: Tensor,  # [..., K]
 ) -> Tensor:  # [..., N]
     """``module(x)``; for a few tokens by an operator that runs at memory bandwidth."""
+    kind = type(module)
     if (
         not eager_inference(x)
         or x.numel() > MOST_ROWS * x.shape[-1]
-        or type(module) is not nn.Linear
+        or (kind is not nn.Linear and kind is not Int8Linear)
         or not unchanged(module)
     ):
         return module(x)
     # Not by attribute access, which costs a microsecond each on an nn.Module.
-    weight = module._parameters.get("weight")
-    if not are_plain((weight,), x.dtype) or module._parameters.get("bias", x) is not None:
-        return module(x)
-    rows = torch.ops.rwkv6.matvec.default(x.reshape(-1, x.shape[-1]), weight)
+    if kind is Int8Linear:
+        weight, scale = module._buffers.get("weight"), module._buffers.get("scale")
+        if not are_plain((weight,), torch.int8) or not are_plain((scale,), torch.float32):
+            return module(x)
+        rows = torch.ops.rwkv6.matvec_int8.default(x.reshape(-1, x.shape[-1]), weight, scale)
+    else:
+        weight = module._parameters.get("weight")
+        if not are_plain((weight,), x.dtype) or module._parameters.get("bias", x) is not None:
+            return module(x)
+        rows = torch.ops.rwkv6.matvec.default(x.reshape(-1, x.shape[-1]), weight)
     return rows.view(*x.shape[:-1], rows.shape[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_rwkv6 import chunked, reference4
 from torch_rwkv6._library import cuda_problem, has_cuda_kernels, has_kernels
 from torch_rwkv6.checks import check, check_memory, check_values
-from torch_rwkv6.contract import OPERATORS, Operator
+from torch_rwkv6.contract import OPERATORS, Operator, state_dtype
 from torch_rwkv6.registration.schema import library
 
 
@@ -71,6 +71,15 @@ def _matvec(
     return x @ weight.T
 
 
+def _matvec_int8(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K], int8
+    scale: Tensor,  # [N]
+) -> Tensor:  # [M, N]
+    y = x.to(state_dtype(x)) @ weight.to(state_dtype(x)).T
+    return (y * scale).to(x.dtype)
+
+
 def slow_on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which warns once that kernels would be faster."""
 
@@ -102,6 +111,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "wkv4": reference4.wkv4,
     "wkv4_backward": reference4.wkv4_backward,
     "matvec": _matvec,
+    "matvec_int8": _matvec_int8,
 }
 
 
