@@ -93,6 +93,7 @@ CALLS = {
 
 def variants(x):
     """(what, x changed) for every change worth telling apart."""
+    holds_values = x.dtype not in (torch.int32, torch.int64)  # and no indices
     for dtype in DTYPES:
         yield f"as {dtype}", x.to(dtype)
     for d in range(x.dim()):
@@ -100,14 +101,14 @@ def variants(x):
         yield f"dimension {d} longer", torch.cat((x, x.narrow(d, 0, min(1, x.shape[d]))), d)
         yield f"dimension {d} of 0", x.narrow(d, 0, 0)
         yield f"dimension {d} of 1", x.narrow(d, 0, min(1, x.shape[d]))
-        if x.is_floating_point():
+        if holds_values:
             once = x.narrow(d, 0, min(1, x.shape[d]))
             yield f"dimension {d} expanded", once.expand(x.shape)
             room = torch.stack((x, x), d + 1).flatten(d, d + 1)  # twice as long
             yield f"dimension {d} with gaps", room[(slice(None),) * d + (slice(None, None, 2),)]
     yield "one more dimension", x.unsqueeze(0)
     yield "empty", x.new_empty(0)
-    if x.is_floating_point():
+    if holds_values:
         yield "transposed", x.mT.contiguous().mT if x.dim() > 1 else x
         strides = [1] * x.dim()  # rows that overlap
         yield "overlapping", torch.cat([x.flatten()] * 2).as_strided(x.shape, strides)

@@ -8,6 +8,8 @@
 #define RWKV6_FMA_F64 _mm256_fmadd_pd
 #define RWKV6_MIN_F32 _mm256_min_ps
 #define RWKV6_MAX_F32 _mm256_max_ps
+#define RWKV6_INT8_LOAD(p) \
+  _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))
 #define RWKV6_F16_LOAD(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
 #define RWKV6_F16_STORE(p, x)                     \
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), \

@@ -12,6 +12,10 @@
 #define RWKV6_SCALE_F32(p, n) _mm512_maskz_scalef_ps(0xffff, p, n)       // p * 2^floor(n)
 #define RWKV6_MINUS_NEAREST_F32(x) _mm512_maskz_reduce_ps(0xffff, x, 8)  // without exceptions
 #define RWKV6_MINUS_FLOOR_F32(x) _mm512_maskz_reduce_ps(0xffff, x, 9)
+#define RWKV6_INT8_LOAD(p)  \
+  _mm512_maskz_cvtepi32_ps( \
+      0xffff,               \
+      _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))
 #define RWKV6_F16_LOAD(p) \
   _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
 #define RWKV6_F16_STORE(p, x)        \

@@ -63,7 +63,8 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
     RWKV6_UNROLLED (int a = 0; a < M; a++) sum[a][r][0] = sum[a][r][1] = V(T(0));
   }
   for (int64_t k = 0; k < whole; k += kStep) {
-    RWKV6_UNROLLED (int r = 0; r < R; r++) __builtin_prefetch(w[r] + k * size + kPrefetch);
+    if (k * size % 64 == 0)  // once for each cache line
+      RWKV6_UNROLLED (int r = 0; r < R; r++) __builtin_prefetch(w[r] + k * size + kPrefetch);
     matvec_step<T, D, M, R>(x + k, padded, w, k * size, sum);
   }
   if (whole < job.K) {  // the last elements of the rows, padded with zeros

@@ -71,14 +71,11 @@ RWKV6_INLINE Vec<T> load_as(const F16* p) {
 // Whole numbers, from the int8 weights of matvec.h.
 template <class T>
 RWKV6_INLINE Vec<T> load_as(const int8_t* p) {
+#ifdef RWKV6_INT8_LOAD
+  if constexpr (sizeof(T) == 4) return FloatLanes(RWKV6_INT8_LOAD(p));
+#endif
   Vec<T> v;
-  if constexpr (sizeof(T) == 4) {
-    Int8Lanes bytes;
-    __builtin_memcpy(&bytes, p, sizeof bytes);
-    v.x = __builtin_convertvector(__builtin_convertvector(bytes, Int32Lanes), FloatLanes);
-  } else {
-    for (int64_t i = 0; i < Vec<T>::W; i++) v.x[i] = T(p[i]);
-  }
+  for (int64_t i = 0; i < Vec<T>::W; i++) v.x[i] = T(p[i]);
   return v;
 }
 

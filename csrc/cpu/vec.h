@@ -8,7 +8,6 @@
 typedef float FloatLanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));
 typedef double DoubleLanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));
 typedef int32_t Int32Lanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));
-typedef int8_t Int8Lanes __attribute__((vector_size(RWKV6_VECTOR_BYTES / 4)));
 typedef uint32_t Uint32Lanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));
 typedef uint16_t Uint16Lanes __attribute__((vector_size(RWKV6_VECTOR_BYTES / 2)));
 
