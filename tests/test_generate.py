@@ -18,9 +18,8 @@ from torch import Tensor
 
 from torch_rwkv6 import generate
 from torch_rwkv6.__main__ import main
-from torch_rwkv6.models import generate_text, load_tokenizer, save
-from torch_rwkv6.models.generation import _text
-from torch_rwkv6.models.sampling import Penalties, Sampling, draw, probabilities
+from torch_rwkv6.models import TextDecoder, generate_text, load_tokenizer, save
+from torch_rwkv6.models.sampling import Counts, Penalties, Sampling, draw, probabilities
 from torch_rwkv6.models.tokenizers import Tokenizer
 from torch_rwkv6.nn import RWKV, RWKV6, RWKVState
 
@@ -81,16 +80,18 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_penalties_are_those_of_the_rwkv_package() -> None:
     presence, frequency, decay, free = 0.3, 0.5, 0.9, {2}
-    penalties = Penalties(presence, frequency, decay, free)
-    logits, occurrence = torch.randn(1, 5), {}
-    for token in (1, 2, 1, 4, 2, 1, 0):
-        penalties.add(torch.tensor([token]), logits)
+    counts = Counts(Penalties(presence, frequency, decay, free))
+    logits, occurrence = torch.randn(50), {}
+    for token in (1, 2, 1, 4, 2, 1, 0, *range(20, 45), 4):
+        counts.add(token)
         occurrence = {t: n * decay for t, n in occurrence.items()}
         occurrence[token] = occurrence.get(token, 0.0) + (token not in free)
-        expected = logits[0].clone()
+        expected, found = logits.clone(), logits.clone()
         for t, n in occurrence.items():
             expected[t] -= presence + n * frequency
-        torch.testing.assert_close(penalties.apply(logits)[0], expected)
+        tokens, loss = counts.penalties()
+        found[torch.from_numpy(tokens)] -= torch.from_numpy(loss).float()
+        torch.testing.assert_close(found, expected)
 
 
 def test_settings_that_do_not_fit() -> None:
@@ -576,13 +577,15 @@ def test_text_ends_before_a_stop(name: str) -> None:
     tokenizer = load_tokenizer(name)
     text = "Users aaab \n\nUse it, üü \n\nUser: no"
     for stops in ([], *([stop] for stop in STOPS), STOPS[3:], ["nowhere"]):
-        stream = (torch.tensor([t]) for t in tokenizer.encode(text))
         # the stop that is complete first ends the text
         ends = sorted((text.index(s) + len(s), text.index(s)) for s in stops if s in text)
         expected = text[: ends[0][1]] if ends else text
-        pieces = list(_text(stream, tokenizer, stops))
-        assert "".join(pieces) == expected
-        assert all(pieces)
+        decoder, shown = TextDecoder(tokenizer, stops), ""
+        for token in tokenizer.encode(text):
+            shown += decoder.push(token)
+            assert expected.startswith(shown)
+        assert shown + decoder.flush() == expected
+        assert decoder.stopped == bool(ends)
 
 
 def test_a_stop_is_a_text_and_stop_tokens_are_merged() -> None:

@@ -1,59 +1,275 @@
-"""From logits to the next token: penalties, top-p, top-k and temperature, row by row."""
+"""From logits to the next token, row by row: penalties, biases, the cuts and the temperature."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torch_rwkv6.arguments import integer, number
+from torch_rwkv6.arguments import integer, number, token, tokens
 
-__all__ = ["Penalties", "Sampling", "draw", "probabilities"]
+__all__ = [
+    "Counts",
+    "Penalties",
+    "Sampler",
+    "Sampling",
+    "draw",
+    "from_settings",
+    "log_probabilities",
+    "probabilities",
+    "unusable",
+]
 
-NUCLEUS = 512  # the number of tokens among which a top-p nucleus is searched before all are sorted
+NUCLEUS = 512  # the number of tokens that are looked at before all of the vocabulary are sorted
+MOST = 2**62  # no vocabulary is as large: for tokens of a model that is not known yet
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
 
+    A token may come next if top_k, top_p and min_p all keep it, each of which looks at the softmax
+    of the logits as they are, and if typical_p keeps it among what those leave. The probabilities
+    of what is left are raised to the power 1 / temperature. (The order of ChatRWKV and of
+    llama.cpp: the temperature comes last.) Equally likely tokens are in the order of their ids.
+
     Attributes:
         temperature: 0 takes the likeliest token; below 1 sharpens, above 1 flattens.
-        top_k: only the k likeliest tokens; 0 is all. Of equally likely ones any may be the last.
+        top_k: only the k likeliest tokens; 0 is all.
         top_p: only the likeliest tokens that together reach this probability, in (0, 1], and all
             that are exactly as likely as the last of them; 1 is all.
+        min_p: only tokens at least so likely as this share of the likeliest, in [0, 1]; 0 is all.
+        typical_p: only the tokens whose surprise is closest to the expected one and that together
+            reach this probability, in (0, 1]; 1 is all. (Meister et al., "Locally Typical
+            Sampling", arXiv:2202.00666.)
+        logit_bias: what is added to the logits of tokens, by token id; -inf bans a token.
 
     Raises:
-        TypeError: no number, or no integer as top_k.
+        TypeError: no number, no integer as top_k, or no mapping of token ids.
         ValueError: a value out of range.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.85
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if number("temperature", self.temperature) < 0:
             raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
         object.__setattr__(self, "top_k", integer("top_k", self.top_k, 0))  # NumPy's, too
-        if not 0 < number("top_p", self.top_p) <= 1:
-            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if not 0 <= number("min_p", self.min_p) <= 1:
+            raise ValueError(f"min_p: expected 0 to 1, got {self.min_p}")
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            if not 0 < number(name, value) <= 1:
+                raise ValueError(f"{name}: expected more than 0 and at most 1, got {value}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise TypeError(
+                "logit_bias: expected a mapping of token ids to numbers, got "
+                f"{type(self.logit_bias).__name__}"
+            )
+        bias = {
+            token("logit_bias", t, MOST): b if b == -np.inf else number("logit_bias", b)
+            for t, b in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", bias)
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Repetition penalties as in ChatRWKV.
+
+    A token that was produced n times, n > 0, loses ``alpha_presence + n * alpha_frequency`` from
+    its logit; n is multiplied by ``alpha_decay`` with every token produced. (``PIPELINE.generate``
+    of the package rwkv; ChatRWKV's own settings are 0.2, 0.2 and 0.996.)
+
+    Attributes:
+        alpha_presence, alpha_frequency, alpha_decay: the three settings; presence = frequency = 0
+            is no penalty.
+        free_tokens: tokens whose n stays 0: they lose ``alpha_presence`` alone. ChatRWKV frees
+            white space and digits.
+
+    Raises:
+        TypeError: no number, or no collection of token ids.
+        ValueError: a number that is not finite, or alpha_decay outside 0 to 1.
+    """
+
+    alpha_presence: float = 0.0
+    alpha_frequency: float = 0.0
+    alpha_decay: float = 0.996
+    free_tokens: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        number("alpha_presence", self.alpha_presence)
+        number("alpha_frequency", self.alpha_frequency)
+        if not 0 <= number("alpha_decay", self.alpha_decay) <= 1:
+            raise ValueError(f"alpha_decay: expected 0 to 1, got {self.alpha_decay}")
+        free = frozenset(tokens("free_tokens", self.free_tokens, MOST))
+        object.__setattr__(self, "free_tokens", free)
+
+
+def from_settings(settings: Mapping[str, Any]) -> tuple[Sampling, Penalties]:
+    """The `Sampling` and the `Penalties` that have these settings, whose names do not overlap.
+
+    Raises:
+        TypeError: there is no setting of a name.
+    """
+    kinds = (Sampling, Penalties)
+    names = [[f.name for f in fields(kind)] for kind in kinds]
+    for name in settings:
+        if not any(name in own for own in names):
+            known = ", ".join(n for own in names for n in own)
+            raise TypeError(f"{name}: there is no such setting; expected one of {known}")
+    sampling, penalties = ({n: settings[n] for n in own if n in settings} for own in names)
+    return Sampling(**sampling), Penalties(**penalties)
+
+
+class Counts:
+    """What the penalties of one sequence count: how often it has produced each of its tokens."""
+
+    def __init__(self, penalties: Penalties) -> None:
+        self._penalties = penalties
+        self._place: dict[int, int] = {}  # of a token in the arrays
+        self._tokens = np.zeros(16, np.int64)
+        self._n = np.zeros(16, np.float64)
+
+    def add(self, token: int) -> None:
+        """Counts a token just produced."""
+        self._n *= self._penalties.alpha_decay
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._n):
+            self._tokens = np.append(self._tokens, np.zeros_like(self._tokens))
+            self._n = np.append(self._n, np.zeros_like(self._n))
+        self._tokens[place] = token
+        self._n[place] += token not in self._penalties.free_tokens
+
+    def penalties(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The tokens produced, and what each loses."""
+        size, settings = len(self._place), self._penalties
+        loss = settings.alpha_presence + self._n[:size] * settings.alpha_frequency
+        return self._tokens[:size], loss
+
+
+class Sampler:
+    """The probabilities with which the tokens of rows are drawn, of each by its own `Sampling`.
+
+    Args:
+        samplings: one a row.
+        device: of the logits.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
+        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+        self.greedy = all(s.temperature == 0 for s in samplings)
+        # a temperature of 0 is a top_k of 1
+        top_k = [1 if s.temperature == 0 else min(s.top_k or MOST, MOST) for s in samplings]
+        self._most = max(top_k)
+        self.typical = any(s.typical_p < 1 for s in samplings)
+        off = torch.inf  # for a share of 1, which rounding might not reach
+        top_p = [s.top_p if s.top_p < 1 else off for s in samplings]
+        typical_p = [s.typical_p if s.typical_p < 1 else off for s in samplings]
+        self._settings = (  # [B, 1] each
+            column([max(s.temperature, 1e-30) for s in samplings], torch.float32),
+            column(top_k, torch.int64),
+            column(top_p, torch.float64),
+            column([s.min_p for s in samplings], torch.float32),
+            column(typical_p, torch.float32),
+        )
+
+    def __call__(
+        self,
+        logits: Tensor,  # [B, V]
+    ) -> tuple[Tensor, Tensor]:  # [B, K], [B, K]
+        """As `probabilities`; but a row from which nothing can be drawn is NaN."""
+        logits = logits.float()
+        if self.greedy:
+            highest, best = logits.max(1, keepdim=True)  # NaN where a row holds one
+            return torch.ones_like(highest).masked_fill(~highest.isfinite(), torch.nan), best
+        vocab = logits.shape[1]
+        total = logits.logsumexp(1, keepdim=True)
+        size = min(NUCLEUS, vocab)
+        p, token, more = self._candidates(logits, total, size, self._settings)
+        if size < vocab and bool(more.any()):
+            rows = more.nonzero()[:, 0]
+            settings = tuple(x[rows] for x in self._settings)
+            more_p, more_token, _ = self._candidates(logits[rows], total[rows], vocab, settings)
+            others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, token, False)
+            others = others.nonzero()[:, 1].view(len(logits), vocab - size)
+            p = torch.nn.functional.pad(p, (0, vocab - size)).index_copy(0, rows, more_p)
+            token = torch.cat((token, others), 1).index_copy(0, rows, more_token)
+        return p[:, : self._most], token[:, : self._most]
+
+    def _candidates(
+        self,
+        logits: Tensor,  # [B, V]
+        total: Tensor,  # [B, 1], whose exponential is the sum of those of the logits
+        size: int,  # K
+        settings: tuple[Tensor, ...],  # [B, 1] each
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, K], [B, K], [B]
+        """Probabilities and tokens of the likeliest, and where more than these may be drawn."""
+        temperature, top_k, top_p, min_p, typical_p = settings
+        likeliest, token = logits.topk(size, 1)
+        # topk leaves the order of equal logits open, and the draw depends on the order
+        token, order = token.sort(1)
+        likeliest, order = likeliest.gather(1, order).sort(dim=1, descending=True, stable=True)
+        token = token.gather(1, order)
+
+        surprise = total - likeliest
+        p = torch.exp(-surprise)
+        before = p.cumsum(1, dtype=torch.float64) - p  # what the likelier tokens reach
+        last = p.masked_fill(before >= top_p, torch.inf).amin(1, keepdim=True)  # that top_p keeps
+        least = torch.maximum(last, min_p * p[:, :1])
+        kept = (p >= least) & (p > 0)
+        place = torch.arange(size, device=p.device)
+        kept &= place < top_k
+        # Among those that are not here, there may be some as likely as the last that is kept
+        count = kept.sum(1, keepdim=True)
+        edge = p.gather(1, (count - 1).clamp(min=0))
+        more = ((count > 0) & (p[:, -1:] >= edge))[:, 0]
+        if self.typical:
+            kept &= self._typical(p, surprise, kept, typical_p)
+        scores = likeliest.masked_fill(~kept, -torch.inf)
+        scores = (scores - scores.amax(1, keepdim=True)) / temperature
+        return torch.softmax(scores, 1), token, more
+
+    @staticmethod
+    def _typical(
+        p: Tensor,  # [B, K]
+        surprise: Tensor,  # [B, K]
+        kept: Tensor,  # [B, K] bool
+        typical_p: Tensor,  # [B, 1]
+    ) -> Tensor:  # [B, K] bool
+        """Which tokens typical_p keeps among those kept so far."""
+        q = p.masked_fill(~kept, 0.0)
+        mass = q.sum(1, keepdim=True)
+        q, surprise = q / mass, surprise + mass.log()
+        expected = torch.xlogy(q, q).sum(1, keepdim=True).neg()  # the entropy
+        distance = (surprise - expected).abs().masked_fill(~kept, torch.inf)
+        nearest, order = distance.sort(dim=1, stable=True)
+        reached = q.gather(1, order).cumsum(1)
+        last = (reached < typical_p).sum(1, keepdim=True).clamp(max=q.shape[1] - 1)
+        return distance <= nearest.gather(1, last)
 
 
 def probabilities(
     logits: Tensor,  # [B, V]
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
 ) -> tuple[Tensor, Tensor]:  # [B, K], [B, K]
     """The tokens that may come next, likeliest first, and the probabilities they are drawn with.
 
-    The order of ChatRWKV: top_p and top_k cut the softmax of the logits as they are; what is left
-    is raised to the power 1 / temperature.
-
     Args:
         logits: [B, V], of any floating-point dtype. A token whose logit is -inf is never drawn.
-        sampling: the settings; temperature 0 leaves one token.
+        sampling: the settings of all rows, or one for each; logit_bias is not added here.
 
     Returns:
         probabilities, [B, K] float32, zero where a row keeps fewer, and token ids, [B, K] int64,
@@ -62,42 +278,23 @@ def probabilities(
     Raises:
         FloatingPointError: logits hold NaN or inf, or nothing but -inf.
     """
-    logits = logits.float()
-    highest, best = logits.max(1, keepdim=True)  # NaN where a row holds one
-    if not bool(highest.isfinite().all()):
-        found = highest[~highest.isfinite()][0].item()
-        raise FloatingPointError(
-            f"logits: expected finite numbers, got {'NaN' if found != found else found}, from "
-            "which no token can be drawn (where float16 overflows, bfloat16 does not)"
-        )
-    if sampling.temperature == 0:
-        return torch.ones_like(highest), best
-    p = torch.softmax(logits, 1)
-    vocab = p.shape[1]
-    k = min(sampling.top_k or vocab, vocab)
-    likeliest, token = p.topk(min(k, NUCLEUS), 1)
-    last = _last_kept(likeliest, sampling.top_p)
-    if likeliest.shape[1] < k and bool((likeliest[:, -1:] >= last).any()):  # there may be more
-        likeliest, token = p.topk(k, 1)
-        last = _last_kept(likeliest, sampling.top_p)
-    # topk leaves the order of equally likely tokens open, and the draw depends on the order
-    token, order = token.sort(1)
-    likeliest, order = likeliest.gather(1, order).sort(dim=1, descending=True, stable=True)
-    token = token.gather(1, order)
-    kept = (likeliest / likeliest[:, :1]) ** (1 / sampling.temperature)
-    kept = kept.masked_fill((likeliest < last) | (likeliest == 0), 0.0)
-    return kept / kept.sum(1, keepdim=True), token
+    samplings = [sampling] * len(logits) if isinstance(sampling, Sampling) else sampling
+    p, token = Sampler(samplings, logits.device)(logits)
+    bad = p[:, 0].isnan()
+    if bool(bad.any()):
+        raise unusable(logits[bad][0])
+    return p, token
 
 
-def _last_kept(
-    likeliest: Tensor,  # [B, K], descending
-    top_p: float,
-) -> Tensor:  # [B, 1]
-    """The probability of the last token that top_p keeps."""
-    if top_p == 1:
-        return likeliest[:, -1:]
-    before = likeliest.double().cumsum(1) - likeliest  # what the likelier tokens reach
-    return likeliest.masked_fill(before >= top_p, torch.inf).amin(1, keepdim=True)
+def unusable(
+    logits: Tensor,  # [V]
+) -> FloatingPointError:
+    """The error for logits from which no token can be drawn."""
+    found = logits.max().item()
+    return FloatingPointError(
+        f"logits: expected finite numbers, got {'NaN' if found != found else found}, from "
+        "which no token can be drawn (where float16 overflows, bfloat16 does not)"
+    )
 
 
 def draw(
@@ -117,59 +314,15 @@ def draw(
     return token.gather(1, index.clamp(max=p.shape[1] - 1))[:, 0]
 
 
-class Penalties:
-    """Repetition penalties as in ChatRWKV: counts how often each row has produced each token.
-
-    A token that was produced n times, n > 0, loses ``presence + n * frequency`` from its logit; n
-    is multiplied by ``decay`` with every token produced. (``PIPELINE.generate`` of the package
-    rwkv.)
-
-    Args:
-        presence, frequency, decay: the three settings; presence = frequency = 0 is no penalty.
-        free: tokens whose n stays 0: they lose ``presence`` alone. ChatRWKV frees white space and
-            digits.
-
-    Raises:
-        TypeError: no number.
-        ValueError: one that is not finite, or decay outside 0 to 1.
-    """
-
-    def __init__(
-        self, presence: float, frequency: float, decay: float, free: Iterable[int] = ()
-    ) -> None:
-        if not 0 <= number("alpha_decay", decay) <= 1:
-            raise ValueError(f"alpha_decay: expected 0 to 1, got {decay}")
-        self.presence = number("alpha_presence", presence)
-        self.frequency = number("alpha_frequency", frequency)
-        self.decay = decay
-        self.free = torch.tensor(sorted(free), dtype=torch.int64, device="cpu")
-        self.count: Tensor | None = None  # [B, V]
-        self.seen: Tensor | None = None  # [B, V]
-
-    @property
-    def active(self) -> bool:
-        return self.presence != 0 or self.frequency != 0
-
-    def apply(self, logits: Tensor) -> Tensor:  # [B, V]
-        """The logits minus the penalties."""
-        if not self.active or self.count is None or self.seen is None:
-            return logits
-        return logits.float() - (self.seen * self.presence + self.count * self.frequency)
-
-    def add(self, tokens: Tensor, logits: Tensor) -> None:  # [B], [B, V]
-        """Counts the tokens just produced."""
-        if not self.active:
-            return
-        if self.count is None or self.seen is None:
-            self.count = torch.zeros_like(logits, dtype=torch.float32)
-            self.seen = torch.zeros_like(self.count)
-        one = torch.ones_like(tokens, dtype=torch.float32)
-        one[torch.isin(tokens, self.free.to(tokens.device))] = 0.0
-        self.count *= self.decay
-        self.count.scatter_add_(1, tokens[:, None], one[:, None])
-        self.seen.scatter_(1, tokens[:, None], 1.0)
-
-    def select(self, rows: Tensor) -> None:  # [B'] int64
-        """Keeps these rows only."""
-        if self.count is not None and self.seen is not None:
-            self.count, self.seen = self.count[rows], self.seen[rows]
+def log_probabilities(
+    logits: Tensor,  # [B, V]
+    chosen: Tensor,  # [B]
+    top: int,  # K
+) -> tuple[list[float], list[list[tuple[int, float]]]]:  # B, and B of K
+    """Log-probabilities of the chosen tokens and of the likeliest, in the softmax of the logits."""
+    logs = torch.log_softmax(logits.float(), 1)
+    values, ids = logs.topk(min(top, logs.shape[1]), 1)
+    likeliest = [
+        list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return logs.gather(1, chosen[:, None])[:, 0].tolist(), likeliest

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 __all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "WorldTokenizer", "load_tokenizer"]
+
+# What the end of a text is called in tokenizers' JSON files, which do not say which token it is
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>")
 
 
 class TextStream(Protocol):
@@ -21,9 +25,15 @@ class TextStream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The interface that generation needs from a tokenizer."""
+    """The interface that generation needs from a tokenizer.
+
+    Attributes:
+        vocab_size: no token is as large.
+        end_tokens: the tokens that end a text, and have none of their own.
+    """
 
     vocab_size: int
+    end_tokens: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -75,11 +85,13 @@ class _ByteStream:
 
 
 class ByteTokenizer:
-    """One token per byte of the encoded text.
+    """One token per byte of the encoded text; none ends a text.
 
     Raises:
         ValueError: Python knows no such encoding of text.
     """
+
+    end_tokens: frozenset[int] = frozenset()
 
     def __init__(self, encoding: str = "utf-8") -> None:
         # There are some that turn text into text (rot13), that cannot be read in pieces (idna), and
@@ -118,6 +130,7 @@ class WorldTokenizer:
     """
 
     vocab_size = 65530
+    end_tokens = frozenset({0})
 
     def __init__(self) -> None:
         try:
@@ -155,6 +168,9 @@ class WorldTokenizer:
 class JsonTokenizer:
     """A tokenizer of Hugging Face's ``tokenizers``, such as RWKV-4's 20B_tokenizer.json.
 
+    A text ends at the ``eos_token`` of the tokenizer_config.json in its folder; where there is
+    none, at the special tokens that have one of the usual names, such as ``<|endoftext|>``.
+
     Raises:
         ImportError: the package tokenizers is missing.
         OSError, ValueError: the file cannot be read, or holds no tokenizer.
@@ -175,6 +191,19 @@ class JsonTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} holds no tokenizer: {error}") from error
         self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.end_tokens = self._end_tokens(Path(path).with_name("tokenizer_config.json"))
+
+    def _end_tokens(self, config: Path) -> frozenset[int]:
+        names: tuple[str, ...] = END_TOKENS
+        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+        try:
+            told = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        except (OSError, ValueError, AttributeError):
+            told = None
+        told = told.get("content") if isinstance(told, dict) else told
+        if told is not None:
+            names = (told,)
+        return frozenset(special[name] for name in names if name in special)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)

@@ -9,14 +9,18 @@ state add up from call to call.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.nn.sharded import is_sharded
 
-__all__ = ["Carried", "box_for", "call", "stateful", "takes_update", "to_update"]
+__all__ = ["Carried", "box_for", "call", "packed", "stateful", "takes_update", "to_update"]
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class Carried:
@@ -65,6 +69,12 @@ def takes_update(module: nn.Module) -> bool:
     return getattr(module.forward, "takes_update", False)
 
 
+def packed(forward: Forward) -> Forward:
+    """A forward that has the argument ``cu_seqlens``."""
+    forward.takes_cu_seqlens = True  # type: ignore[attr-defined]
+    return forward
+
+
 def box_for(module: nn.Module, state: Any) -> Carried | None:
     """A box for the state, where a wrapper may cast what the module is given and it opens boxes.
 
@@ -91,27 +101,51 @@ def to_update(*states: Tensor | None) -> tuple[Tensor, ...]:
 def call(
     module: nn.Module,
     x: Tensor,  # [B, T, D]
-    shift: Tensor | None,  # [B, D]
-    state: Tensor | None,  # [B, H, N, N] or [B, 3, D]
-    *more: Tensor | None,  # [B, D] each
+    *states: Tensor | None,  # [B, ...] each; of a block or a time mixing, the second is float32
     update: bool,
+    cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> list[Any]:
-    """``module(x, shift, state, *more)``: its output and the new states, as a list.
+    """``module(x, *states)``: its output and the new states, as a list.
 
     Args:
-        module: a block or a time mixing, or what has taken its place.
+        module: a block, a time mixing or a channel mixing, or what has taken its place.
         update: the new states are written to the memory of the old ones, and those are returned.
+        cu_seqlens: of packed sequences. A module whose forward does not take it (RWKV-4's time
+            mixing; one that somebody else wrote) is called for one sequence after the other.
 
     Raises:
         TypeError: there is no state to update.
     """
-    olds = to_update(shift, state, *more) if update else ()
-    box = box_for(module, state)
-    options = {"update": True} if update and takes_update(module) else {}
-    results = list(module(x, shift, state if box is None else box, *more, **options))
+    options: dict[str, Any] = {}
+    if cu_seqlens is not None:
+        if not getattr(module.forward, "takes_cu_seqlens", False):
+            return _one_by_one(module, x, *states, update=update, cu_seqlens=cu_seqlens)
+        options["cu_seqlens"] = cu_seqlens
+    olds = to_update(*states) if update else ()
+    box = box_for(module, states[1]) if len(states) > 1 else None
+    given = states if box is None else (states[0], box, *states[2:])
+    if update and takes_update(module):
+        options["update"] = True
+    results = list(module(x, *given, **options))
     if box is not None:
         results[2] = box.take(results[2])
     for i, old in enumerate(olds, 1):
         if results[i] is not old:
             results[i] = old.copy_(results[i])
     return results
+
+
+def _one_by_one(
+    module: nn.Module,
+    x: Tensor,  # [1, T, D]
+    *states: Tensor | None,  # [M, ...] each
+    update: bool,
+    cu_seqlens: Tensor,  # [M + 1]
+) -> list[Any]:
+    """`call` of each packed sequence alone."""
+    results = []
+    for m, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        own = (None if s is None else s[m : m + 1] for s in states)
+        results.append(call(module, x[:, begin:end], *own, update=update))
+    y, *new = zip(*results, strict=True)
+    return [torch.cat(y, 1), *(states if update else map(torch.cat, new))]

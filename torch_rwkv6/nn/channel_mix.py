@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer
+from torch_rwkv6.nn.carry import packed
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
 from torch_rwkv6.nn.token_shift import token_shift
@@ -70,22 +71,27 @@ class ChannelMix(nn.Module):
         """The inputs of k and r, from a token and the previous one minus it."""
         return torch.addcmul(x, xx, self.time_maa_k), torch.addcmul(x, xx, self.time_maa_r)
 
+    @packed
     def forward(
         self,
         x: Tensor,  # [B, T, D]
         shift: Tensor | None = None,  # [B, D]
+        *,
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, D]
         """Mixes the channels of every token.
 
         Args:
             x: input, [B, T, D], in the dtype of the parameters; T may be 0.
             shift: last token of the piece before, [B, D]; None is zeros.
+            cu_seqlens: B is 1, and x is M sequences packed one after the other; shift has M rows
+                then.
 
         Returns:
             The output, [B, T, D], and the last token of x, [B, D], which is the ``shift`` of the
             next piece.
         """
-        xx, shift = token_shift(x, shift)  # [B, T, D], [B, D]
+        xx, shift = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
         xk, xr = self._mixed(x, xx)
         k = torch.relu(linear(self.key, xk)).square()  # [B, T, F]
         return torch.sigmoid(linear(self.receptance, xr)) * linear(self.value, k), shift

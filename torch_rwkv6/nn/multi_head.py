@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer, number
 from torch_rwkv6.contract import MAX_HEAD_SIZE
-from torch_rwkv6.nn.carry import stateful, to_update
+from torch_rwkv6.nn.carry import packed, stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
 from torch_rwkv6.nn.sharded import device_of, whole
@@ -87,6 +87,7 @@ class MultiHeadTimeMix(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
         shift: Tensor | None,  # [B, D]
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """r, k, v, w [B, T, H, N] and u [H, N] of WKV6; the gate [B, T, D] or None; the last x."""
         raise NotImplementedError
@@ -99,6 +100,7 @@ class MultiHeadTimeMix(nn.Module):
         return linear(self.output, y if gate is None else y * nn.functional.silu(gate))
 
     @stateful
+    @packed
     def forward(
         self,
         x: Tensor,  # [B, T, D]
@@ -106,6 +108,7 @@ class MultiHeadTimeMix(nn.Module):
         state: Tensor | None = None,  # [B, H, N, N], [key, value]
         *,
         update: bool = False,
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, D], [B, D], [B, H, N, N]
         """Mixes the tokens of every sequence, from the first to the last.
 
@@ -116,19 +119,21 @@ class MultiHeadTimeMix(nn.Module):
                 for float64 inputs); None is zeros, or ``time_state`` where there is one.
             update: writes the new shift and state to the memory of the old ones, and returns
                 those, all of which must be given: for inference, without autograd.
+            cu_seqlens: B is 1, and x is M sequences packed one after the other, as in
+                `torch_rwkv6.wkv`; shift and state have M rows then.
 
         Returns:
             The output, [B, T, D]; the last token of x, [B, D]; the WKV state after it,
             [B, H, N, N]. The last two are the ``shift`` and ``state`` of the next piece.
         """
-        r, k, v, w, u, gate, last = self._inputs(x, shift)
+        r, k, v, w, u, gate, last = self._inputs(x, shift, cu_seqlens)
         if update:
             shift, state = to_update(shift, state)
-            y = wkv_update(r, k, v, w, u, state)  # [B, T, H, N]
+            y = wkv_update(r, k, v, w, u, state, cu_seqlens=cu_seqlens)  # [B, T, H, N]
             return self._output(y, gate), shift.copy_(last), state
         if state is None and self.time_state is not None:
             state = self.initial_state()
-        y, state = wkv(r, k, v, w, u, state)  # [B, T, H, N], [B, H, N, N]
+        y, state = wkv(r, k, v, w, u, state, cu_seqlens=cu_seqlens)  # [B, T, H, N], [B, H, N, N]
         return self._output(y, gate), last, state
 
     def initial_state(self) -> Tensor:

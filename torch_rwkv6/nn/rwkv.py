@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer
-from torch_rwkv6.nn.carry import box_for, call, stateful, takes_update, to_update
+from torch_rwkv6.checks import check_values
+from torch_rwkv6.nn.carry import box_for, call, packed, stateful, takes_update, to_update
 from torch_rwkv6.nn.decode import decode_
 from torch_rwkv6.nn.fast_path import is_traced, linear
 from torch_rwkv6.nn.initial_values import with_initial_weight
@@ -50,6 +52,7 @@ class Block(nn.Module):
                 module.reset_parameters()
 
     @stateful
+    @packed
     def forward(
         self,
         x: Tensor,  # [B, T, D]
@@ -58,6 +61,7 @@ class Block(nn.Module):
         ffn_shift: Tensor | None = None,  # [B, D]
         *,
         update: bool = False,
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual stream after this layer, and the layer's three states.
 
@@ -67,6 +71,8 @@ class Block(nn.Module):
             ffn_shift: ``shift`` of the channel mixing's forward.
             update: writes the new states to the memory of the old ones, and returns those: for
                 inference, without autograd.
+            cu_seqlens: B is 1, and x is M sequences packed one after the other, as in
+                `torch_rwkv6.wkv`; the states have M rows then.
 
         Returns:
             x, [B, T, D]; att_shift, [B, D]; wkv, as it came; ffn_shift, [B, D].
@@ -75,15 +81,15 @@ class Block(nn.Module):
             x = self.ln0(x)
         if update:
             att_shift, wkv, ffn_shift = to_update(att_shift, wkv, ffn_shift)
-            y = decode_(self, x, att_shift, wkv, ffn_shift)
+            packs = cu_seqlens is not None
+            y = None if packs else decode_(self, x, att_shift, wkv, ffn_shift)
             if y is not None:
                 return y, att_shift, wkv, ffn_shift
-        att, att_shift, wkv = call(self.att, self.ln1(x), att_shift, wkv, update=update)
+        options: dict[str, Any] = {"update": update, "cu_seqlens": cu_seqlens}
+        att, att_shift, wkv = call(self.att, self.ln1(x), att_shift, wkv, **options)
         x = x + att
-        ffn, last = self.ffn(self.ln2(x), ffn_shift)
-        if update:
-            last = ffn_shift.copy_(last)  # type: ignore[union-attr]
-        return x + ffn, att_shift, wkv, last
+        ffn, ffn_shift = call(self.ffn, self.ln2(x), ffn_shift, **options)
+        return x + ffn, att_shift, wkv, ffn_shift
 
 
 class RWKV(nn.Module):
@@ -147,11 +153,13 @@ class RWKV(nn.Module):
         return x, new if box is None else box.take(new)
 
     @stateful
+    @packed
     def forward(
         self,
         tokens: Tensor,  # [B, T]
         state: RWKVState | None = None,
         *,
+        cu_seqlens: Tensor | None = None,  # [M + 1]
         update: bool = False,
         head: bool = True,
     ) -> tuple[Tensor, RWKVState]:  # [B, T, V]
@@ -165,8 +173,13 @@ class RWKV(nn.Module):
             tokens: int64 or int32, [B, T]; T may be 0.
             state: after the piece before; it is not changed. None is the start of every sequence:
                 `initial_state`.
+            cu_seqlens: [M + 1], int32 or int64: B is 1, and its T tokens are M sequences packed one
+                after the other, sequence m being tokens ``cu_seqlens[m]`` to ``cu_seqlens[m + 1]``.
+                Each starts from its own row of the state, which has M rows; nothing of a sequence
+                reaches another.
             update: what `forward_` does: it writes the new state to the memory of the old one,
-                returns that, and computes logits after the last token only, [B, 1, V].
+                returns that, and computes logits after the last token only, [B, 1, V] (of each
+                packed sequence, [1, M, V]).
             head: False leaves the head out: see `features`.
 
         Returns:
@@ -175,21 +188,22 @@ class RWKV(nn.Module):
 
         Raises:
             TypeError: tokens are not integers, or state is no `RWKVState` of the right dtypes.
-            ValueError: tokens or state of another shape.
+            ValueError: tokens, state or cu_seqlens of another shape.
             IndexError: a token below 0 or not below vocab_size (on a GPU, an assertion of the
                 device).
+            RuntimeError: cu_seqlens does not go from 0 to T, or falls (as above).
         """
-        self._check(tokens, state, update)
+        self._check(tokens, state, cu_seqlens, update)
         layers: Sequence[Any] = [(None, None, None)] * self.n_layer
         if state is not None:
             layers = list(zip(*(s.unbind() for s in state), strict=True))
         x = self.emb(tokens)  # [B, T, D]
         new = []
         for block, layer in zip(self.blocks, layers, strict=True):
-            x, *layer = call(block, x, *layer, update=update)
+            x, *layer = call(block, x, *layer, update=update, cu_seqlens=cu_seqlens)
             new.append(layer)
         if update:
-            x = x[:, -1:]
+            x = x[:, -1:] if cu_seqlens is None else x[:, cu_seqlens[1:].long() - 1]
         else:
             state = RWKVState(*(torch.stack(s) for s in zip(*new, strict=True)))
         x = self.ln_out(x)
@@ -199,13 +213,16 @@ class RWKV(nn.Module):
         self,
         tokens: Tensor,  # [B, T]
         state: RWKVState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, RWKVState]:  # [B, T, D]
         """As `forward`, but returns the input of the head, [B, T, D], instead of logits.
 
         ``model.head(x[:, -1])`` then gives the last logits of a long prompt without computing those
         of all its tokens, [B, T, V].
         """
-        features: tuple[Tensor, RWKVState] = self(tokens, state, head=False)
+        options: dict[str, Any] = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        features: tuple[Tensor, RWKVState] = self(tokens, state, head=False, **options)
         return features
 
     @torch.no_grad()
@@ -213,6 +230,7 @@ class RWKV(nn.Module):
         self,
         tokens: Tensor,  # [B, T]
         state: RWKVState,
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> Tensor:  # [B, V]
         """Logits after the last token only; the state is updated in place.
 
@@ -223,19 +241,37 @@ class RWKV(nn.Module):
         Args:
             tokens: int64 or int32, [B, T]; T from 1.
             state: `initial_state` or one that a call returned; its memory is overwritten.
+            cu_seqlens: as in `forward`: tokens are M packed sequences of at least one token each,
+                and the logits are those after each of them, [M, V].
 
         Raises:
-            TypeError, ValueError, IndexError: as `forward`.
+            TypeError, ValueError, IndexError, RuntimeError: as `forward`.
         """
         if takes_update(self):
-            logits, new = self(tokens, state, update=True)
-        else:  # The forward was replaced by one without the argument update.
-            self._check(tokens, state, update=True)
+            options: dict[str, Any] = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+            logits, new = self(tokens, state, update=True, **options)
+        else:  # The forward was replaced by one without the arguments update and cu_seqlens.
+            self._check(tokens, state, cu_seqlens, update=True)
+            if cu_seqlens is not None:
+                return self._one_by_one(tokens, state, cu_seqlens)
             logits, new = self(tokens, state)
         for x, value in zip(state, new, strict=True):
             if x is not value:
                 x.copy_(value)
-        return logits[:, -1]
+        return logits[:, -1] if cu_seqlens is None else logits[0]
+
+    def _one_by_one(
+        self,
+        tokens: Tensor,  # [1, T]
+        state: RWKVState,
+        cu_seqlens: Tensor,  # [M + 1]
+    ) -> Tensor:  # [M, V]
+        """`forward_` of each packed sequence alone."""
+        logits = []
+        for m, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            own = RWKVState(*(x[:, m : m + 1] for x in state))
+            logits.append(self.forward_(tokens[:, begin:end], own))
+        return torch.cat(logits)
 
     def initial_state(self, batch_size: int) -> RWKVState:
         """The state that ``None`` stands for: zeros, or ``att.time_state`` where there is one.
@@ -258,21 +294,59 @@ class RWKV(nn.Module):
         """The official optimiser settings: see `torch_rwkv6.nn.parameter_groups`."""
         return parameter_groups(self, lr, weight_decay)
 
-    def _check(self, tokens: Tensor, state: RWKVState | None, update: bool) -> None:
+    def _check(
+        self,
+        tokens: Tensor,
+        state: RWKVState | None,
+        cu_seqlens: Tensor | None,
+        update: bool,
+    ) -> None:
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens: expected a torch.Tensor, got {type(tokens).__name__}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens: expected int64 or int32 token ids, got {tokens.dtype}")
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected [B, T], got shape {tuple(tokens.shape)}")
+        rows = tokens.shape[0]
+        if cu_seqlens is not None:
+            rows = self._check_packed(tokens, cu_seqlens, update)
         if update and tokens.shape[1] == 0:
             raise ValueError("tokens: expected at least one token to compute logits after, got 0")
         if update and state is None:
             raise TypeError("state: expected an RWKVState to update (initial_state), got None")
         if state is not None:
-            self.check_state(state, tokens.shape[0])
+            self.check_state(state, rows)
             if update and not is_traced():
                 state.check_memory()
+
+    def _check_packed(self, tokens: Tensor, cu_seqlens: Tensor, update: bool) -> int:
+        """The number of packed sequences."""
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"cu_seqlens: expected int64 or int32, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(
+                f"cu_seqlens: expected [M + 1] for M sequences, got {tuple(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device != tokens.device:
+            raise ValueError(
+                f"cu_seqlens: expected the device of tokens, {tokens.device}, got "
+                f"{cu_seqlens.device}"
+            )
+        if tokens.shape[0] != 1:
+            raise ValueError(
+                "tokens: packed sequences need B = 1 (all tokens in one row), "
+                f"got B = {tokens.shape[0]}"
+            )
+        if not is_traced():
+            check_values(tokens.shape[1], 0, None, cu_seqlens)
+            if update and cu_seqlens.is_cpu and bool((cu_seqlens.diff() == 0).any()):
+                raise ValueError(
+                    "cu_seqlens: expected at least one token in every sequence, to compute logits "
+                    "after, got one without"
+                )
+        return cu_seqlens.shape[0] - 1
 
     def check_state(self, state: RWKVState, batch_size: int) -> None:
         """Checks that the state belongs to this model and to ``batch_size`` sequences.

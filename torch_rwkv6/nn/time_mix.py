@@ -103,10 +103,11 @@ class TimeMix(MultiHeadTimeMix):
         self,
         x: Tensor,  # [B, T, D]
         shift: Tensor | None,  # [B, D]
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         batch, tokens, n_embd = x.shape
         heads = (batch, tokens, self.n_head, self.head_size)
-        xx, last = token_shift(x, shift)  # [B, T, D], [B, D]
+        xx, last = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
 
         lora = torch.tanh(torch.addcmul(x, xx, self.time_maa_x) @ self.time_maa_w1)
         lora = lora.view(batch * tokens, 5, lora.shape[2] // 5).transpose(0, 1)  # [5, B * T, rank]

@@ -90,10 +90,11 @@ class TimeMix5(MultiHeadTimeMix):
         self,
         x: Tensor,  # [B, T, D]
         shift: Tensor | None,  # [B, D]
+        cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         batch, tokens, _ = x.shape
         heads = (batch, tokens, self.n_head, self.head_size)
-        xx, last = token_shift(x, shift)  # [B, T, D], [B, D]
+        xx, last = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
         before = x + xx
         xk, xv, xr, *xg = (torch.lerp(before, x, self.get_parameter(n)) for n in self.mixes)
 
