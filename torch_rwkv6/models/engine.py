@@ -444,8 +444,7 @@ class Engine:
     def _choose(self) -> list[Step]:
         """Draws a token for every row, and says which rows end with it."""
         if self._sampler is None:
-            samplings = [row.request.sampling for row in self._rows]
-            self._sampler = Sampler(samplings, self.device)
+            self._sampler = Sampler([row.request.sampling for row in self._rows])
         logits = self._processed()
         p, tokens = self._sampler(logits)
         drawn = draw(p, tokens, [row.generator for row in self._rows])

@@ -161,29 +161,28 @@ class Counts:
 class Sampler:
     """The probabilities with which the tokens of rows are drawn, of each by its own `Sampling`.
 
+    The device of the logits finds the likeliest; NumPy, whose calls are short, does the rest.
+
     Args:
         samplings: one a row.
-        device: of the logits.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
-        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        def column(values: Sequence[float], dtype: type) -> Any:
+            return np.array(values, dtype)[:, None]
 
         self.greedy = all(s.temperature == 0 for s in samplings)
+        self.typical = any(s.typical_p < 1 for s in samplings)
         # a temperature of 0 is a top_k of 1
         top_k = [1 if s.temperature == 0 else min(s.top_k or MOST, MOST) for s in samplings]
         self._most = max(top_k)
-        self.typical = any(s.typical_p < 1 for s in samplings)
-        off = torch.inf  # for a share of 1, which rounding might not reach
-        top_p = [s.top_p if s.top_p < 1 else off for s in samplings]
-        typical_p = [s.typical_p if s.typical_p < 1 else off for s in samplings]
+        off = np.inf  # for a share of 1, which rounding might not reach
         self._settings = (  # [B, 1] each
-            column([max(s.temperature, 1e-30) for s in samplings], torch.float32),
-            column(top_k, torch.int64),
-            column(top_p, torch.float64),
-            column([s.min_p for s in samplings], torch.float32),
-            column(typical_p, torch.float32),
+            column([max(s.temperature, 1e-30) for s in samplings], np.float32),
+            column(top_k, np.int64),
+            column([s.top_p if s.top_p < 1 else off for s in samplings], np.float64),
+            column([s.min_p for s in samplings], np.float32),
+            column([s.typical_p if s.typical_p < 1 else off for s in samplings], np.float32),
         )
 
     def __call__(
@@ -194,71 +193,83 @@ class Sampler:
         logits = logits.float()
         if self.greedy:
             highest, best = logits.max(1, keepdim=True)  # NaN where a row holds one
-            return torch.ones_like(highest).masked_fill(~highest.isfinite(), torch.nan), best
+            return (highest - highest + 1).cpu(), best.cpu()  # inf - inf is NaN
         vocab = logits.shape[1]
         total = logits.logsumexp(1, keepdim=True)
         size = min(NUCLEUS, vocab)
-        p, token, more = self._candidates(logits, total, size, self._settings)
-        if size < vocab and bool(more.any()):
-            rows = more.nonzero()[:, 0]
-            settings = tuple(x[rows] for x in self._settings)
-            more_p, more_token, _ = self._candidates(logits[rows], total[rows], vocab, settings)
-            others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, token, False)
-            others = others.nonzero()[:, 1].view(len(logits), vocab - size)
-            p = torch.nn.functional.pad(p, (0, vocab - size)).index_copy(0, rows, more_p)
-            token = torch.cat((token, others), 1).index_copy(0, rows, more_token)
-        return p[:, : self._most], token[:, : self._most]
+        with np.errstate(all="ignore"):  # of rows with NaN and infinities
+            p, token, more = self._candidates(logits, total, size, self._settings)
+            if size < vocab and more.any():
+                rows = more.nonzero()[0]
+                index = torch.from_numpy(rows).to(logits.device)
+                settings = tuple(x[rows] for x in self._settings)
+                all_p, all_token, _ = self._candidates(logits[index], total[index], vocab, settings)
+                # The other rows get the rest of the vocabulary as well, which they never draw
+                others = np.ones((len(p), vocab), bool)
+                np.put_along_axis(others, token, False, 1)
+                rest = others.nonzero()[1].reshape(len(p), vocab - size)
+                token = np.concatenate((token, rest), 1)
+                p = np.concatenate((p, np.zeros(rest.shape, p.dtype)), 1)
+                p[rows], token[rows] = all_p, all_token
+        return torch.from_numpy(p[:, : self._most]), torch.from_numpy(token[:, : self._most])
 
     def _candidates(
         self,
         logits: Tensor,  # [B, V]
         total: Tensor,  # [B, 1], whose exponential is the sum of those of the logits
         size: int,  # K
-        settings: tuple[Tensor, ...],  # [B, 1] each
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, K], [B, K], [B]
+        settings: tuple[Any, ...],  # [B, 1] each
+    ) -> tuple[Any, Any, Any]:  # [B, K], [B, K], [B]
         """Probabilities and tokens of the likeliest, and where more than these may be drawn."""
         temperature, top_k, top_p, min_p, typical_p = settings
-        likeliest, token = logits.topk(size, 1)
-        # topk leaves the order of equal logits open, and the draw depends on the order
-        token, order = token.sort(1)
-        likeliest, order = likeliest.gather(1, order).sort(dim=1, descending=True, stable=True)
-        token = token.gather(1, order)
-
-        surprise = total - likeliest
-        p = torch.exp(-surprise)
-        before = p.cumsum(1, dtype=torch.float64) - p  # what the likelier tokens reach
-        last = p.masked_fill(before >= top_p, torch.inf).amin(1, keepdim=True)  # that top_p keeps
-        least = torch.maximum(last, min_p * p[:, :1])
-        kept = (p >= least) & (p > 0)
-        place = torch.arange(size, device=p.device)
-        kept &= place < top_k
+        likeliest, token = _likeliest(logits, size)
+        surprise = total.cpu().numpy() - likeliest
+        p = np.exp(-surprise)
+        before = p.cumsum(1, dtype=np.float64) - p  # what the likelier tokens reach
+        last = np.where(before >= top_p, np.inf, p).min(1, keepdims=True)  # that top_p keeps
+        kept = (p >= np.maximum(last, min_p * p[:, :1])) & (p > 0) & (np.arange(size) < top_k)
         # Among those that are not here, there may be some as likely as the last that is kept
-        count = kept.sum(1, keepdim=True)
-        edge = p.gather(1, (count - 1).clamp(min=0))
-        more = ((count > 0) & (p[:, -1:] >= edge))[:, 0]
+        more = p[:, -1] >= np.where(kept, p, np.inf).min(1)
         if self.typical:
-            kept &= self._typical(p, surprise, kept, typical_p)
-        scores = likeliest.masked_fill(~kept, -torch.inf)
-        scores = (scores - scores.amax(1, keepdim=True)) / temperature
-        return torch.softmax(scores, 1), token, more
+            kept &= _typical(p, surprise, kept, typical_p)
+        scores = np.where(kept, likeliest, np.float32(-np.inf))
+        p = np.exp((scores - scores.max(1, keepdims=True)) / temperature)
+        return p / p.sum(1, keepdims=True), token, more
 
-    @staticmethod
-    def _typical(
-        p: Tensor,  # [B, K]
-        surprise: Tensor,  # [B, K]
-        kept: Tensor,  # [B, K] bool
-        typical_p: Tensor,  # [B, 1]
-    ) -> Tensor:  # [B, K] bool
-        """Which tokens typical_p keeps among those kept so far."""
-        q = p.masked_fill(~kept, 0.0)
-        mass = q.sum(1, keepdim=True)
-        q, surprise = q / mass, surprise + mass.log()
-        expected = torch.xlogy(q, q).sum(1, keepdim=True).neg()  # the entropy
-        distance = (surprise - expected).abs().masked_fill(~kept, torch.inf)
-        nearest, order = distance.sort(dim=1, stable=True)
-        reached = q.gather(1, order).cumsum(1)
-        last = (reached < typical_p).sum(1, keepdim=True).clamp(max=q.shape[1] - 1)
-        return distance <= nearest.gather(1, last)
+
+def _likeliest(
+    logits: Tensor,  # [B, V]
+    size: int,  # K
+) -> tuple[Any, Any]:  # [B, K], [B, K]
+    """The K highest logits, and their tokens; equal ones in the order of the tokens."""
+    if size == logits.shape[1]:
+        values, tokens = logits.sort(dim=1, descending=True, stable=True)
+        return values.cpu().numpy(), tokens.cpu().numpy()
+    highest, tokens = logits.topk(size, 1)
+    value, token = highest.cpu().numpy(), tokens.cpu().numpy()
+    if (value[:, 1:] == value[:, :-1]).any():  # whose order topk leaves open
+        order = np.lexsort((token, -value))
+        value, token = (np.take_along_axis(x, order, 1) for x in (value, token))
+    return value, token
+
+
+def _typical(
+    p: Any,  # [B, K]
+    surprise: Any,  # [B, K]
+    kept: Any,  # [B, K] bool
+    typical_p: Any,  # [B, 1]
+) -> Any:  # [B, K] bool
+    """Which tokens typical_p keeps among those kept so far."""
+    q = np.where(kept, p, np.float32(0))
+    mass = q.sum(1, keepdims=True)
+    q, surprise = q / mass, surprise + np.log(mass)
+    expected = np.where(kept, q * surprise, 0).sum(1, keepdims=True)  # the entropy
+    distance = np.where(kept, np.abs(surprise - expected), np.inf)
+    order = distance.argsort(1, kind="stable")
+    reached = np.take_along_axis(q, order, 1).cumsum(1)
+    last = (reached < typical_p).sum(1, keepdims=True).clip(max=q.shape[1] - 1)
+    farthest = np.take_along_axis(distance, np.take_along_axis(order, last, 1), 1)
+    return distance <= farthest
 
 
 def probabilities(
@@ -273,16 +284,16 @@ def probabilities(
 
     Returns:
         probabilities, [B, K] float32, zero where a row keeps fewer, and token ids, [B, K] int64,
-        of which equally likely ones stand in ascending order.
+        of which equally likely ones stand in ascending order; both on the CPU.
 
     Raises:
         FloatingPointError: logits hold NaN or inf, or nothing but -inf.
     """
     samplings = [sampling] * len(logits) if isinstance(sampling, Sampling) else sampling
-    p, token = Sampler(samplings, logits.device)(logits)
-    bad = p[:, 0].isnan()
-    if bool(bad.any()):
-        raise unusable(logits[bad][0])
+    p, token = Sampler(samplings)(logits)
+    bad = p[:, 0].isnan().nonzero()
+    if len(bad):
+        raise unusable(logits[int(bad[0])])
     return p, token
 
 
@@ -300,18 +311,17 @@ def unusable(
 def draw(
     p: Tensor,  # [B, K]
     token: Tensor,  # [B, K]
-    generators: Sequence[torch.Generator],  # one a row, on the CPU
+    generators: Sequence[torch.Generator],  # one a row; all on the CPU
 ) -> Tensor:  # [B]
     """One token per row, drawn with the row's own random number generator."""
     if p.shape[1] == 1:
         return token[:, 0]
     # not of the default dtype and device, which are the user's
-    u = torch.stack(
-        [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in generators]
-    ).to(p.device)  # [B, 1]
-    total = p.cumsum(1)
-    index = (total <= u * total[:, -1:]).sum(1, keepdim=True)
-    return token.gather(1, index.clamp(max=p.shape[1] - 1))[:, 0]
+    u = [torch.rand((), generator=g, dtype=torch.float32, device="cpu").item() for g in generators]
+    total = p.numpy().cumsum(1)
+    below = total <= np.array(u, np.float32)[:, None] * total[:, -1:]
+    index = below.sum(1).clip(max=p.shape[1] - 1)
+    return torch.from_numpy(token.numpy()[np.arange(len(index)), index])
 
 
 def log_probabilities(
@@ -321,6 +331,7 @@ def log_probabilities(
 ) -> tuple[list[float], list[list[tuple[int, float]]]]:  # B, and B of K
     """Log-probabilities of the chosen tokens and of the likeliest, in the softmax of the logits."""
     logs = torch.log_softmax(logits.float(), 1)
+    chosen = chosen.to(logs.device)
     values, ids = logs.topk(min(top, logs.shape[1]), 1)
     likeliest = [
         list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)
