@@ -195,15 +195,15 @@ class Sampler:
             highest, best = logits.max(1, keepdim=True)  # NaN where a row holds one
             return (highest - highest + 1).cpu(), best.cpu()  # inf - inf is NaN
         vocab = logits.shape[1]
-        total = logits.logsumexp(1, keepdim=True)
+        logs = torch.log_softmax(logits, 1)
         size = min(NUCLEUS, vocab)
         with np.errstate(all="ignore"):  # of rows with NaN and infinities
-            p, token, more = self._candidates(logits, total, size, self._settings)
+            p, token, more = self._candidates(logits, logs, size, self._settings)
             if size < vocab and more.any():
                 rows = more.nonzero()[0]
                 index = torch.from_numpy(rows).to(logits.device)
                 settings = tuple(x[rows] for x in self._settings)
-                all_p, all_token, _ = self._candidates(logits[index], total[index], vocab, settings)
+                all_p, all_token, _ = self._candidates(logits[index], logs[index], vocab, settings)
                 # The other rows get the rest of the vocabulary as well, which they never draw
                 others = np.ones((len(p), vocab), bool)
                 np.put_along_axis(others, token, False, 1)
@@ -216,53 +216,54 @@ class Sampler:
     def _candidates(
         self,
         logits: Tensor,  # [B, V]
-        total: Tensor,  # [B, 1], whose exponential is the sum of those of the logits
+        logs: Tensor,  # [B, V], the logarithm of their softmax
         size: int,  # K
         settings: tuple[Any, ...],  # [B, 1] each
     ) -> tuple[Any, Any, Any]:  # [B, K], [B, K], [B]
         """Probabilities and tokens of the likeliest, and where more than these may be drawn."""
         temperature, top_k, top_p, min_p, typical_p = settings
-        likeliest, token = _likeliest(logits, size)
-        surprise = total.cpu().numpy() - likeliest
-        p = np.exp(-surprise)
+        token, log = _likeliest(logits, logs, size)
+        p = np.exp(log)
         before = p.cumsum(1, dtype=np.float64) - p  # what the likelier tokens reach
         last = np.where(before >= top_p, np.inf, p).min(1, keepdims=True)  # that top_p keeps
         kept = (p >= np.maximum(last, min_p * p[:, :1])) & (p > 0) & (np.arange(size) < top_k)
         # Among those that are not here, there may be some as likely as the last that is kept
         more = p[:, -1] >= np.where(kept, p, np.inf).min(1)
         if self.typical:
-            kept &= _typical(p, surprise, kept, typical_p)
-        scores = np.where(kept, likeliest, np.float32(-np.inf))
+            kept &= _typical(p, log, kept, typical_p)
+        scores = np.where(kept, log, np.float32(-np.inf))
         p = np.exp((scores - scores.max(1, keepdims=True)) / temperature)
         return p / p.sum(1, keepdims=True), token, more
 
 
 def _likeliest(
     logits: Tensor,  # [B, V]
+    logs: Tensor,  # [B, V]
     size: int,  # K
 ) -> tuple[Any, Any]:  # [B, K], [B, K]
-    """The K highest logits, and their tokens; equal ones in the order of the tokens."""
+    """The tokens of the K highest logits, equal ones in ascending order, and their logs."""
     if size == logits.shape[1]:
-        values, tokens = logits.sort(dim=1, descending=True, stable=True)
-        return values.cpu().numpy(), tokens.cpu().numpy()
+        tokens = logits.argsort(dim=1, descending=True, stable=True)
+        return tokens.cpu().numpy(), logs.gather(1, tokens).cpu().numpy()
     highest, tokens = logits.topk(size, 1)
-    value, token = highest.cpu().numpy(), tokens.cpu().numpy()
-    if (value[:, 1:] == value[:, :-1]).any():  # whose order topk leaves open
+    token, log = tokens.cpu().numpy(), logs.gather(1, tokens).cpu().numpy()
+    value = highest.cpu().numpy()
+    if (value[:, 1:] == value[:, :-1]).any():  # in an order that topk leaves open
         order = np.lexsort((token, -value))
-        value, token = (np.take_along_axis(x, order, 1) for x in (value, token))
-    return value, token
+        token, log = (np.take_along_axis(x, order, 1) for x in (token, log))
+    return token, log
 
 
 def _typical(
     p: Any,  # [B, K]
-    surprise: Any,  # [B, K]
+    log: Any,  # [B, K], of p
     kept: Any,  # [B, K] bool
     typical_p: Any,  # [B, 1]
 ) -> Any:  # [B, K] bool
     """Which tokens typical_p keeps among those kept so far."""
     q = np.where(kept, p, np.float32(0))
     mass = q.sum(1, keepdims=True)
-    q, surprise = q / mass, surprise + np.log(mass)
+    q, surprise = q / mass, np.log(mass) - log
     expected = np.where(kept, q * surprise, 0).sum(1, keepdims=True)  # the entropy
     distance = np.where(kept, np.abs(surprise - expected), np.inf)
     order = distance.argsort(1, kind="stable")
