@@ -487,6 +487,11 @@ def test_where_prompts_part_a_state_is_kept() -> None:
         assert request.tokens == alone(model, request, i)
         found.append(request.cached_tokens)
     assert found == [0, 0, 30]
+    # where they share few tokens, that is not worth a state
+    for i in range(3):
+        request = engine.submit([39, 38, 37 - i], 1)
+        run(engine)
+        assert request.cached_tokens == 0
 
 
 def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:

@@ -621,6 +621,83 @@ def test_a_stop_is_a_text_and_stop_tokens_are_merged() -> None:
         generate_text(model, tokenizer, "x", 2.5)  # type: ignore[arg-type]
 
 
+def test_a_text_says_why_it_ended() -> None:
+    model, tokenizer = umlaut_model(), load_tokenizer("bytes")
+    for options, written, reason in (
+        ({}, "üü", "length"),
+        ({"stop": "x"}, "üü", "length"),
+        ({"stop": "üü"}, "", "stop"),
+        ({"stop_tokens": [0xC3]}, "", "stop"),
+        ({"end_tokens": [0xC3]}, "", "end of text"),
+        ({"end_tokens": [0xC3], "stop_tokens": [0xC3]}, "", "stop"),
+    ):
+        text = generate_text(model, tokenizer, "x", 4, temperature=0, logprobs=0, **options)
+        assert text.finish_reason is None
+        assert "".join(text) == written
+        assert text.finish_reason == reason
+        assert len(text.request.logprobs) == len(text.request.tokens)
+    text = generate_text(model, tokenizer, "x", 4)
+    next(text)
+    text.close()
+    assert list(text) == []
+    assert text.finish_reason is None
+
+
+def test_rows_say_why_they_ended() -> None:
+    tokens = generate(umlaut_model(), [b"x", b"\xc3"], 3, temperature=0, stop_tokens=[0xBC])
+    assert tokens.finish_reasons == [None, None]
+    assert torch.stack(list(tokens), 1).tolist() == [[0xC3], [-1]]
+    assert tokens.finish_reasons == ["stop", "stop"]
+    tokens = generate(umlaut_model(), b"x", 3, logprobs=2)
+    assert len(list(tokens)) == 3
+    assert tokens.finish_reasons == ["length"]
+    assert [len(top) for top in tokens.requests[0].top_logprobs] == [2, 2, 2]
+
+
+def test_a_text_ends_at_the_tokenizers_end_of_text(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    built = tokenizers.Tokenizer(tokenizers.models.BPE())
+    built.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    names = ["<|endoftext|>", "<pad>", "<mine>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=names
+    )
+    built.train_from_iterator(["hello"], trainer)
+    file = tmp_path / "tokenizer.json"
+    built.save(str(file))
+    config = tmp_path / "tokenizer_config.json"
+    for content, end in (
+        (None, 0),
+        ('{"eos_token": "<mine>"}', 2),
+        ('{"eos_token": {"content": "<mine>"}}', 2),
+        ('{"eos_token": null}', 0),
+        ("no JSON", 0),
+        ("[]", 0),
+    ):
+        if content is not None:
+            config.write_text(content)
+        tokenizer = load_tokenizer(str(file))
+        assert tokenizer.end_tokens == {end}
+    tokenizer = load_tokenizer(str(file))
+    options = {"logit_bias": {0: 1000.0}}
+    model = RWKV6(tokenizer.vocab_size, 1, 8, 8, n_ffn=8, lora_mix=1, lora_decay=1)
+    for end_tokens, reason in ((None, "end of text"), ((), "length")):
+        text = generate_text(model, tokenizer, "hello", 5, end_tokens=end_tokens, **options)
+        assert list(text) == []
+        assert text.finish_reason == reason
+        assert text.request.tokens == ([] if reason == "end of text" else [0] * 5)
+    with pytest.raises(IndexError, match="end_tokens: expected tokens from 0"):
+        generate_text(model, tokenizer, "hello", end_tokens=[10**6])
+
+
+def test_the_end_of_text_of_world_is_token_0() -> None:
+    pytest.importorskip("rwkv")
+    world = load_tokenizer("world")
+    assert world.end_tokens == {0}
+    assert world.decode([0]) == ""
+
+
 # ---- the command line
 
 

@@ -34,6 +34,7 @@ Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # tokens [1, T], logi
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 PIECE = 512  # tokens of prompts at a time: more are no faster
+WORTH = 16  # tokens that two prompts share from which on the state after them is kept
 
 
 @dataclass(eq=False)
@@ -143,9 +144,9 @@ class Engine:
         max_rows: how many sequences are worked on at once; others wait, in the order they came.
         piece: how many tokens of prompts are read in a step, at most. No sequence waits longer for
             its next token than this many take.
-        cache_bytes: memory for the **prefix cache**: the states after prompts and answers (and
-            where prompts part), from which later prompts that begin with them go on. The least
-            recently used are forgotten. 0 is no cache.
+        cache_bytes: memory for the **prefix cache**: the states after prompts and answers, and
+            after beginnings of 16 tokens or more that prompts share, from which later prompts that
+            begin with them go on. The least recently used are forgotten. 0 is no cache.
         compiled: runs the decoding step through torch.compile, of its default backend (True), or
             of the one named. It compiles anew when the number of rows changes.
         pool: memory for the states, of max_rows rows, instead of the engine's own: `generate`
@@ -346,8 +347,9 @@ class Engine:
         while self._waiting and self.active < self.max_rows:
             row = self._waiting.popleft()
             if row.cacheable and self.cache.max_bytes:
-                row.read, cached, row.branch = self.cache.find(row.request.prompt)
+                row.read, cached, shared = self.cache.find(row.request.prompt)
                 row.request.cached_tokens = row.read
+                row.branch = shared if shared - row.read >= WORTH else 0
                 if cached is not None:
                     row.own = cached.state.clone()
                     row.logits = cached.logits if row.read == len(row.request.prompt) else None
