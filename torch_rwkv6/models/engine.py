@@ -206,7 +206,7 @@ class Engine:
 
     @property
     def active(self) -> int:
-        """How many requests have a row: their prompts are read, or they are being written."""
+        """How many requests have a row, that is, are being read or written."""
         return len(self._reading) + len(self._rows)
 
     def submit(

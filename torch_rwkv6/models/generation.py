@@ -50,7 +50,7 @@ class Generation(Iterator[Tensor]):
 
     @property
     def finish_reasons(self) -> list[FinishReason | None]:
-        """Why each row has ended: "stop" (a stop token) or "length"; None if it has not."""
+        """For each row "stop" (a stop token), "length" or "error"; None while it goes on."""
         return [request.finish_reason for request in self.requests]
 
 
