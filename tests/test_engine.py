@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import V, random_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rwkv6 import generate
 from torch_rwkv6.models import Engine, Penalties, Request, Sampling, Step
@@ -252,6 +252,46 @@ def test_logits_that_are_nan_fail_their_request_only() -> None:
         after = engine.submit([5], 8, seed=9, sampling=banned)
         run(engine)
         assert after.tokens == alone(model, after, 9)
+
+
+def test_an_exception_of_the_model_ends_the_requests_of_that_call() -> None:
+    model = random_model("6")
+    calls: list[tuple[int, ...]] = []
+    failing = -1
+
+    def fail(module: nn.Module, args: tuple[Tensor]) -> None:
+        calls.append(tuple(args[0].shape))
+        if (args[0] == 40).any() or len(calls) == failing:
+            raise MemoryError("too long")
+
+    model.emb.register_forward_pre_hook(fail)
+    banned = Sampling(top_p=1.0, logit_bias={40: -torch.inf})
+    engine = Engine(model, max_rows=3)
+    good = engine.submit([1], 8, seed=1, sampling=banned)
+    engine.step()
+    bad = engine.submit([3, 40], 8, sampling=banned)  # while its prompt is read
+    (failed, step) = engine.step()
+    assert failed == Step(bad, None, finish_reason="error")
+    assert isinstance(bad.error, MemoryError)
+    assert step.request is good
+    other = engine.submit([5, 6], 8, seed=2, sampling=banned, keep_state=True, logprobs=1)
+    engine.step()
+    failing = len(calls) + 1  # while tokens are written
+    assert {step.finish_reason for step in engine.step()} == {"error"}
+    assert not engine.busy
+    assert (len(good.tokens), len(other.tokens), len(other.logprobs)) == (3, 1, 1)
+    assert other.state is None
+    after = engine.submit([7], 4, seed=3, sampling=banned)
+    run(engine)
+    for request, seed in ((good, 1), (other, 2), (after, 3)):
+        written = request.tokens
+        assert written == alone(model, request, seed)[: len(written)]
+    state = model.initial_state(1)
+    for prompt in ([3, 40], [3]):  # while the prompt is read, and after a token has been drawn
+        stream = generate(model, prompt, 8, state=state, logit_bias={40: 1000.0})
+        with pytest.raises(MemoryError, match="too long"):
+            next(stream)
+    assert_seen(model, state, [3])
 
 
 def test_generate_yields_the_rows_that_are_fine_before_it_raises() -> None:

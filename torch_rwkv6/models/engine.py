@@ -54,9 +54,9 @@ class Request:
             "cancelled" or "error".
         stop_token: the one that ended it.
         error: what ended it: a FloatingPointError for logits from which no token can be drawn, or
-            whatever a processor raised.
+            whatever the model or a processor raised.
         state: with keep_state, once it has ended: one row, which has seen exactly the prompt and
-            `tokens`. None if it ended before its prompt was read.
+            `tokens`. None if it ended before its prompt was read, or because the model raised.
         cached_tokens: how many of the prompt's tokens were not read but found in the cache.
     """
 
@@ -114,6 +114,11 @@ class _Row:
         return [*self.request.prompt[: self.read], *self.request.tokens[: self.fed]]
 
 
+def _failed(request: Request, error: Exception) -> Step:
+    request.error, request.finish_reason = error, "error"
+    return Step(request, None, finish_reason="error")
+
+
 class Engine:
     """Continuous batching: writes many sequences at once, which join and leave between steps.
 
@@ -137,7 +142,8 @@ class Engine:
     An engine is not thread-safe: all its methods must be called from one thread at a time. What
     serves several threads has one thread of its own for the engine, and a queue to it.
 
-    If the model raises an exception, `step` does, and the engine is not to be used any more.
+    An exception that the model raises ends the requests that were in that call, with it as their
+    ``error``; the engine goes on with the others.
 
     Args:
         model: of any version.
@@ -295,9 +301,8 @@ class Engine:
         """
         with self._mode():
             self._admit()
-            if self._reading:
-                self._read()
-            return self._write() if self._rows else []
+            failed = self._read() if self._reading else []
+            return failed + self._write() if self._rows else failed
 
     def read_prompts(self) -> None:
         """Reads all prompts that have a row to their ends, so that all are written side by side."""
@@ -357,8 +362,8 @@ class Engine:
                 row.own = self.model.initial_state(1)
             self._reading.append(row)
 
-    def _read(self) -> None:
-        """Reads a piece of the prompts, first come, first served."""
+    def _read(self) -> list[Step]:
+        """Reads a piece of the prompts, first come, first served; says which ones failed."""
         budget, pieces = self.piece, []
         for row in self._reading:
             prompt = row.request.prompt
@@ -368,16 +373,20 @@ class Engine:
             if row.read < end:
                 pieces.append((row, prompt[row.read : end]))
                 budget -= end - row.read
-        if pieces:
-            self._read_pieces(pieces)
+        failed = self._read_pieces(pieces) if pieces else []
         for row in [row for row in self._reading if row.logits is not None]:
             self._join(row)
+        return failed
 
-    def _read_pieces(self, pieces: list[tuple[_Row, list[int]]]) -> None:
+    def _read_pieces(self, pieces: list[tuple[_Row, list[int]]]) -> list[Step]:
         """Reads a piece of each of these prompts, in one pass."""
         rows = [row for row, _ in pieces]
         state = RWKVState.cat([row.own for row in rows if row.own is not None])
-        logits = read_packed(self.model, [tokens for _, tokens in pieces], state)
+        try:
+            logits = read_packed(self.model, [tokens for _, tokens in pieces], state)
+        except Exception as error:
+            self._reading = [row for row in self._reading if row not in rows]
+            return [_failed(row.request, error) for row in rows]
         for i, (row, tokens) in enumerate(pieces):
             row.own = RWKVState(*(x[:, i : i + 1] for x in state))
             row.read += len(tokens)
@@ -386,6 +395,7 @@ class Engine:
                 row.logits = logits[i : i + 1]
             if row.cacheable and (done or row.read == row.branch):
                 self.cache.put(row.seen, Cached(row.own, logits[i : i + 1]))
+        return []
 
     # ---- rows at work
 
@@ -432,13 +442,27 @@ class Engine:
         if self._rows:
             last = [row.request.tokens[-1:] for row in self._rows]
             tokens = torch.tensor(last, dtype=torch.int64, device=self.device)  # [n, 1]
-            self._logits = self._step(tokens, self._first(len(last)))
+            try:
+                self._logits = self._step(tokens, self._first(len(last)))
+            except Exception as error:
+                return self._fail(steps, error)
             for i in reversed(range(len(self._rows))):
                 row = self._rows[i]
                 row.fed += 1
                 if row.request.finish_reason is not None:
                     self._leave(i)
         return steps
+
+    def _fail(self, steps: list[Step], error: Exception) -> list[Step]:
+        """Ends all rows at work, whose states have not seen the tokens of these steps."""
+        failed = {}
+        for row in self._rows:
+            request = row.request
+            for values in (request.tokens, request.logprobs, request.top_logprobs):
+                del values[row.fed :]
+            failed[request] = _failed(request, error)
+        self._rows, self._sampler = [], None
+        return [failed.get(step.request, step) for step in steps]
 
     def _first(self, n: int) -> RWKVState:
         return self.pool if n == self.max_rows else RWKVState(*(x[:, :n] for x in self.pool))

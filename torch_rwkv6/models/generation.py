@@ -144,6 +144,7 @@ def _tokens(
 ) -> Generator[Tensor, None, None]:
     place = {request: b for b, request in enumerate(requests)}
     engine.read_prompts()
+    _raise(requests)
     while engine.busy:
         steps = engine.step()
         if state is not None and engine.pool is not state:  # a row has been moved
@@ -154,9 +155,13 @@ def _tokens(
                 tokens[place[step.request]] = step.token
         if any(step.token is not None for step in steps):
             yield torch.tensor(tokens, dtype=torch.int64, device=engine.device)
-        for step in steps:
-            if step.request.error is not None:
-                raise step.request.error
+        _raise(requests)
+
+
+def _raise(requests: list[Request]) -> None:
+    for request in requests:
+        if request.error is not None:
+            raise request.error
 
 
 def _row(state: RWKVState, b: int) -> RWKVState:
