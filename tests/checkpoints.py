@@ -57,6 +57,16 @@ def hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def web_rwkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As web-rwkv's converter writes a .st file: RWKV-4, 5.0 and 5.1 stay as they are."""
+    transposed = re.compile(r"time_(maa_w[12]|decay_w[12]|state)$")
+    found = {}
+    for name, x in weights.items():
+        new = name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
+        found[new] = (x.transpose(-2, -1) if transposed.search(name) else x).contiguous()
+    return found
+
+
 def fla(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A RWKV-6 under the names, shapes and orders of fla-hub's repositories."""
     found = {}

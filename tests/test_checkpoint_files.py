@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import stat
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from checkpoints import VERSIONS, fla, hugging_face, random_model
+from checkpoints import VERSIONS, D, L, N, fla, hugging_face, random_model, web_rwkv
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from torch_rwkv6.__main__ import main
 from torch_rwkv6.files import file_to_write
-from torch_rwkv6.models import load, save
-from torch_rwkv6.models.checkpoint import read
-from torch_rwkv6.nn import RWKV
+from torch_rwkv6.models import load, read, save
+from torch_rwkv6.nn import RWKV, RWKV5, RWKV6
 
 SUFFIXES = ["pth", "safetensors"]
 
@@ -84,7 +88,7 @@ def test_wrapped_models_are_saved_under_the_official_names(
     "prefix",
     ["_orig_mod.", "module.", "_orig_mod.module.", "model.", "model._forward_module.x.", "rwkv."],
 )
-@pytest.mark.parametrize("convention", [dict, hugging_face, fla])
+@pytest.mark.parametrize("convention", [dict, hugging_face, fla, web_rwkv])
 def test_wrappers_around_every_convention(
     convention: Callable[[dict[str, Tensor]], dict[str, Tensor]], prefix: str, tmp_path: Path
 ) -> None:
@@ -146,14 +150,176 @@ def test_names_that_no_model_has_are_not_saved(tmp_path: Path) -> None:
 
 def test_parts_of_models_are_named_when_loaded() -> None:
     weights = random_model("6").state_dict()
+    lora = {"blocks.0.att.key.lora_A.weight": torch.zeros(2, 2)}
+    tuned = {f"base_model.model.{n}": x for n, x in (weights | lora).items()}
     for tensors, message in (
-        ({"base_model.model.blocks.0.att.key.lora_A.weight": torch.zeros(2, 2)}, "a LoRA adapter"),
-        ({"blocks.0.att.time_state": torch.zeros(2, 2)}, "states of state tuning alone"),
-        ({n.replace("maa", "mix"): x for n, x in weights.items()}, "web-rwkv's own layout"),
+        (lora, r"a LoRA alone .*load\(MODEL, lora=FOLDER\)"),
+        (tuned, r"a LoRA that is not merged"),
+        ({"blocks.0.att.time_state": torch.zeros(2, 2)}, r"tuned states alone .*MODEL, state=FILE"),
         (weights | {"teacher.blocks.0.att.key.weight": torch.zeros(1)}, "expected one model"),
     ):
         with pytest.raises(ValueError, match=message):
             load(tensors)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_files_of_web_rwkv(version: str, tmp_path: Path) -> None:
+    model = random_model(version)
+    save_file(web_rwkv(model.state_dict()), tmp_path / "model.st")
+    assert_same(load(tmp_path / "model.st"), model)
+
+
+def test_files_of_web_rwkv_of_one_head_and_with_tuned_states(tmp_path: Path) -> None:
+    for model in (
+        RWKV5(5, 1, 16, 16),
+        RWKV6(5, 1, 16, 16, lora_mix=2, lora_decay=3),
+        RWKV6(5, 2, 16, 8, lora_mix=2, lora_decay=3, train_state=True),
+    ):
+        for p in model.parameters():
+            nn.init.normal_(p)
+        save_file(web_rwkv(model.state_dict()), tmp_path / "model.st")
+        assert_same(load(tmp_path / "model.st"), model)
+
+
+# ---- what is added to a model
+
+
+def tuned_states() -> dict[str, Tensor]:
+    return {f"blocks.{i}.att.time_state": torch.randn(D // N, N, N) for i in range(L)}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tuned_states_are_loaded_with_their_model(suffix: str, tmp_path: Path) -> None:
+    model, states = random_model("6"), tuned_states()
+    base, path = tmp_path / "model.pth", tmp_path / f"state.{suffix}"
+    save(model, base)
+    save(states, path)
+    wrapped = {"state_dict": {f"model._orig_mod.{n}": x for n, x in states.items()}}
+    expected = load(model.state_dict() | states)
+    for state in (path, str(path), states, wrapped, read(path)):
+        assert_same(load(base, state=state), expected)
+    assert_same(
+        load(expected.state_dict(), state=dict.fromkeys(states, torch.zeros(4, 8, 8))),
+        (load(base, train_state=True)),
+    )
+    # [value, key], where RWKVState is [key, value]
+    start = load(base, state=path).initial_state(1).wkv[:, 0]
+    assert torch.equal(start, torch.stack([x.mT for x in states.values()]))
+
+
+def test_tuned_states_that_are_none(tmp_path: Path) -> None:
+    base, states = random_model("6").state_dict(), tuned_states()
+    start = random_model("6").initial_state(1)
+    start.save(tmp_path / "start.pth")
+    save_file(states, tmp_path / "state.st")
+    (tmp_path / "text.pth").write_text("text")
+    few = dict(list(states.items())[:-1])
+    for state, error, message in (
+        (base, ValueError, r"state: expected tuned states alone, .*, got blocks.0.ln0.weight, "),
+        (base | states, ValueError, "state: expected tuned states alone"),
+        ({}, ValueError, "got nothing"),
+        (start._asdict(), ValueError, "an RWKVState: RWKVState.load reads it"),
+        (tmp_path / "start.pth", ValueError, "an RWKVState: RWKVState.load reads it"),
+        (tmp_path / "state.st", ValueError, r"state: expected \[value, key\], got web-rwkv's"),
+        (tmp_path / "text.pth", ValueError, "text.pth is no checkpoint"),
+        (tmp_path / "none.pth", FileNotFoundError, "no such file"),
+        (start, TypeError, "state: expected a path or a mapping"),
+        (few, ValueError, "missing blocks.2.att.time_state"),
+        (dict.fromkeys(states, torch.zeros(2, 16, 16)), ValueError, r"expected \(4, 8, 8\), got"),
+    ):
+        with pytest.raises(error, match=message):
+            load(base, state=state)
+    with pytest.raises(ValueError, match="train_state: expected True or None beside state"):
+        load(base, state=states, train_state=False)
+    with pytest.raises(
+        ValueError, match=r"do not fit RWKV-4:\n  unexpected blocks.0.att.time_state"
+    ):
+        load(random_model("4").state_dict(), state=states)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """The folder of a LoRA of random values."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=7, target_modules=["key", "output"], init_lora_weights=False
+    )
+    peft.get_peft_model(random_model("6"), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_lora_is_loaded_with_its_model(adapter: Path) -> None:
+    weights, expected = random_model("6").state_dict(), random_model("6").state_dict()
+    for name, a in read(adapter / "adapter_model.safetensors").items():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = read(adapter / "adapter_model.safetensors")[name.replace("lora_A", "lora_B")]
+            expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + 7 / 2 * b @ a
+    model = load(weights, lora=adapter)
+    assert list(model.state_dict()) == list(weights)
+    assert all(
+        type(module) is not nn.Linear or module.weight.requires_grad for module in model.modules()
+    )
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(model.head.weight, model.blocks[0].att.key.weight)
+    half = load(weights, dtype=torch.bfloat16, lora=str(adapter))
+    assert_same(half, model.bfloat16())  # merged before it is rounded
+
+
+def test_a_lora_is_merged_by_the_command_line(adapter: Path, tmp_path: Path) -> None:
+    base, merged = tmp_path / "base.pth", tmp_path / "merged.pth"
+    save(random_model("6"), base)
+    assert main(["convert", str(base), str(merged), "--lora", str(adapter)]) == 0
+    assert_same(load(merged), load(base, lora=adapter))
+
+
+def test_loras_that_are_none(adapter: Path, tmp_path: Path) -> None:
+    weights = random_model("6").state_dict()
+    (tmp_path / "empty").mkdir()
+    for lora, error, message in (
+        (tmp_path / "empty", ValueError, "lora: expected a folder with adapter_config.json"),
+        (
+            adapter / "adapter_model.safetensors",
+            ValueError,
+            "expected a folder with adapter_config",
+        ),
+        (tmp_path / "none", FileNotFoundError, "no such file"),
+        ("", ValueError, "lora: expected a file or folder, got an empty path"),
+        (weights, TypeError, "lora: expected a folder, got "),
+    ):
+        with pytest.raises(error, match=message):
+            load(weights, lora=lora)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"holds a LoRA alone: .*load\(MODEL, lora=FOLDER\)"):
+        load(adapter)
+    with pytest.raises(ValueError, match="a LoRA alone"):
+        load(adapter / "adapter_model.safetensors")
+    small = RWKV6(5, 1, 16, 8, lora_mix=2, lora_decay=2).state_dict()
+    with pytest.raises(ValueError, match="lora: expected one for this model, got another"):
+        load(small, lora=adapter)
+    tensors = read(adapter / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    save_file(
+        tensors | {"base_model.model.other.lora_A.weight": torch.zeros(1)},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"1 tensors are missing or unexpected, such as .*other"):
+        load(weights, lora=adapter)
+    save_file(
+        {n: x for n, x in tensors.items() if n != name}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="1 tensors are missing or unexpected, such as"):
+        load(weights, lora=adapter)
+    config = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no configuration of peft"):
+        load(weights, lora=adapter)
+    (adapter / "adapter_config.json").write_text(config)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no adapter_model.safetensors or adapter_model.bin"
+    ):
+        load(weights, lora=adapter)
 
 
 # ---- files
@@ -183,11 +349,6 @@ def test_suffixes_are_names_and_content_decides(tmp_path: Path) -> None:
     save(model, tmp_path / "b.pth")
     (tmp_path / "b.pth").rename(tmp_path / "b.safetensors")
     assert_same(load(tmp_path / "b.safetensors"), model)
-    other = {n.replace("faaaa", "first"): x for n, x in random_model("5.2").state_dict().items()}
-    save(other, tmp_path / "c.safetensors")
-    (tmp_path / "c.safetensors").rename(tmp_path / "c.st")
-    with pytest.raises(ValueError, match="web-rwkv's own layout"):
-        load(tmp_path / "c.st")
 
 
 def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +406,27 @@ def test_files_with_code_are_refused_without_advice_to_run_it(zipped: bool, tmp_
         assert name in str(error.value)
         assert "weights_only" not in str(error.value)
         assert "safe_globals" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_files_of_other_libraries_are_refused_without_that_advice(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    for write in (
+        lambda file: np.save(file, np.zeros(3)),
+        lambda file: np.savez(file, a=np.zeros(3)),
+        lambda file: zipfile.ZipFile(file, "w").writestr("a", "b"),
+        *(lambda file, n=n: pickle.dump({"a": np.zeros(3)}, file, n) for n in range(6)),
+        *(lambda file, n=n: pickle.dump([1, 2], file, n) for n in range(6)),
+        lambda file: file.write(b"\x80\x02" + bytes(100)),
+        lambda file: file.write(b"PK\3\4" + bytes(100)),
+        lambda file: file.write(bytes(8) + b"{" + bytes(100)),
+    ):
+        with path.open("wb") as file:
+            write(file)
+        with pytest.raises(ValueError, match=r"a.pth is no checkpoint") as error:
+            load(path)
+        for advice in ("weights_only", "safe_globals", "trust"):
+            assert advice not in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore")

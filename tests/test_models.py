@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import VERSIONS, D, L, N, V, fla, hugging_face, random_model, random_tokens
+from safetensors.torch import load_file
 from torch import Tensor
 
 from torch_rwkv6.models import load, save
@@ -262,8 +263,17 @@ def test_state_rows_and_files(version: str, tmp_path: Path) -> None:
         _, expected = model(tokens[[2, 0]])
     assert_states_close(state.select([2, 0]), expected, rtol=1e-5, atol=1e-5)
     assert_states_close(RWKVState.cat([state.select([i]) for i in range(3)]), state)
-    state.save(tmp_path / "state.pt")
-    assert_states_close(RWKVState.load(tmp_path / "state.pt"), state, rtol=0, atol=0)
+    for name in ("state.pt", "state.safetensors"):
+        state.select([2, 0]).save(tmp_path / name)
+        state.save(tmp_path / name)
+        found = RWKVState.load(tmp_path / name)
+        assert_states_close(found, state, rtol=0, atol=0)
+        content = (tmp_path / name).read_bytes()
+        model.forward_(random_tokens(3, 1), found)  # in place, which leaves the file alone
+        assert (tmp_path / name).read_bytes() == content
+    assert set(load_file(tmp_path / "state.safetensors")) == set(RWKVState._fields)
+    assert set(torch.load(tmp_path / "state.pt")) == set(RWKVState._fields)
+    assert len(list(tmp_path.iterdir())) == 2
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no saved RWKVState: expected the keys"):
         RWKVState.load(tmp_path / "other.pt")

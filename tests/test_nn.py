@@ -544,8 +544,14 @@ def test_rows_of_a_state_that_are_none() -> None:
 
 def test_files_that_hold_no_state(tmp_path: Path) -> None:
     model, path = random_model(), tmp_path / "state.pth"
-    with pytest.raises(FileNotFoundError, match=r"no folder .*none"):
-        model.initial_state(1).save(tmp_path / "none" / "state.pth")
+    for folder in ("none/state.pth", "none/state.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"no folder .*none"):
+            model.initial_state(1).save(tmp_path / folder)
+    with pytest.raises(FileNotFoundError):
+        RWKVState.load(path)
+    path.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ValueError, match="is no saved RWKVState, but a GGUF file"):
+        RWKVState.load(path)
     torch.save(model, path)
     with pytest.raises(
         ValueError, match="is no saved RWKVState: it holds Python objects"
@@ -553,7 +559,9 @@ def test_files_that_hold_no_state(tmp_path: Path) -> None:
         RWKVState.load(path)
     assert "weights_only" not in str(caught.value)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is no saved RWKVState: .*ends too early or is damaged"):
+    with pytest.raises(
+        ValueError, match=r"is no saved RWKVState, .*it ends too early or is damaged"
+    ):
         RWKVState.load(path)
     torch.save(dict.fromkeys(RWKVState._fields, 1), path)
     with pytest.raises(ValueError, match="expected floating-point tensors"):

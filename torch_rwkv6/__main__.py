@@ -1,6 +1,7 @@
-"""The command line: text from a checkpoint, what it is, and other names or formats for it.
+"""The command line: text and chats from a checkpoint, what it is, other names or formats for it.
 
 python -m torch_rwkv6 generate MODEL.pth --prompt "In the beginning" --tokenizer world
+python -m torch_rwkv6 chat MODEL.pth
 python -m torch_rwkv6 info MODEL.pth
 python -m torch_rwkv6 convert MODEL.safetensors MODEL.pth
 """
@@ -8,17 +9,21 @@ python -m torch_rwkv6 convert MODEL.safetensors MODEL.pth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import secrets
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from torch_rwkv6.files import file_to_write
 from torch_rwkv6.models import generate_text, load, load_tokenizer, save
+from torch_rwkv6.models.chat import TEMPLATES, Chat
 from torch_rwkv6.models.tokenizers import TextStream, Tokenizer
 from torch_rwkv6.nn import RWKV
 
@@ -65,30 +70,103 @@ class Counted:
 
 def generate(args: argparse.Namespace) -> None:
     tokenizer: Any = Counted(load_tokenizer(args.tokenizer))
+    prompt = args.prompt if args.prompt_file is None else _text(args.prompt_file)
     model = _model(args).eval()
+    sampling = _sampling(args)
     pieces = generate_text(
-        model,
-        tokenizer,
-        args.prompt,
-        args.length,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        alpha_presence=args.presence,
-        alpha_frequency=args.frequency,
-        stop=args.stop,
-        seed=args.seed,
-        compiled=args.compile,
+        model, tokenizer, prompt, args.length, stop=args.stop, compiled=args.compile, **sampling
     )
     start = time.perf_counter()
     first = next(pieces, "")  # may fail, so nothing is printed before
-    print(args.prompt + first, end="", flush=True)
+    print(prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - start
     print(flush=True)
     speed = tokenizer.count / max(seconds, 1e-9)
-    print(f"{tokenizer.count} tokens in {seconds:.2f} s, {speed:.1f} tokens/s", file=sys.stderr)
+    figures = f"{tokenizer.count} tokens in {seconds:.2f} s, {speed:.1f} tokens/s"
+    print(f"{figures}, seed {sampling['seed']}", file=sys.stderr)
+
+
+def chat(args: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(args.tokenizer)
+    template = TEMPLATES[args.template]
+    talk = Chat(_model(args).eval(), tokenizer, template, args.system)
+    options = {"max_tokens": args.length, **_sampling(args)}
+    # Makes sure that it will do, before anybody has typed anything
+    next(talk.answer("hi", **options | {"max_tokens": 1}), "")
+    if sys.stdin.isatty():
+        print(f"{_CHAT_HELP}\n", file=sys.stderr)
+    for line in _lines(f"{template.user}: "):
+        word, _, name = line.partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word.startswith("/"):
+            _chat_command(talk, word, name.strip())
+            continue
+        print(template.opening, end="", flush=True)
+        answer = ""
+        try:
+            for piece in talk.answer(line, **options):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:  # ends the answer; at the prompt it ends the chat
+            print(" ...", end="")
+        print("\n", flush=True)
+        talk.remember(line, answer)
+        options["seed"] += 1  # or a question asked twice would be answered by the same draws
+
+
+_CHAT_HELP = "/undo  /save FILE  /load FILE  /quit  (Ctrl-C ends an answer)"
+
+
+def _chat_command(talk: Chat, word: str, name: str) -> None:
+    try:
+        if word == "/undo" and not name:
+            print("the last turn is undone" if talk.undo() else "there is no turn to undo")
+        elif word == "/save" and name:
+            talk.save(name)
+            print(f"saved to {name}")
+        elif word == "/load" and name:
+            talk.load(name)
+            print(f"going on from {name}")
+        else:
+            print(_CHAT_HELP)
+    except (OSError, TypeError, ValueError) as error:  # the chat goes on
+        print(f"torch_rwkv6: error: {_one_line(error)}", file=sys.stderr)
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """What the user types, or what comes from a pipe, line by line."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() lets edit lines with it
+    while True:
+        try:
+            line = input(prompt if sys.stdin.isatty() else "").strip()
+        except EOFError:  # Ctrl-D, or the end of a file
+            return print()
+        if line:
+            yield line
+
+
+def _text(name: str) -> str:
+    """The text of a file, or of stdin for -."""
+    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file: expected text in UTF-8, got {error}") from error
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "alpha_presence": args.presence,
+        "alpha_frequency": args.frequency,
+        "seed": secrets.randbits(31) if args.seed is None else args.seed,
+    }
 
 
 def info(args: argparse.Namespace) -> None:
@@ -124,7 +202,19 @@ def convert(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace) -> RWKV:
     dtype = DTYPES[args.dtype] if args.dtype else None
-    return load(args.checkpoint, getattr(args, "device", None), dtype, ln_x_eps=args.ln_x_eps)
+    return load(
+        args.checkpoint,
+        getattr(args, "device", None),
+        dtype,
+        state=args.state,
+        lora=args.lora,
+        ln_x_eps=args.ln_x_eps,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    return text or type(error).__name__
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -154,21 +244,34 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("checkpoint", help=".pth or .safetensors, or a Hugging Face folder")
         sub.add_argument("--dtype", choices=DTYPES, help="of the parameters; as in the file")
         sub.add_argument("--ln-x-eps", type=float, help="epsilon of the GroupNorm (v5, v6): 64e-5")
+        sub.add_argument("--state", help="file of tuned states to start from")
+        sub.add_argument("--lora", help="folder of a LoRA to merge, as peft saves it")
         return sub
 
+    def writes(sub: argparse.ArgumentParser, tokenizer: str, length: int) -> None:
+        sub.add_argument(
+            "--tokenizer", default=tokenizer, help="bytes, bytes:ENCODING, world or a .json"
+        )
+        sub.add_argument("--length", type=int, default=length, help="number of tokens at most")
+        sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
+        sub.add_argument("--top-k", type=int, default=0, help="only the k likeliest; 0 is all")
+        sub.add_argument("--top-p", type=float, default=0.85, help="only so much of the likeliest")
+        sub.add_argument("--presence", type=float, default=0.0, help="penalty of a token seen")
+        sub.add_argument("--frequency", type=float, default=0.0, help="penalty each time it was")
+        sub.add_argument("--seed", type=int, help="same seed, same text; a new one if not given")
+        sub.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+
     sub = command(generate, "writes text that follows a prompt")
-    sub.add_argument("--prompt", default="\n", help="text to go on from")
-    sub.add_argument("--tokenizer", default="bytes", help="bytes, bytes:ENCODING, world or a .json")
-    sub.add_argument("--length", type=int, default=200, help="number of tokens at most")
-    sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
-    sub.add_argument("--top-k", type=int, default=0, help="only the k likeliest; 0 is all")
-    sub.add_argument("--top-p", type=float, default=0.85, help="only so much of the likeliest")
-    sub.add_argument("--presence", type=float, default=0.0, help="penalty of a token seen before")
-    sub.add_argument("--frequency", type=float, default=0.0, help="penalty each time it was seen")
+    prompt = sub.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="\n", help="text to go on from")
+    prompt.add_argument("--prompt-file", help="file of that text, as it is; - is stdin")
+    writes(sub, tokenizer="bytes", length=200)
     sub.add_argument("--stop", action="append", default=[], help="a text to end before")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     sub.add_argument("--compile", action="store_true", help="compile the step: slow to start")
+    sub = command(chat, "answers what is typed, or comes by a pipe, line by line")
+    writes(sub, tokenizer="world", length=500)
+    sub.add_argument("--template", choices=TEMPLATES, default="chat", help="how turns are written")
+    sub.add_argument("--system", default="", help="instructions at the beginning")
     command(info, "says what a checkpoint is")
     sub = command(convert, "writes a checkpoint under the official names, as .pth or .safetensors")
     sub.add_argument("out", help=".safetensors, or any other name for a .pth")
@@ -189,8 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as head does
         code = PIPE_CLOSED
     except MISTAKES as error:
-        text = " ".join(line.strip() for line in str(error).splitlines())
-        code, message = 2, f"torch_rwkv6: error: {text or type(error).__name__}"
+        code, message = 2, f"torch_rwkv6: error: {_one_line(error)}"
     finally:
         try:
             print(end="", flush=True)

@@ -1,4 +1,4 @@
-"""Reading and writing files: checks of paths, and files that are written completely or not."""
+"""Files of named tensors: checks of paths, what can be read, and writing completely or not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
-__all__ = ["StrPath", "device_named", "file_to_write", "reason", "written"]
+__all__ = ["StrPath", "device_named", "file_to_write", "read_tensors", "write_tensors", "written"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
+
+# the first bytes of files that hold no tensors by name
+_FOREIGN = (
+    (b"GGUF", "a GGUF file of llama.cpp: load the .pth or .safetensors that it was made from"),
+    (b"fmgg", "a file of rwkv.cpp: load the .pth that it was made from"),
+    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with git lfs pull"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes them"),
+    (b"<", "a web page or other text: its download went wrong"),
+)
 
 
 def file_to_write(path: StrPath) -> Path:
@@ -69,23 +79,98 @@ def written(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def reason(error: Exception) -> str:
+def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Writes a ``.safetensors`` file, or one of torch.save under any other name.
+
+    Raises:
+        ImportError: the package safetensors is missing.
+        OSError: whatever went wrong with writing; a file that was there is unchanged.
+    """
+    with written(target) as part:
+        if target.suffix.lower() == ".safetensors":
+            _safetensors().torch.save_file(dict(tensors), part)
+        else:
+            with part.open("wb") as file:
+                torch.save(dict(tensors), file)
+
+
+def read_tensors(path: Path, what: str = "checkpoint") -> dict[str, Any]:
+    """What a file of torch.save or of safetensors has by names, on the CPU. It runs no code.
+
+    The content tells which format it is, whatever the suffix.
+
+    Args:
+        path: of the file.
+        what: the file should be, for messages.
+
+    Raises:
+        ImportError: the package safetensors is missing.
+        OSError: the file cannot be read.
+        ValueError: it is none of these, or holds something else.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is no {what}, but a device or pipe")
+    with path.open("rb") as file:
+        start = file.read(32)
+    for sign, kind in _FOREIGN:
+        if start.startswith(sign):
+            raise ValueError(f"{path} is no {what}, but {kind}")
+    try:
+        if start[8:9] == b"{":  # after the header's length: see safetensors' format
+            content: Any = _safetensors().torch.load_file(path)
+        else:
+            content = _torch_load(path)
+    except (ImportError, PermissionError):
+        raise
+    except Exception as error:  # from the unpickler, unzipper or parser, OSError included
+        raise ValueError(f"{path} {_reason(error, what)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} is no {what}: it holds no tensors by name, but {type(content).__name__}"
+        )
+    return dict(content)
+
+
+def _torch_load(path: Path) -> Any:
+    if path.suffix == ".safetensors":  # a suffix that torch.load goes by
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before 1.6
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "safetensors files need the package safetensors: pip install torch_rwkv6[text]"
+        ) from error
+    return safetensors
+
+
+def _reason(error: Exception, what: str) -> str:
     """Why a file could not be read, without torch's advice to run the code in it."""
     text = str(error)
     found = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", text)
     if found:
         return (
-            f"holds Python objects ({found[1] or found[2]}), and loading those can run any code "
-            "that the file brings: where it was made, save the model's state_dict() instead"
+            f"is no {what}: it holds Python objects ({found[1] or found[2]}), and loading those "
+            "can run any code that the file brings: where it was made, save the model's "
+            "state_dict() instead"
         )
     if "TorchScript" in text:
-        return "is no checkpoint, but a TorchScript program"
+        return f"is no {what}, but a TorchScript program"
     # "Weights only load failed", "weights_only": torch's words about its unpickler, not the file
     unclear = isinstance(error, LookupError) or "eights" in text
     why = "its pickle cannot be read" if unclear else text.partition("\n")[0]
     if isinstance(error, (OSError, EOFError)) or not why:
         why = "it ends too early or is damaged"
-    return f"is no checkpoint, or a truncated one: {why}"
+    return f"is no {what}, or a truncated one: {why}"
 
 
 def device_named(device: torch.device | str | int | None) -> torch.device:

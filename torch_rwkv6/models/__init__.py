@@ -1,6 +1,6 @@
 """Checkpoints, tokenizers, text generation, and many sequences at once, for every version."""
 
-from torch_rwkv6.models.checkpoint import load, save
+from torch_rwkv6.models.checkpoint import load, read, save
 from torch_rwkv6.models.engine import Engine, Request, Step
 from torch_rwkv6.models.generation import GeneratedText, Generation, generate, generate_text
 from torch_rwkv6.models.sampling import Penalties, Sampling
@@ -20,5 +20,6 @@ __all__ = [
     "generate_text",
     "load",
     "load_tokenizer",
+    "read",
     "save",
 ]

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from torch_rwkv6.arguments import flag, number
-from torch_rwkv6.files import StrPath, device_named, file_to_write, reason, written
+from torch_rwkv6.files import (
+    StrPath,
+    device_named,
+    file_to_write,
+    read_tensors,
+    write_tensors,
+)
 from torch_rwkv6.models.detect import model_of
 from torch_rwkv6.models.names import official_names, unofficial
-from torch_rwkv6.nn import RWKV, quantize_int8_
+from torch_rwkv6.nn import RWKV, RWKVState, quantize_int8_
 
 __all__ = ["load", "read", "save"]
 
@@ -26,14 +32,7 @@ _MOST_PROBLEMS = 20  # that a message lists
 _SUFFIXES = (".safetensors", ".bin", ".pth")  # of the checkpoints in a folder
 # files that training programs and publishers store beside the weights
 _BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_")
-# the first bytes of files that are no checkpoints
-_FOREIGN = (
-    (b"GGUF", "a GGUF file of llama.cpp: load the .pth or .safetensors that it was made from"),
-    (b"fmgg", "a file of rwkv.cpp: load the .pth that it was made from"),
-    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with git lfs pull"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes them"),
-    (b"<", "a web page or other text: its download went wrong"),
-)
+_ADAPTER = "adapter_config.json"  # of peft, beside the adapter's tensors
 
 
 def load(
@@ -41,6 +40,8 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     *,
+    state: StrPath | Mapping[str, Any] | None = None,
+    lora: StrPath | None = None,
     ln_x_eps: float | None = None,
     train_state: bool | None = None,
 ) -> RWKV:
@@ -52,9 +53,10 @@ def load(
 
     Version and sizes are read from the tensors' names and shapes. Tensors may be named as in the
     official files (BlinkDL), as on Hugging Face (RwkvForCausalLM, ``RWKV/v6-Finch-*-HF``,
-    ``RWKV/rwkv-6-world-*``) or as in fla-hub's ``rwkv6-*-finch``, whose own configuration has a
-    wrong epsilon (1e-5 for 64e-5) that plays no part here. A RwkvForCausalLM must not have run in
-    eval mode, which divides its weights in place: set its rescale_every to 0. The words that
+    ``RWKV/rwkv-6-world-*``), as in fla-hub's ``rwkv6-*-finch``, whose own configuration has a
+    wrong epsilon (1e-5 for 64e-5) that plays no part here, or as in web-rwkv's ``.st`` files. A
+    RwkvForCausalLM must not have run in eval mode, which divides its weights in place: set its
+    rescale_every to 0. The words that
     torch.compile, DDP, FSDP, activation checkpointing and Lightning put into names are taken off,
     and so is the prefix of a model that is part of a larger module.
 
@@ -67,17 +69,23 @@ def load(
         dtype: of the parameters; None is that of the embedding. "int8" quantises the matrices, for
             decoding on a CPU (see `torch_rwkv6.nn.quantize_int8_`), and leaves the other parameters
             in the dtype of the embedding.
+        state: tuned states, which texts then start from: a file or mapping with
+            ``blocks.*.att.time_state`` alone, [H, N, N] as [value, key], as RWKV-LM and
+            ``examples/state_tuning.py`` write it.
+        lora: the folder of a LoRA adapter as peft's ``save_pretrained`` wrote it. Merged into the
+            model by peft.
         ln_x_eps: epsilon of the GroupNorm of RWKV-5 and RWKV-6, which no checkpoint holds; None
             is the official 64e-5.
         train_state: adds ``att.time_state`` (state tuning), zero where the checkpoint has none;
             None keeps what the checkpoint has.
 
     Raises:
+        ImportError: a package is missing: safetensors, or peft for a LoRA.
         OSError: the file cannot be read.
         TypeError: no mapping of names to floating-point tensors, or another argument's type.
-        ValueError: no checkpoint (a truncated file, for instance, or a URL); several of them;
-            RWKV-7, x060a, x060b or x060c; missing, unexpected or misshapen tensors, which the
-            message lists; or a device that this machine does not have.
+        ValueError: no checkpoint (a truncated file, for instance, or a URL); several of them; a
+            LoRA or tuned states alone; RWKV-7, x060a, x060b or x060c; missing, unexpected or
+            misshapen tensors, which the message lists; or a device that this machine does not have.
     """
     device = device_named(device)
     int8 = dtype == "int8"
@@ -89,22 +97,21 @@ def load(
         flag("train_state", train_state)
     if ln_x_eps is not None and number("ln_x_eps", ln_x_eps) <= 0:
         raise ValueError(f"ln_x_eps: expected a finite number above 0, got {ln_x_eps}")
-    if isinstance(source, Mapping):
-        content = source
-    elif isinstance(source, (str, os.PathLike)):
-        content = read(source)
-    else:
-        raise TypeError(
-            f"source: expected a path or a mapping of names to tensors, got {type(source).__name__}"
-        )
-    tensors = official_names(_checked("state_dict", _innermost(content)))
+    adapter = None if lora is None else _adapter(lora)
+    tensors = _official(source, "source", "state_dict")
+    if state is not None:
+        if train_state is False:
+            raise ValueError("train_state: expected True or None beside state, got False")
+        tensors |= _tuned(state)
     with torch.device("meta"):  # allocates no memory and computes no initial values
         model = model_of(tensors, ln_x_eps=ln_x_eps, train_state=train_state)
     expected = {name: p.shape for name, p in model.named_parameters()}
     tensors = _fitting(tensors, expected, model)
-    emb = tensors["emb.weight"]
-    model = model.to(dtype=dtype or emb.dtype).to_empty(device=device)
+    of_file = tensors["emb.weight"].dtype
+    model = model.to(dtype=of_file if adapter else dtype or of_file).to_empty(device=device)
     model.load_state_dict(tensors)
+    if adapter is not None:
+        model = _with_lora(model, *adapter).to(dtype=dtype)  # rounded once, when it is merged
     if int8:
         quantize_int8_(model)
     return model
@@ -137,16 +144,15 @@ def save(model: torch.nn.Module | Mapping[str, Tensor], path: StrPath) -> None:
         hint = " (a LoRA is merged first: merge_and_unload of peft)" if "lora_" in some else ""
         raise ValueError(f"model: expected the names of an RWKV's tensors, got {some}{hint}")
     tensors = {name: _whole(name, x) for name, x in tensors.items()}
-    with written(target) as part:
-        if target.suffix.lower() == ".safetensors":
-            _safetensors().torch.save_file(tensors, part)
-        else:
-            with part.open("wb") as file:
-                torch.save(tensors, file)
+    write_tensors(tensors, target)
 
 
 def read(path: StrPath) -> dict[str, Any]:
-    """The tensors of a file, or of all files of a Hugging Face folder, under their own names.
+    """What a file holds by names, or all files of a Hugging Face folder: `load` without a model.
+
+    ::
+
+        states = torch_rwkv6.models.read("state.pth")  # {"blocks.0.att.time_state": ..., ...}
 
     Of a folder these are: the files that its ``*.safetensors.index.json`` or ``*.bin.index.json``
     names; otherwise its one ``.safetensors``, ``.bin`` or ``.pth`` file, or all parts of one
@@ -163,41 +169,100 @@ def read(path: StrPath) -> dict[str, Any]:
         return _merged(path, _files_of(path))
     if path.name.endswith(".index.json"):
         return _merged(path, _files_of_index(path))
-    if not path.is_file():
-        raise ValueError(f"{path} is no checkpoint, but a device or pipe")
-    with path.open("rb") as file:
-        start = file.read(32)
-    for sign, kind in _FOREIGN:
-        if start.startswith(sign):
-            raise ValueError(f"{path} is no checkpoint, but {kind}")
+    return read_tensors(path)
+
+
+def _official(source: Any, argument: str, content: str) -> dict[str, Tensor]:
+    """The tensors of a file, folder or mapping under the official names.
+
+    Args:
+        source: whatever the user gave.
+        argument, content: what messages call it, and the tensors in it.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = read(source)
+    elif not isinstance(source, Mapping):
+        raise TypeError(
+            f"{argument}: expected a path or a mapping of names to tensors, got "
+            f"{type(source).__name__}"
+        )
+    return official_names(_checked(content, _innermost(source)))
+
+
+def _tuned(source: Any) -> dict[str, Tensor]:
+    """Tuned states by their official names."""
+    if isinstance(source, (str, os.PathLike)) and os.fsdecode(source).lower().endswith(".st"):
+        raise ValueError(
+            f"state: expected [value, key], got web-rwkv's {os.fsdecode(source)}, which has it "
+            "transposed: load the .pth that it was made from"
+        )
+    tensors = _official(source, "state", "state")
+    others = [name for name in tensors if not name.endswith(".att.time_state")]
+    if others or not tensors:
+        hint = ""
+        if set(RWKVState._fields) <= set(others):
+            hint = " (an RWKVState: RWKVState.load reads it, and generate goes on from it)"
+        raise ValueError(
+            "state: expected tuned states alone, blocks.0.att.time_state and so on, got "
+            f"{', '.join(others[:3]) or 'nothing'}{hint}"
+        )
+    return tensors
+
+
+def _adapter(folder: StrPath) -> tuple[Any, dict[str, Any]]:
+    """The configuration and the tensors of a LoRA."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"lora: expected a folder, got {type(folder).__name__}")
+    path = _existing(folder, "lora")
+    if not (path / _ADAPTER).is_file():
+        raise ValueError(
+            f"lora: expected a folder with {_ADAPTER}, which says how the LoRA is scaled, as "
+            f"peft's save_pretrained writes it, got {path}"
+        )
     try:
-        if start[8:9] == b"{":  # after the header's length: see safetensors' format
-            content: Any = _safetensors().torch.load_file(path)
-        else:
-            content = _torch_load(path)
-    except (ImportError, PermissionError):
-        raise
-    except Exception as error:  # from the unpickler, unzipper or parser, OSError included
-        raise ValueError(f"{path} {reason(error)}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")
-    if path.suffix.lower() == ".st" and {"ln_x", "time_first"} <= {
-        part for name in content for part in name.split(".")
-    }:  # web-rwkv calls the bonus of RWKV-5 and 6 so, which elsewhere is its logarithm
-        raise ValueError(f"{path} is in web-rwkv's own layout: load the .pth it was made from")
-    return dict(content)
+        import peft
+    except ImportError as error:
+        raise ImportError("a LoRA needs the package peft: pip install peft") from error
+    files = [path / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise FileNotFoundError(f"no {files[0].name} or {files[1].name} in the folder {path}")
+    try:
+        config = peft.PeftConfig.from_pretrained(os.fspath(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / _ADAPTER} is no configuration of peft: {error}") from error
+    return config, read_tensors(found[0], "LoRA")
 
 
-def _existing(path: StrPath) -> Path:
+def _with_lora(model: RWKV, config: Any, tensors: dict[str, Any]) -> RWKV:
+    """The model with the LoRA merged."""
+    import peft
+
+    try:
+        tuned: Any = peft.get_peft_model(model, config)
+        result: Any = peft.set_peft_model_state_dict(tuned, tensors)
+    except (RuntimeError, ValueError) as error:  # of other shapes, or for other layers
+        raise ValueError(f"lora: expected one for this model, got another: {error}") from error
+    wrong = [*result.unexpected_keys, *(n for n in result.missing_keys if "lora_" in n)]
+    if wrong:
+        raise ValueError(
+            f"lora: expected one for this model, got another: {len(wrong)} tensors are missing or "
+            f"unexpected, such as {wrong[0]}"
+        )
+    merged: RWKV = tuned.merge_and_unload()
+    return merged.requires_grad_(True)  # peft freezes what it adds to
+
+
+def _existing(path: StrPath, argument: str = "source") -> Path:
     text = os.fsdecode(path)
     if not text.strip():
-        raise ValueError("source: expected a file or folder, got an empty path")
+        raise ValueError(f"{argument}: expected a file or folder, got an empty path")
     found = Path(text)
     if found.exists():
         return found
     if re.match(r"[A-Za-z][\w+.-]+:/", text):
         raise ValueError(
-            f"source: expected a file or folder, got the URL {text}: download it first"
+            f"{argument}: expected a file or folder, got the URL {text}: download it first"
         )
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and found.suffix.lower() not in (*_SUFFIXES, ".st"):
@@ -244,18 +309,6 @@ def _whole(name: str, x: Tensor) -> Tensor:
     return x.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _torch_load(path: Path) -> Any:
-    if path.suffix == ".safetensors":  # a suffix that torch.load goes by
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before 1.6
-
-
 def _merged(source: Path, files: Iterable[Path]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     whose: dict[str, str] = {}
@@ -286,6 +339,10 @@ def _files_of(folder: Path) -> list[Path]:
         files = [f for f in files if not re.match(r"pytorch_model.*\.bin$", f.name)]
     if len({f.suffix.lower() for f in files}) > 1:
         raise _several(folder, (f.name for f in files))
+    if not files and (folder / _ADAPTER).is_file():
+        raise ValueError(
+            f"{folder} holds a LoRA alone: load its model with it, load(MODEL, lora=FOLDER)"
+        )
     if not files:
         raise FileNotFoundError(f"no *.safetensors, *.bin or *.pth in the folder {folder}")
     return _shards(folder, files)
@@ -316,16 +373,6 @@ def _files_of_index(index: Path) -> list[Path]:
         if not file.is_file():
             raise FileNotFoundError(f"no such file: {file}, which {index.name} names")
     return files
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "safetensors files need the package safetensors: pip install torch_rwkv6[text]"
-        ) from error
-    return safetensors
 
 
 def _fitting(

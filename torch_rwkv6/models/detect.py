@@ -18,7 +18,6 @@ _REFUSED = (
     ("att.time_maa_rkvw_w1", "RWKV-6 x060b or x060c"),
     ("att.gate_w1", "RWKV-6 x060a"),
     ("att.time_maa_rkv_w1", "a variant of RWKV-6"),
-    ("att.time_mix_w1", "RWKV-6 in web-rwkv's own layout: load the .pth that it was made from"),
 )
 
 
@@ -40,18 +39,22 @@ def model_of(state_dict: Mapping[str, Tensor], **options: Any) -> RWKV:
                 f"state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got {version} (it has "
                 f"{sign})"
             )
-    if not names & {"att.time_mix_k", "att.time_maa_w1"}:
-        some = ", ".join(sorted(state_dict)[:3]) or "nothing"
-        if any("lora_" in name for name in state_dict):
-            raise ValueError(
-                f"state_dict: expected a model, got a LoRA adapter alone (it has {some}, ...): "
-                "merge it into its model first (merge_and_unload of peft)"
-            )
-        if names == {"att.time_state"}:
-            raise ValueError(
-                f"state_dict: expected a model, got states of state tuning alone (it has {some}, "
-                "...): load them together with the tensors of their model, in one mapping"
-            )
+    some = ", ".join(sorted(state_dict)[:3]) or "nothing"
+    known = names & {"att.time_mix_k", "att.time_maa_w1"}
+    if any("lora_" in name for name in state_dict):
+        raise ValueError(
+            "state_dict: expected a model, got one with a LoRA that is not merged: merge it where "
+            "it was made (merge_and_unload of peft)"
+            if known
+            else f"state_dict: expected a model, got a LoRA alone (it has {some}, ...): load its "
+            "model with it, load(MODEL, lora=FOLDER), FOLDER as peft's save_pretrained wrote it"
+        )
+    if names == {"att.time_state"}:
+        raise ValueError(
+            f"state_dict: expected a model, got tuned states alone (it has {some}, ...): load "
+            "their model with them, load(MODEL, state=FILE)"
+        )
+    if not known:
         raise ValueError(
             "state_dict: expected RWKV-4, RWKV-5 or RWKV-6 (x060), got neither "
             f"blocks.0.att.time_mix_k nor blocks.0.att.time_maa_w1 (it has {some}, ...)"

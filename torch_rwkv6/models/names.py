@@ -4,6 +4,8 @@ Wrappers (torch.compile, DDP, FSDP, activation checkpointing, Lightning) insert 
 name. Hugging Face and fla have conventions of their own: ``RWKV/rwkv-4-*`` (transformers'
 RwkvForCausalLM), ``RWKV/rwkv-5-world-*``, ``RWKV/v6-Finch-*-HF`` and ``RWKV/rwkv-6-world-*``;
 ``fla-hub/rwkv6-*-finch``, whose layers keep the low-rank matrices transposed and in another order.
+web-rwkv's ``.st`` files have names of RWKV-4 and RWKV-5 for other things in RWKV-5 and RWKV-6, and
+some matrices transposed.
 """
 
 from __future__ import annotations
@@ -67,6 +69,17 @@ _FLA = (
     (r"(blocks\.\d+)\.ffn\.receptance\.mu$", r"\1.ffn.time_maa_r"),
     (r"(blocks\.\d+\.ffn\.(?:key|value|receptance))\.linear\.", r"\1."),
 )
+_WEB_RWKV = (
+    (r"(blocks\.\d+\.(?:att|ffn)\.time_)mix_", r"\1maa_"),
+    (r"(blocks\.\d+\.att\.time_)first$", r"\1faaaa"),
+)
+_WEB_RWKV_TRANSPOSED = (
+    "time_maa_w1",
+    "time_maa_w2",
+    "time_decay_w1",
+    "time_decay_w2",
+    "time_state",
+)
 _FLA_ORDER = "rwkvg"  # of what official checkpoints keep in the order w, k, v, r, g
 _OFFICIAL_ORDER = "wkvrg"
 
@@ -84,7 +97,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for landmark, convert in (
         (r"rwkv\.blocks\.\d+\.(?:attention|feed_forward)\.", _from_hugging_face),
         (r"model\.layers\.\d+\.attn\.", _from_fla),
-        (r"blocks\.\d+\.(?:att|ffn)\.", dict),
+        (r"blocks\.\d+\.(?:att|ffn)\.", _from_blocks),
     ):
         found = [re.match(rf"((?:[^.]+\.)*?){landmark}", name) for name in tensors]
         prefixes = sorted({match[1] for match in found if match})
@@ -147,3 +160,23 @@ def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             tensors[name] = x
     return {name: x.contiguous() for name, x in tensors.items()}
+
+
+def _from_blocks(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """From official names, or those of web-rwkv, which begin alike.
+
+    ``assets/scripts/convert_safetensors.py`` of web-rwkv. It does not rename what RWKV-4, 5.0 and
+    5.1 have. Of RWKV-5.2 it renames u alone, to what is the logarithm of u in the other two: these
+    have one decay per head, [H].
+    """
+    if any(name.endswith(".att.time_mix_w1") for name in state_dict):
+        tensors = _renamed(state_dict, lambda name: _by_rules(name, _WEB_RWKV))
+        for name, x in tensors.items():
+            if name.endswith(_WEB_RWKV_TRANSPOSED) and x.dim() > 1:
+                tensors[name] = x.mT.contiguous()
+        return tensors
+    decays = [x for name, x in state_dict.items() if name.endswith(".att.time_decay")]
+    multi_head = any(name.endswith(".att.ln_x.weight") for name in state_dict)
+    if multi_head and any(x.dim() and x.numel() > len(x) for x in decays):  # [H, N]: RWKV-5.2
+        return _renamed(state_dict, lambda name: _by_rules(name, _WEB_RWKV[1:]))
+    return dict(state_dict)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from torch_rwkv6._torch_private import register_namedtuple
-from torch_rwkv6.files import device_named, file_to_write, reason, written
+from torch_rwkv6.files import (
+    StrPath,
+    device_named,
+    file_to_write,
+    read_tensors,
+    write_tensors,
+)
 
 __all__ = ["RWKVState"]
 
@@ -87,40 +93,43 @@ class RWKVState(NamedTuple):
             raise ValueError("states: expected at least one, got none")
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*states, strict=True)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file that `load` (or torch.load with weights_only) reads.
+    def save(self, path: StrPath) -> None:
+        """Writes the state to a file that `load` reads, and torch.load or safetensors as well.
+
+        Args:
+            path: ``.safetensors``, or any other name for a file of torch.save, in a folder that
+                exists. The file appears when it is complete.
 
         Raises:
+            ImportError: the package safetensors is missing.
             OSError: the folder is missing, or writing fails; a file that was there is unchanged.
             TypeError, ValueError: no path of a file.
         """
-        content = {n: x.detach().cpu().clone() for n, x in self._asdict().items()}
-        with written(file_to_write(path)) as part, part.open("wb") as file:
-            torch.save(content, file)
+        target = file_to_write(path)
+        whole = torch.contiguous_format  # of a view no more than it shows
+        tensors = {
+            n: x.detach().cpu().clone(memory_format=whole) for n, x in self._asdict().items()
+        }
+        write_tensors(tensors, target)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str | None = None
-    ) -> RWKVState:
+    def load(cls, path: StrPath, device: torch.device | str | None = None) -> RWKVState:
         """The state that `save` wrote.
 
         Raises:
+            ImportError: the package safetensors is missing.
             OSError: the file cannot be read.
             TypeError: device is none.
             ValueError: it holds no state; or this machine does not have the device.
         """
         device = device_named(device)
-        try:
-            content = torch.load(path, map_location=device, weights_only=True)
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            raise
-        except Exception as error:  # whatever the unpickler or unzipper met
-            raise ValueError(f"{path} is no saved RWKVState: it {reason(error)}") from error
-        if not isinstance(content, dict) or set(content) != set(cls._fields):
+        content = read_tensors(Path(path), "saved RWKVState")
+        if set(content) != set(cls._fields):
             raise ValueError(f"{path} is no saved RWKVState: expected the keys {cls._fields}")
         if not all(isinstance(x, Tensor) and x.is_floating_point() for x in content.values()):
             raise ValueError(f"{path} is no saved RWKVState: expected floating-point tensors")
-        return cls(**content)
+        # memory of its own: the file may be mapped, and the state will be updated in place
+        return cls(**{name: x.to(device, copy=True) for name, x in content.items()})
 
     def check_memory(self) -> None:
         """Raises ValueError where the state cannot be updated in place: elements share memory."""
