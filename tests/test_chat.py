@@ -186,7 +186,7 @@ def test_chats_from_tuned_states_in_the_qa_form(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shape = model.state_shape
-    states = {f"blocks.{i}.att.time_state": 20 * torch.randn(shape) for i in range(model.n_layer)}
+    states = {f"blocks.{i}.att.time_state": 1000 * torch.randn(shape) for i in range(model.n_layer)}
     save(states, tmp_path / "tuned.pth")
     tuned = load(checkpoint, state=states).eval()
     chat = Chat(tuned, TOKENIZER, TEMPLATES["qa"])

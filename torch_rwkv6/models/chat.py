@@ -114,7 +114,7 @@ class Chat:
         system: str = "",
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.states = [model.initial_state(1)]  # from the beginning to now
+        self.states = [model.initial_state(1).detach()]  # from the beginning to now
         if system:
             self.states = [self._after(template.turn("system", system))]
 
