@@ -24,7 +24,6 @@ import torch
 from torch_rwkv6.files import file_to_write
 from torch_rwkv6.models import generate_text, load, load_tokenizer, save
 from torch_rwkv6.models.chat import TEMPLATES, Chat
-from torch_rwkv6.models.tokenizers import TextStream, Tokenizer
 from torch_rwkv6.nn import RWKV
 
 DTYPES = {
@@ -47,29 +46,8 @@ MISTAKES = (
 INTERRUPTED, PIPE_CLOSED = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
 
 
-class Counted:
-    """A tokenizer that counts the tokens that it turns into text."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.count = tokenizer, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
-
-    def stream(self) -> TextStream:
-        self.inner = self.tokenizer.stream()
-        return self
-
-    def push(self, token: int) -> str:
-        self.count += 1
-        return self.inner.push(token)
-
-    def flush(self) -> str:
-        return self.inner.flush()
-
-
 def generate(args: argparse.Namespace) -> None:
-    tokenizer: Any = Counted(load_tokenizer(args.tokenizer))
+    tokenizer = load_tokenizer(args.tokenizer)
     prompt = args.prompt if args.prompt_file is None else _text(args.prompt_file)
     model = _model(args).eval()
     sampling = _sampling(args)
@@ -83,8 +61,8 @@ def generate(args: argparse.Namespace) -> None:
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - start
     print(flush=True)
-    speed = tokenizer.count / max(seconds, 1e-9)
-    figures = f"{tokenizer.count} tokens in {seconds:.2f} s, {speed:.1f} tokens/s"
+    count = len(pieces.request.tokens)
+    figures = f"{count} tokens in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} tokens/s"
     print(f"{figures}, seed {sampling['seed']}", file=sys.stderr)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from torch_rwkv6.files import StrPath
-from torch_rwkv6.models.generation import PIECE, generate_text
+from torch_rwkv6.models.engine import PIECE
+from torch_rwkv6.models.generation import generate_text
 from torch_rwkv6.models.tokenizers import Tokenizer
 from torch_rwkv6.nn import RWKV, RWKVState
 from torch_rwkv6.nn.sharded import device_of
@@ -118,7 +120,7 @@ class Chat:
         if system:
             self.states = [self._after(template.turn("system", system))]
 
-    def answer(self, text: str, max_tokens: int = 500, **options: object) -> Iterator[str]:
+    def answer(self, text: str, max_tokens: int = 500, **options: Any) -> Iterator[str]:
         """Yields the answer, piece by piece. The chat itself stays as it is: see `remember`.
 
         Args:
