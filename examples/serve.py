@@ -541,10 +541,11 @@ def main(argv: list[str] | None = None) -> None:
         args.max_tokens,
     )
     # A page of another site could otherwise have its name lead here, and read what it likes
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if is_loopback(args.host) else ["*"]
+    hosts = ["127.0.0.1", "localhost", "::1", "[::1]"] if is_loopback(args.host) else ["*"]
     key = args.api_key or os.environ.get("RWKV_API_KEY")
     config = uvicorn.Config(application(server, key, hosts), log_level="warning")
     host = f"[{args.host}]" if ":" in args.host else args.host
+    listener.listen(config.backlog)
     print(f"{server.name}: http://{host}:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
 

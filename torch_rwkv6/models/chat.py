@@ -64,7 +64,7 @@ class ChatTemplate:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends an answer: the beginning of the next question."""
+        """What ends an answer, which is how the next question begins."""
         return (f"\n\n{self.user}:",)
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
