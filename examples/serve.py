@@ -59,6 +59,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from torch_rwkv6 import models
+from torch_rwkv6.__main__ import DTYPES
 from torch_rwkv6.models import Engine, Penalties, Sampling, Step, TextDecoder
 from torch_rwkv6.models.chat import TEMPLATES, ChatTemplate
 from torch_rwkv6.models.tokenizers import Tokenizer
@@ -511,6 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--state", help="file of tuned states that texts start from")
     parser.add_argument("--lora", help="folder of a LoRA to merge, as peft saves it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters; as in the file")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is for other machines, too")
     parser.add_argument("--port", type=cli.integer(0, 65535), default=8000, help="0 is a free one")
     parser.add_argument(
@@ -529,7 +531,8 @@ def main(argv: list[str] | None = None) -> None:
     listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((args.host, args.port))
-    model = models.load(args.model, args.device, state=args.state, lora=args.lora).eval()
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    model = models.load(args.model, args.device, dtype, state=args.state, lora=args.lora).eval()
     tokenizer = tokenizer_of(model.vocab_size, args.tokenizer)
     new_engine = partial(Engine, model, max_rows=args.rows, cache_bytes=args.cache * 2**20)
     server = Server(

@@ -235,6 +235,16 @@ def test_chats(client: Any, model: Any) -> None:
     assert newer.choices[0].message.content == text.lstrip()
 
 
+def test_a_chat_goes_on_from_the_state_after_its_last_answer(client: Any) -> None:
+    messages = [{"role": "user", "content": "Who made the heaven?"}]
+    first = ask(client, messages, max_tokens=25, temperature=0)
+    messages.append({"role": "assistant", "content": first.choices[0].message.content})
+    messages.append({"role": "user", "content": "And the earth?"})
+    second = ask(client, messages, temperature=0)
+    known = first.usage.total_tokens - 1  # its last token has been written, and not read
+    assert second.usage.prompt_tokens_details.cached_tokens == known
+
+
 def test_texts_end_before_a_stop_across_tokens(client: Any, model: Any) -> None:
     text = expected(model, "And God said", 60)
     stop = text[30:36]  # six tokens
