@@ -109,8 +109,11 @@ class Worker(threading.Thread):
         """Adds the texts of a request. `release` must follow.
 
         Raises:
-            ApiError: there are too many already, or the engine refuses one; nothing is added.
+            ApiError: there are too many already, the engine refuses one, or it has ended; nothing
+                is added.
         """
+        if not self.is_alive():
+            raise ApiError(503, "the engine has ended: the log tells why", "server_error")
         if self.open + len(jobs) > self.most:
             full = f"{self.open} of {self.most} texts are being written or wait: try again later"
             raise ApiError(429, full, "rate_limit_error", code="rate_limit_exceeded")
@@ -154,14 +157,14 @@ class Worker(threading.Thread):
                 self._engine = self._new_engine()
 
     def _submit(self, jobs: Sequence[Job], done: asyncio.Future[None]) -> None:
-        refused = None
+        mistake = None
         try:
             for job in jobs:
                 job.request = self._engine.submit(job.prompt, **job.options)
                 self._jobs[job.request] = job
         except Exception as error:
-            refused = error
-        self._in_loop(_settle, done, refused)
+            mistake = error
+        self._in_loop(_settle, done, mistake)
 
     def _cancel(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -464,7 +467,7 @@ async def on_http_error(request: Request, error: Any) -> Response:
 
 
 async def on_fault(request: Request, error: Exception) -> Response:
-    return refusal(ApiError(500, "a fault of the server, which its log tells", "server_error"))
+    return refusal(ApiError(500, "a fault of the server: its log tells more", "server_error"))
 
 
 def application(server: Server, key: str | None, hosts: Sequence[str]) -> Starlette:

@@ -582,6 +582,19 @@ def test_the_default_device_plays_no_part(suffix: str, tmp_path: Path) -> None:
     assert_same(load(tmp_path / f"b.{suffix}"), model)
 
 
+def test_no_initial_values_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device that takes more than a second, as torch imports its compiler for it."""
+    models = [random_model(version) for version in VERSIONS]
+
+    def draws(*args: object, **options: object) -> None:
+        raise AssertionError
+
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(Tensor, name, draws)
+    for model in models:
+        assert_same(load(model.state_dict()), model)
+
+
 # ---- writing
 
 

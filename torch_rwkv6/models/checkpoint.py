@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from torch_rwkv6.arguments import flag, number
 from torch_rwkv6.files import (
@@ -103,7 +104,7 @@ def load(
         if train_state is False:
             raise ValueError("train_state: expected True or None beside state, got False")
         tensors |= _tuned(state)
-    with torch.device("meta"):  # allocates no memory and computes no initial values
+    with torch.device("meta"), _NoInitialValues():  # allocates no memory
         model = model_of(tensors, ln_x_eps=ln_x_eps, train_state=train_state)
     expected = {name: p.shape for name, p in model.named_parameters()}
     tensors = _fitting(tensors, expected, model)
@@ -115,6 +116,18 @@ def load(
     if int8:
         quantize_int8_(model)
     return model
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out what PyTorch's layers draw: on the meta device that imports torch._dynamo."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def save(model: torch.nn.Module | Mapping[str, Tensor], path: StrPath) -> None:
