@@ -26,7 +26,7 @@ from torch_rwkv6.models import generate_text, load, load_tokenizer, save
 from torch_rwkv6.models.chat import TEMPLATES, Chat
 from torch_rwkv6.nn import RWKV
 
-DTYPES = {
+DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

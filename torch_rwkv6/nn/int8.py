@@ -76,7 +76,7 @@ class Int8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves with the model, but stays float32 where the model is cast to another dtype."""
         scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)
         return self
 
@@ -98,14 +98,12 @@ def quantize_int8_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it has no nn.Linear without bias, or a weight that is not finite.
     """
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.bias is None
-    ]
+    found = False
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.bias is None:
+                setattr(parent, name, Int8Linear.of(child.weight).train(child.training))
+                found = True
     if not found:
         raise ValueError("model: expected matrices (nn.Linear without bias), found none")
-    for parent, name, child in found:
-        setattr(parent, name, Int8Linear.of(child.weight).train(child.training))
     return model
