@@ -93,7 +93,7 @@ class Worker(threading.Thread):
     """Runs the engine. `submit` and `release` are for the event loop.
 
     Args:
-        new_engine: makes the engine, and another one after an exception of the model.
+        new_engine: makes the engine, and another one after a fault of it.
         most: how many texts may be written or wait.
     """
 
@@ -149,7 +149,7 @@ class Worker(threading.Thread):
             try:
                 for step in self._engine.step():
                     self._pass_on(step)
-            except Exception as error:  # of the model
+            except Exception as error:  # the engine's own; those of the model end requests
                 traceback.print_exc()
                 jobs, self._jobs = list(self._jobs.values()), {}
                 for job in jobs:
@@ -182,6 +182,8 @@ class Worker(threading.Thread):
         end = "stop" if job.decoder.stopped else step.finish_reason
         if end is not None:
             del self._jobs[request]
+        if end == "error" and not isinstance(request.error, FloatingPointError):
+            traceback.print_exception(request.error)  # of the model
         if job.trim:
             text = text.lstrip()
             job.trim = not text

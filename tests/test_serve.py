@@ -493,11 +493,20 @@ def test_mistakes_are_one_line(checkpoint: str, capsys: pytest.CaptureFixture[st
             assert out == ""
 
 
-def test_a_model_that_raises_ends_what_runs_and_nothing_else(
-    model: Any, capfd: pytest.CaptureFixture[str]
+def test_faults_end_what_runs_and_nothing_else(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Such as one that needs more memory than there is."""
-    engines = []
+    """Of the engine, or of a model that needs more memory than there is."""
+    engines, faults = [], ["a fault", "out of memory"]
+    works = model.forward_
+
+    def forward_(*args: Any) -> Any:
+        if faults:
+            raise RuntimeError(faults[0])
+        return works(*args)
+
+    def step() -> None:
+        raise RuntimeError(faults[0])
 
     def new_engine() -> Any:
         engines.append(serve.Engine(model, max_rows=2))
@@ -510,15 +519,18 @@ def test_a_model_that_raises_ends_what_runs_and_nothing_else(
 
     async def run() -> None:
         worker = serve.Worker(new_engine, 2)
-        engines[0].step = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        engines[0].step = step
         worker.start()
         try:
-            failing, good = job(), job()
-            await worker.submit([failing])
-            assert str((await failing.pieces.get()).error) == "out of memory"
-            worker.release([failing])
+            while faults:
+                failing = job()
+                await worker.submit([failing])
+                piece = await asyncio.wait_for(failing.pieces.get(), LIMIT)
+                assert str(piece.error) == faults.pop(0)
+                worker.release([failing])
+            good = job()
             await worker.submit([good])
-            pieces = [await good.pieces.get() for _ in range(5)]
+            pieces = [await asyncio.wait_for(good.pieces.get(), LIMIT) for _ in range(5)]
             assert pieces[-1].end == "length"
             worker.release([good])
             assert worker.open == 0
@@ -528,9 +540,12 @@ def test_a_model_that_raises_ends_what_runs_and_nothing_else(
             await worker.submit([job()])
         assert worker.open == 0
 
+    monkeypatch.setattr(model, "forward_", forward_)
     asyncio.run(run())
     assert len(engines) == 2
-    assert "out of memory" in capfd.readouterr().err  # for the log
+    log = capfd.readouterr().err
+    assert "RuntimeError: a fault" in log
+    assert "RuntimeError: out of memory" in log
 
 
 # ---- the page
