@@ -18,7 +18,7 @@ from samples import (
     slow_call,
 )
 
-from torch_rwkv6 import reference, wkv
+from torch_rwkv6 import chunked, reference, wkv
 
 TOLERANCE = {
     torch.float64: 1e-13,
@@ -130,6 +130,24 @@ def test_states_that_no_sequence_starts_from_get_zero():
     grad = gradients(call, call.grad_outputs())[5]
     assert (grad[:2] == 0).all()
     assert (grad[2] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"B": 0, "states": 1},
+        {"B": 0, "states": 2, "state_map": []},
+        {"B": 0, "T": 20, "states": 2, "state_map": []},
+        {"B": 1, "T": 0, "states": 2, "state_map": [], "cu_seqlens": [0]},
+    ],
+    ids=str,
+)
+def test_states_of_no_sequence_at_all_get_zero(options):
+    call = random_call(N=4, **options)
+    for operators in (torch.ops.rwkv6, reference, chunked):
+        grad = operators.wkv_backward(*call.grad_outputs(), *call.args())[5]
+        assert grad.shape == call.initial_state.shape
+        assert (grad == 0).all()
 
 
 def test_padding_has_finite_gradients_and_passes_the_state_on():

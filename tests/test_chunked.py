@@ -68,6 +68,15 @@ def test_sizes(N, H):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{"B": 0}, {"H": 0}, {"B": 0, "states": 2, "state_map": []}, {"B": 0, "H": 0, "states": 1}],
+    ids=str,
+)
+def test_no_sequence_or_no_head(options):
+    assert_right(random_call(T=T, dtype=torch.float64, **options), 0)
+
+
+@pytest.mark.parametrize(
     ("dtype", "limits"),
     [(torch.float32, (1e-6, 5e-6)), (torch.bfloat16, (2.5e-3,) * 2), (torch.float16, (3e-4,) * 2)],
     ids=str,

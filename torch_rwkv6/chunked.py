@@ -222,7 +222,7 @@ def _segments(
     # a decay of 1 leaves the state as it is
     tokens = [_in_chunks(x, chunk, packing, 0.0) for x in (r, k, v)]
     tokens.append(_in_chunks(w, chunk, packing, -torch.inf))
-    size = max(1, SEGMENT // (B * chunk * H * N))
+    size = max(1, SEGMENT // max(1, B * chunk * H * N))
     borders: list[_Border | None] = [None] * -(-tokens[0].shape[1] // size)
     if packing is not None:
         edge = packing.sequence.diff() != 0

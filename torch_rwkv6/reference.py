@@ -252,8 +252,8 @@ def grad_initial_state(
         # every device. Selected by where, because a product with 0 would spread NaN.
         numbers = torch.arange(rows, device=grad.device)[:, None, None, None]
         total = torch.zeros(rows, *grad.shape[1:], dtype=grad.dtype, device=grad.device)
-        for row, sequence in zip(state_map.split(1), grad.split(1), strict=True):
-            total = total + torch.where(numbers == row, sequence, 0.0)
+        for m in range(state_map.shape[0]):
+            total = total + torch.where(numbers == state_map[m : m + 1], grad[m : m + 1], 0.0)
         grad = total
     elif rows != grad.shape[0]:
         grad = grad.sum(0, keepdim=True)
@@ -267,4 +267,4 @@ def _sequence_of_token(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     """
     positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     last = max(cu_seqlens.shape[0] - 2, 0)
-    return (torch.searchsorted(cu_seqlens, positions, right=True) - 1).clamp(0, last).split(1)
+    return (torch.searchsorted(cu_seqlens, positions, right=True) - 1).clamp(0, last).split(1)[:tokens]
