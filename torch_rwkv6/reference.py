@@ -267,4 +267,5 @@ def _sequence_of_token(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     """
     positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     last = max(cu_seqlens.shape[0] - 2, 0)
-    return (torch.searchsorted(cu_seqlens, positions, right=True) - 1).clamp(0, last).split(1)[:tokens]
+    sequence = (torch.searchsorted(cu_seqlens, positions, right=True) - 1).clamp(0, last)
+    return sequence.split(1)[:tokens]  # without tokens, split returns one empty tensor
