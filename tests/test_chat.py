@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_line import assert_refused
 
 from torch_rwkv6.__main__ import main
 from torch_rwkv6.models import generate_text, load, load_tokenizer, save
@@ -257,12 +258,8 @@ def test_prompts_from_files_and_pipes(
 def test_errors_are_one_line(
     arguments: list[str], message: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([checkpoint if a == "CHECKPOINT" else a for a in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("torch_rwkv6: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    given = [checkpoint if a == "CHECKPOINT" else a for a in arguments]
+    assert assert_refused(main, "torch_rwkv6", given, message, capsys) == ""
 
 
 def test_ctrl_c_ends_an_answer_and_then_the_chat(checkpoint: str) -> None:

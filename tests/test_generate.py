@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import D, L, N, V, random_model, random_tokens
+from one_line import assert_refused
 from torch import Tensor
 
 from torch_rwkv6 import generate
@@ -768,12 +769,8 @@ def test_info_and_convert_commands(
 def test_errors_are_one_line(
     arguments: list[str], message: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([checkpoint if a == "CHECKPOINT" else a for a in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("torch_rwkv6: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    given = [checkpoint if a == "CHECKPOINT" else a for a in arguments]
+    assert assert_refused(main, "torch_rwkv6", given, message, capsys) == ""
 
 
 def test_a_model_whose_logits_are_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,3 +173,13 @@ def test_packed_sequences_that_do_not_fit() -> None:
         model.forward_(tokens, model.initial_state(2), offsets(0, 12, 12))
     with pytest.raises(IndexError):
         model(tokens + V, cu_seqlens=offsets(0, 12))
+
+
+def test_a_row_of_a_state_shares_its_memory() -> None:
+    state = random_model("6").initial_state(3)
+    state.row(1).wkv.fill_(2)
+    assert state.wkv[:, 1].eq(2).all()
+    assert state.wkv[:, [0, 2]].eq(0).all()
+    for i in (3, -4):
+        with pytest.raises(IndexError):
+            state.row(i)

@@ -196,7 +196,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return sum(x.nbytes for x in tensors)
 
 
 def _mib(size: int) -> str:

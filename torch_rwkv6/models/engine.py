@@ -388,7 +388,7 @@ class Engine:
             self._reading = [row for row in self._reading if row not in rows]
             return [_failed(row.request, error) for row in rows]
         for i, (row, tokens) in enumerate(pieces):
-            row.own = RWKVState(*(x[:, i : i + 1] for x in state))
+            row.own = state.row(i)
             row.read += len(tokens)
             done = row.read == len(row.request.prompt)
             if done:
@@ -414,7 +414,7 @@ class Engine:
     def _leave(self, i: int) -> None:
         """Takes row i out of the batch; the last one fills its place."""
         row, last = self._rows[i], len(self._rows) - 1
-        own = RWKVState(*(x[:, i : i + 1] for x in self.pool))
+        own = self.pool.row(i)
         if row.request.keep_state:
             row.request.state = own.clone()
         if row.cacheable and row.request.error is None:

@@ -131,7 +131,7 @@ def generate(
             seed=seed + b,
             logprobs=logprobs,
             processors=processors,
-            state=None if state is None else _row(state, b),
+            state=None if state is None else state.row(b),
             keep_state=state is not None,  # the last token is fed
         )
         for b, row in enumerate(rows)
@@ -162,10 +162,6 @@ def _raise(requests: list[Request]) -> None:
     for request in requests:
         if request.error is not None:
             raise request.error
-
-
-def _row(state: RWKVState, b: int) -> RWKVState:
-    return RWKVState(*(x[:, b : b + 1] for x in state))
 
 
 class GeneratedText(Iterator[str]):

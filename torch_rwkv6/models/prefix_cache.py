@@ -23,7 +23,7 @@ class Cached(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (*self.state, self.logits))
+        return sum(x.nbytes for x in (*self.state, self.logits))
 
 
 class PrefixCache:

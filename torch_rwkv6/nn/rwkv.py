@@ -269,7 +269,7 @@ class RWKV(nn.Module):
         """`forward_` of each packed sequence alone."""
         logits = []
         for m, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            own = RWKVState(*(x[:, m : m + 1] for x in state))
+            own = state.row(m)
             logits.append(self.forward_(tokens[:, begin:end], own))
         return torch.cat(logits)
 

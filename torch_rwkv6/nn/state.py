@@ -82,6 +82,14 @@ class RWKVState(NamedTuple):
             raise ValueError(f"rows: expected [B'], got shape {tuple(index.shape)}")
         return RWKVState(*(x[:, index] for x in self))
 
+    def row(self, i: int) -> RWKVState:
+        """Batch row i as a state of one row, in the memory of this one.
+
+        Raises:
+            IndexError: a row outside the batch.
+        """
+        return RWKVState(*(x[:, i].unsqueeze(1) for x in self))
+
     @classmethod
     def cat(cls, states: Sequence[RWKVState]) -> RWKVState:
         """Several states as one batch, in their order: the inverse of `select`.
