@@ -3,13 +3,17 @@
 Files named after a backend belong to it alone.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 BACKEND = os.environ["KERAS_BACKEND"]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-flags = "--xla_backend_optimization_level=0"  # programs that run once
+# Programs that run once: what takes time is compiling, above all what XLA has MLIR fuse.
+flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if BACKEND == "jax":  # eight devices on the CPU, for the tests of sharding
     flags += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", flags)
@@ -17,3 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 _OWN = {"jax": "test_jax_*.py", "tensorflow": "test_tensorflow_*.py", "torch": "test_torch_*.py"}
 collect_ignore_glob = [pattern for name, pattern in _OWN.items() if name != BACKEND]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_second_look():
+    """Frameworks' and earlier tests' objects stay: a full collection, which Keras asks for whenever
+    it quantizes a map, need not walk through them again."""
+    gc.freeze()
