@@ -70,6 +70,15 @@ def quick(function):
     return compiled(function) if BACKEND == "jax" else function
 
 
+def traced(function):
+    """function as it runs soonest many times over with the same shapes."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    return quick(function)
+
+
 def compiled(function):
     """function as the backend compiles it."""
     if BACKEND == "jax":

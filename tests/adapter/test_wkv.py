@@ -15,6 +15,7 @@ from backend import (
     quick,
     relative_rms,
     tensor,
+    traced,
 )
 from samples import random_grads, random_inputs
 
@@ -137,7 +138,7 @@ def test_slow_decays_in_pieces(tokens):
     x = random_inputs(1, 300 * tokens, 1, 4, states=1, extreme=False)
     x[3][:] = -9
     x[1][:, tokens:] = 0  # what the state was decays, and nothing is added that would hide it
-    f, state = quick(operator(True)), tensor(x[5])
+    f, state = traced(operator(True)), tensor(x[5])
     for t in range(0, 300 * tokens, tokens):
         _, state = f(*(tensor(a[:, t : t + tokens]) for a in x[:4]), tensor(x[4]), state)
     assert relative_rms(array(state), recurrence.wkv(*x)[1]) <= 2e-6
