@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # before it. The face is torch_rwkv6/__init__.py, which `import torch_rwkv6` names.
 FACE = "__init__"
 LAYERS = (
-    {"version", "_torch_private", "arguments", "files"},
+    {"version", "_torch_private", "_after_import", "arguments", "files"},
     {"_library", "contract"},
     {"checks", "reference", "reference4", "chunked"},
     {"registration"},

@@ -4,4 +4,12 @@ The binary registers the schemas and the kernels (csrc/bindings/torch.cpp); impo
 registers the rest, before the first call. All of it follows from `torch_rwkv6.contract`.
 """
 
-from torch_rwkv6.registration import autocast, autograd, fake, fallback, schema, vmap  # noqa: F401
+from torch_rwkv6.registration import (  # noqa: F401
+    autocast,
+    autograd,
+    fake,
+    fallback,
+    flops,
+    schema,
+    vmap,
+)
