@@ -22,7 +22,7 @@ LAYERS = (
     {"registration"},
     {"ops"},
     {"nn", "compat"},
-    {"models"},
+    {"models", "parallel"},
     {FACE},
     {"__main__"},
 )

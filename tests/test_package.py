@@ -29,6 +29,10 @@ for part in ("_C.abi3.so does not exist", "pip install", "reference"):
     assert part in messages[0], messages[0]
 assert not torch_rwkv6.has_kernels
 
+import sys
+for slow in ("torch.distributed.tensor", "torch.utils.flop_counter"):
+    assert slow not in sys.modules, slow
+
 import torch
 from torch_rwkv6 import reference, wkv, wkv_update
 torch.manual_seed(0)

@@ -11,5 +11,6 @@ from torch_rwkv6.registration import (  # noqa: F401
     fallback,
     flops,
     schema,
+    sharding,
     vmap,
 )

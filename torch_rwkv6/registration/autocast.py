@@ -6,7 +6,7 @@ model remembers. `wkv_backward` needs no rule, because the forward pass saves in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def _rule(operator: Operator, device_type: str) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         low = torch.get_autocast_dtype(device_type)
         with torch.amp.autocast(device_type, enabled=False):
-            cast = [_cast(a, x, low) for a, x in zip(operator.arguments, arguments)]
+            cast = cast_all(operator, arguments, low)
             try:
                 return op(*cast)
             except Exception:
@@ -33,6 +33,11 @@ def _rule(operator: Operator, device_type: str) -> Callable[..., Any]:
                 raise
 
     return kernel
+
+
+def cast_all(operator: Operator, arguments: Sequence[Any], low: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of a call as the operator is to see them under autocast."""
+    return tuple(_cast(a, x, low) for a, x in zip(operator.arguments, arguments))
 
 
 def _cast(argument: Argument, x: Any, low: torch.dtype) -> Any:
