@@ -5,7 +5,7 @@ Sharded tensors (DTensor), and sequences cut into pieces (torch_rwkv6.parallel).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,10 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_rwkv6 import parallel
+from torch_rwkv6.nn.token_shift import token_shift
 
 SECONDS = 120  # for all cases of one launch
 CASES: dict[int, dict[str, Callable[[], None]]] = {2: {}, 4: {}}
@@ -266,6 +270,209 @@ def refused() -> None:
         torch_rwkv6.wkv4_update(k, k, w, w, dealt(torch.zeros(4, 3, 8), mesh, Shard(0)).detach())
 
 
+# ---- sequences in pieces
+
+
+def piece(x: Tensor | None, lengths: list[int], rank: int, dim: int = 1) -> Tensor | None:
+    return None if x is None else x.split(lengths, dim)[rank]
+
+
+def assert_pieces_are_one_sequence(
+    call: Call, lengths: list[int], group: dist.ProcessGroup | None
+) -> None:
+    own = dist.get_rank(group)
+    whole = call.leaves()
+    torch.manual_seed(0)  # the same gradients on all ranks
+    grad_y, grad_state = call.grad_outputs()
+    expected_y, expected_state = torch_rwkv6.wkv(*whole.floats(), cu_seqlens=call.cu_seqlens)
+    # A different gradient on every rank: the rank's share is one plus its number.
+    shares = sum(1 + rank for rank in range(len(lengths)))
+    torch.autograd.backward((expected_y, expected_state), (grad_y, shares * grad_state))
+
+    tokens = [piece(x, lengths, own).clone().requires_grad_() for x in call.floats()[:4]]
+    rest = [None if x is None else x.clone().requires_grad_() for x in call.floats()[4:]]
+    y, state = parallel.wkv(*tokens, *rest, group=group, cu_seqlens=call.cu_seqlens)
+    close(y, piece(expected_y, lengths, own), "y")
+    close(state, expected_state, "final_state")
+    torch.autograd.backward((y, state), (piece(grad_y, lengths, own), (1 + own) * grad_state))
+    for name, x, expected in zip("rkvw", tokens, whole.floats(), strict=False):
+        close(x.grad, piece(expected.grad, lengths, own), f"grad_{name}")
+    u, start = rest
+    grad_u = u.grad.clone()
+    dist.all_reduce(grad_u, group=group)
+    close(grad_u, whole.u.grad, "grad_u")
+    if start is not None:
+        if own == 0:
+            close(start.grad, whole.initial_state.grad, "grad_initial_state")
+        else:
+            assert not start.grad.any()
+
+
+LENGTHS = {
+    2: [[3, 9], [12, 0], [0, 12]],
+    3: [[5, 1, 6]],
+    4: [[1, 5, 0, 6], [0, 0, 12, 0], [3, 3, 3, 3]],
+}
+
+
+def calls_to_cut(dtype: torch.dtype) -> Iterator[Call]:
+    sizes = {"T": 12, "H": 2, "N": 8, "dtype": dtype}
+    plain = random_call(2, **sizes, extreme=True)
+    plain.w[0, 2, 0, :3] = torch.tensor([torch.inf, -torch.inf, -1e9])
+    yield plain
+    yield random_call(3, **sizes, states=3)
+    yield random_call(2, **sizes, states=1, w_dtype=torch.float32)
+    packed = {"B": 1, **sizes, "cu_seqlens": [0, 1, 1, 9, 12]}
+    yield random_call(**packed)
+    yield random_call(**packed, states=4, index_dtype=torch.int32)
+    yield random_call(**packed, states=1)
+
+
+@case(2, 4)
+def pieces_are_one_sequence() -> None:
+    for lengths in LENGTHS[dist.get_world_size()]:
+        for dtype in (torch.float64, torch.float32):
+            for call in calls_to_cut(dtype):
+                assert_pieces_are_one_sequence(call, lengths, None)
+
+
+@case(4)
+def pieces_in_a_smaller_group() -> None:
+    for ranks in ([0, 1, 2], [1, 2, 3]):
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            for call in calls_to_cut(torch.float64):
+                assert_pieces_are_one_sequence(call, LENGTHS[3][0], group)
+        else:
+            with pytest.raises(ValueError, match="group: this process is not in it"):
+                parallel.wkv(*call_of_a_rank(), group=group)
+
+
+def call_of_a_rank() -> list[Tensor]:
+    call = random_call(2, 3, 2, 8)
+    return [call.r, call.k, call.v, call.w, call.u]
+
+
+@case(2)
+def a_group_of_one() -> None:
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    for call in calls_to_cut(torch.float64):
+        assert_pieces_are_one_sequence(call, [12], groups[dist.get_rank()])
+
+
+@case(2)
+def in_low_precision() -> None:
+    call = random_call(2, 12, 2, 8, torch.bfloat16, states=2, state_dtype=torch.bfloat16)
+    assert_pieces_are_one_sequence(call, [5, 7], None)
+    # Autocast casts as it does for the operator.
+    call, own = random_call(2, 12, 2, 8, states=2), dist.get_rank()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_y, expected_state = torch_rwkv6.wkv(*call.floats())
+        leaves = call.map(lambda x: x.clone()).leaves()
+        tokens = [piece(x, [5, 7], own) for x in leaves.floats()[:4]]
+        y, state = parallel.wkv(*tokens, leaves.u, leaves.initial_state, group=None)
+    assert y.dtype == torch.bfloat16
+    close(y, piece(expected_y, [5, 7], own), "y")
+    assert relative_rms(state.detach(), expected_state) < 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        (y.float().sum() + state.sum()).backward()
+    assert {x.grad.dtype for x in leaves.differentiable()} == {torch.float32}
+
+
+class Sent(TorchDispatchMode):
+    """The bytes that this process gives to each collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.bytes.append(sum(x.numel() * x.element_size() for x in args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@case(4)
+def what_is_sent() -> None:
+    B, T, H, N = 2, 64, 3, 16
+    call = random_call(B, T, H, N, torch.bfloat16).leaves()
+    tokens = call.floats()[:4]
+    state, decay, marks = 4 * B * H * N * N, 4 * B * H * N, 8
+    with Sent() as forward:
+        y, final = parallel.wkv(*tokens, call.u, group=None)
+    with Sent() as backward:
+        (y.float().sum() + final.sum()).backward()
+    assert forward.bytes == [state + decay + marks]
+    assert backward.bytes == [2 * state]
+    x = torch.randn(B, T, 48, requires_grad=True)
+    with Sent() as forward:
+        xx, last = parallel.token_shift(x, None, None)
+    with Sent() as backward:
+        (xx.sum() + last.sum()).backward()
+    assert forward.bytes == [4 * B * 48 + 12]
+    assert backward.bytes == [2 * 4 * B * 48]
+
+
+def assert_shifts_as_one(lengths: list[int], *, given: bool) -> None:
+    own = dist.get_rank()
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, sum(lengths), 3, generator=g, dtype=torch.float64) for _ in range(2))
+    shift, grad_last = (torch.randn(2, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    shift = shift.requires_grad_() if given else None
+    x.requires_grad_()
+    expected = token_shift(x, shift)
+    torch.autograd.backward(expected, (grad, len(lengths) * grad_last))
+
+    part = piece(x.detach(), lengths, own).clone().requires_grad_()
+    before = None if shift is None else shift.detach().clone().requires_grad_()
+    found = parallel.token_shift(part, before, None)
+    assert torch.equal(found[0], piece(expected[0], lengths, own))
+    assert torch.equal(found[1], expected[1])
+    torch.autograd.backward(found, (piece(grad, lengths, own), grad_last))
+    close(part.grad, piece(x.grad, lengths, own), "grad_x")
+    if before is not None:
+        close(before.grad, shift.grad if own == 0 else torch.zeros_like(before), "grad_shift")
+
+
+@case(2, 4)
+def token_shift_of_pieces() -> None:
+    n = dist.get_world_size()
+    for lengths in (*LENGTHS[n], [0] * n):
+        assert_shifts_as_one(lengths, given=True)
+        assert_shifts_as_one(lengths, given=False)
+    x = torch.full((1, 1, 2), torch.inf if dist.get_rank() == 0 else 1.0)
+    _, last = parallel.token_shift(x, None, None)  # infinity stays with its neighbour
+    assert torch.equal(last, torch.ones(1, 2))
+
+
+@case(2)
+def refused_pieces() -> None:
+    own, arguments = dist.get_rank(), call_of_a_rank()
+    state = torch.zeros(2, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"initial_state: expected on the first.*rank 1 alone"):
+        parallel.wkv(*arguments, state if own == 1 else None, group=None)
+    x, shift = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"shift: expected on the first.*rank 1 alone"):
+        parallel.token_shift(x, shift if own == 1 else None, None)
+    with pytest.raises(ValueError, match="initial_state: autograd records this call on rank 0"):
+        parallel.wkv(*arguments, state.requires_grad_() if own == 0 else None, group=None)
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(TypeError, match=r"group: expected .*ProcessGroup \(mesh.get_group\(\)"):
+        parallel.wkv(*arguments, group=mesh)
+    of_tensor = distribute_tensor(torch.zeros(2, 6, 2, 8), mesh, [Shard(1)])
+    with pytest.raises(TypeError, match=r"k: expected this process's own piece.*to_local\(\)"):
+        parallel.wkv(arguments[0], of_tensor, *arguments[2:], group=None)
+    with pytest.raises(ValueError, match="v: expected the shape of r"):
+        parallel.wkv(*arguments[:2], arguments[2][:1], *arguments[3:], group=None)
+    with pytest.raises(ValueError, match=r"x: expected 3 dimensions \[B, T, D\]"):
+        parallel.token_shift(x[0], None, None)
+    with pytest.raises(ValueError, match=r"shift: expected \[B, D\] = \(2, 4\)"):
+        parallel.token_shift(x, shift[:1], None)
+    packed = [arguments[0][:1], *(x[:1] for x in arguments[1:4]), arguments[4]]
+    with pytest.raises(RuntimeError, match="cu_seqlens: the last must be T = 6, got 3"):
+        parallel.wkv(*packed, group=None, cu_seqlens=torch.tensor([0, 3]))
+
+
 # ---- the launches
 
 
@@ -283,3 +490,8 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]
 )
 def test_over_processes(size: int, name: str, errors: dict[int, dict[str, str]]) -> None:
     assert not errors[size][name], errors[size][name]
+
+
+def test_without_process_groups() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
+        parallel.wkv(*call_of_a_rank(), group=None)

@@ -1,6 +1,6 @@
 """RWKV-6 for PyTorch: the WKV6 operator with native kernels, layers and models."""
 
-from torch_rwkv6 import models, nn, reference
+from torch_rwkv6 import models, nn, parallel, reference
 from torch_rwkv6._library import has_cuda_kernels, has_kernels
 from torch_rwkv6.models import generate
 from torch_rwkv6.ops import wkv, wkv4, wkv4_update, wkv_update
@@ -13,6 +13,7 @@ __all__ = [
     "has_kernels",
     "models",
     "nn",
+    "parallel",
     "reference",
     "wkv",
     "wkv4",
