@@ -58,6 +58,7 @@ docs/build
 docs/operator
 docs/numerics
 docs/models
+docs/parallel
 docs/keras
 docs/coming-from
 docs/environment
@@ -72,6 +73,7 @@ docs/glossary
 docs/api/operator
 docs/api/nn
 docs/api/models
+docs/api/parallel
 docs/api/keras
 docs/api/compat
 ```

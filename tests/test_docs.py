@@ -1,6 +1,7 @@
 """README.md and docs/: their examples run, and the files that they name are there.
 
-Those of docs/keras.md run with the tests of the adapter, on every backend.
+Those of docs/keras.md run with the tests of the adapter, on every backend, and those of
+docs/parallel.md on two processes, in tests/test_parallel.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def blocks(page: str) -> list[str]:
 
 def test_every_page_with_examples_is_run() -> None:
     with_examples = [page for page in PAGES if blocks(page)]
-    assert with_examples == sorted(["README.md", "docs/keras.md", *RUN])
+    assert with_examples == sorted(["README.md", "docs/keras.md", "docs/parallel.md", *RUN])
 
 
 @pytest.mark.parametrize("page", ["README.md", *RUN])

@@ -20,6 +20,7 @@ if not torch.distributed.is_available():
 import torch.distributed as dist
 from processes import run_cases
 from samples import Call, random_call, relative_rms
+from test_docs import blocks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import (
     Partial,
@@ -443,6 +444,13 @@ def token_shift_of_pieces() -> None:
     x = torch.full((1, 1, 2), torch.inf if dist.get_rank() == 0 else 1.0)
     _, last = parallel.token_shift(x, None, None)  # infinity stays with its neighbour
     assert torch.equal(last, torch.ones(1, 2))
+
+
+@case(2)
+def examples_of_the_page() -> None:
+    scope: dict[str, Any] = {}
+    for code in blocks("docs/parallel.md"):
+        exec(code, scope)
 
 
 @case(2)

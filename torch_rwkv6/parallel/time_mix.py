@@ -62,8 +62,8 @@ def wkv(
 
     Raises:
         TypeError, ValueError: as for `torch_rwkv6.wkv`; or a DTensor, or a group that is none.
-        ValueError, on all ranks: initial_state is given, but not on the first rank; or autograd
-            records the call on some ranks only. (Neither is checked on a GPU, where a look at
+        ValueError: initial_state is given, but not on the first rank; or autograd records the call
+            on some ranks only. All ranks raise it. (Neither is checked on a GPU, where a look at
             values would stall the stream.)
         RuntimeError: torch.distributed is not initialised, or cu_seqlens hold values out of range.
     """

@@ -32,8 +32,8 @@ def token_shift(
         gradients that reach it on different ranks add up.
 
     Raises:
-        TypeError, ValueError: no tensor, a DTensor, or a shape that does not fit.
-        ValueError, on all ranks: as for `torch_rwkv6.parallel.wkv`.
+        TypeError: no tensor, a DTensor, or a group that is none.
+        ValueError: a shape that does not fit; or as for `torch_rwkv6.parallel.wkv`, on all ranks.
         RuntimeError: torch.distributed is not initialised.
     """
     ranks = Ranks(group)
