@@ -8,7 +8,7 @@ token needs the state that those before it leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch_rwkv6._after_import import after_import
@@ -18,21 +18,22 @@ from torch_rwkv6.contract import OPERATORS, Argument, Operator
 Rule = tuple[list[Any], list[Any]]
 
 
-def _axes(operator: Operator, given: dict[str, Any]) -> Iterator[str]:
+def _axes(operator: Operator, given: dict[str, Any]) -> list[str]:
     """The axes that may be cut; those in one string are cut together."""
-    if operator.independent:
-        yield operator.independent
-    if given.get("cu_seqlens") is not None:
-        return  # packed sequences are one row of tokens
-    lead = (operator.forward or operator).arguments[0]
-    state = given.get("initial_state")
-    # Each sequence has a state of its own, or all processes need all states.
-    own = (
-        state is not None
-        and given.get("state_map") is None
-        and state.shape[0] == given[lead.name].shape[0]
-    )
-    yield "BMS" if own else "BM"
+    forward = operator.forward or operator
+    ways = [operator.independent] if operator.independent else []
+    if given.get("cu_seqlens") is None:  # packed sequences are one row of tokens
+        lead, state = given[forward.arguments[0].name], given.get("initial_state")
+        # Each sequence has a state of its own, or all processes need all states.
+        own = (
+            state is not None and given.get("state_map") is None and state.shape[0] == lead.shape[0]
+        )
+        ways.append("BMS" if own else "BM")
+    # Inputs may be whole, but not what the forward pass makes of them, nor its gradient.
+    made = operator.results
+    if operator.forward is not None:
+        made = operator.arguments[: -len(forward.arguments)]
+    return [axes for axes in ways if all(set(a.axes) & set(axes) for a in made)]
 
 
 def _rules(operator: Operator) -> Callable[..., list[Rule]]:
