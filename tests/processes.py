@@ -11,6 +11,7 @@ import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,16 +45,10 @@ def run_cases(module: str, size: int, folder: Path, seconds: int) -> dict[str, s
     """
     # torch_rwkv6 comes first, as in most programs; torch._dynamo is imported by fake tensors.
     mp.set_forkserver_preload(["torch_rwkv6", module, "torch._dynamo"])
-    before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path)
-    try:
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         processes = mp.start_processes(
             _work, (module, size, str(folder)), size, join=False, start_method="forkserver"
         )
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
     late = ""
     try:
         for _ in range(seconds):
@@ -61,8 +56,8 @@ def run_cases(module: str, size: int, folder: Path, seconds: int) -> dict[str, s
                 break
         else:
             late = f"the processes take more than {seconds} seconds"
-    except mp.ProcessException as error:
-        late = str(error)
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        late = f"one of them ended: {error}"
     finally:
         for process in processes.processes:
             process.kill()

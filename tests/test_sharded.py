@@ -1,11 +1,10 @@
 """fully_shard (FSDP2) on a model: the same logits and states, carried in float32 whatever is cast.
 
-Two processes over gloo run all cases; each case reports what it found to the test that names it.
+Two processes over gloo run all cases, one after the other.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,8 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checkpoints import random_model, random_tokens
+from processes import run_cases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -41,7 +40,7 @@ POLICIES = {
     )
     * 2,
 }
-CASES: dict[str, Callable[[], None]] = {}
+CASES: dict[int, dict[str, Callable[[], None]]] = {PROCESSES: {}}
 
 
 def sharded(model: RWKV, policy: str, *, mixes: bool = False) -> RWKV:
@@ -67,7 +66,8 @@ def states_of(model: RWKV, tokens: Tensor, length: int) -> list[RWKVState]:
 
 def case(*arguments: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        CASES[" | ".join([function.__name__, *map(str, arguments)])] = lambda: function(*arguments)
+        name = " | ".join([function.__name__, *map(str, arguments)])
+        CASES[PROCESSES][name] = lambda: function(*arguments)
         return function
 
     return register
@@ -239,39 +239,12 @@ def built_on_the_meta_device() -> None:
     assert torch.equal(*gathered)
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
-    errors = {}
-    for name, run in CASES.items():
-        try:
-            run()
-        except Exception:
-            errors[name] = traceback.format_exc()
-        dist.barrier()
-    torch.save(errors, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """By case, in each process."""
-    folder = tmp_path_factory.mktemp("sharded")
-    processes = mp.spawn(worker, (str(folder),), PROCESSES, join=False)
-    try:
-        for _ in range(SECONDS):
-            if processes.join(1):
-                break
-        else:
-            pytest.fail(f"the processes take more than {SECONDS} seconds")
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By case."""
+    return run_cases("test_sharded", PROCESSES, tmp_path_factory.mktemp("sharded"), SECONDS)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sharded(name: str, errors: list[dict[str, str]]) -> None:
-    for rank, found in enumerate(errors):
-        assert name not in found, f"process {rank}: {found[name]}"
+@pytest.mark.parametrize("name", CASES[PROCESSES])
+def test_sharded(name: str, errors: dict[str, str]) -> None:
+    assert not errors[name], errors[name]
