@@ -139,8 +139,9 @@ def calls(B: int, H: int, dtype: torch.dtype) -> dict[str, Call]:
     }
 
 
-def kinds_of(name: str) -> Kind:
-    return BATCH if name in ("no state", "a state each") else POOL
+def kind_of(name: str) -> Kind:
+    """How the sequences of one of `calls` may be sharded."""
+    return {"no state": BATCH, "a state each": BATCH, "packed": WHOLE}.get(name, POOL)
 
 
 @case(2, 4)
@@ -148,21 +149,16 @@ def heads_and_sequences() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name, call in calls(5, 6, torch.float64).items():  # the last of 4 gets none of 5 sequences
         assert_equals_one_process(call, mesh, (HEADS,))
-        assert_equals_one_process(call, mesh, (WHOLE if name == "packed" else kinds_of(name),))
+        assert_equals_one_process(call, mesh, (kind_of(name),))
 
 
 @case(4)
 def two_dimensional_mesh() -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     for name, call in calls(5, 5, torch.float64).items():
-        if name == "packed":
-            assert_equals_one_process(call, mesh, (WHOLE, HEADS))
-            continue
-        batch = kinds_of(name)
-        for kinds in ((batch, HEADS), (HEADS, batch)):
-            assert_equals_one_process(call, mesh, kinds)
-    call, batch = random_call(5, 7, 5, 8, states=5), BATCH
-    for kinds in ((HEADS, HEADS), (batch, batch), (WHOLE, batch)):
+        assert_equals_one_process(call, mesh, (kind_of(name), HEADS))
+    call = random_call(5, 7, 5, 8, states=5)
+    for kinds in ((HEADS, BATCH), (HEADS, HEADS), (BATCH, BATCH), (WHOLE, BATCH)):
         assert_equals_one_process(call, mesh, kinds)
 
 
@@ -239,9 +235,9 @@ def compiled() -> None:
         (y.to_local().sum() + state.to_local().square().sum()).backward()
         return [x.to_local() for x in (y, state, *(x.grad for x in parts.differentiable()))]
 
-    for backend in ("inductor", "aot_eager") if dist.get_rank() == 0 else ():
-        compiled_function = torch.compile(function, backend=backend, fullgraph=True)
-        for kind in (HEADS, BATCH):
+    for backend, kind in {"inductor": HEADS, "aot_eager": BATCH}.items():
+        if dist.get_rank() == 0:
+            compiled_function = torch.compile(function, backend=backend, fullgraph=True)
             pairs = zip(results(compiled_function, kind), results(function, kind), strict=True)
             for x, y in pairs:
                 close(x, y, backend)
