@@ -460,6 +460,8 @@ def refused_pieces() -> None:
         parallel.token_shift(x, shift if own == 1 else None, None)
     with pytest.raises(ValueError, match="initial_state: autograd records this call on rank 0"):
         parallel.wkv(*arguments, state.requires_grad_() if own == 0 else None, group=None)
+    with torch.no_grad():  # where nothing waits for the others
+        parallel.wkv(*arguments, state.requires_grad_() if own == 0 else None, group=None)
     mesh = init_device_mesh("cpu", (2,))
     with pytest.raises(TypeError, match=r"group: expected .*ProcessGroup \(mesh.get_group\(\)"):
         parallel.wkv(*arguments, group=mesh)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_rwkv6.checks import check, check_values
 from torch_rwkv6.contract import WKV, WKV_BACKWARD
-from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags
+from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, recorded
 from torch_rwkv6.registration.autocast import cast_all
 
 _wkv, _wkv_backward = WKV.overload, WKV_BACKWARD.overload
@@ -77,7 +77,7 @@ def wkv(
     *floats, _, cu_seqlens = arguments
     pieces = None if cu_seqlens is None else _pieces(cu_seqlens, r.shape[1], ranks)
     with torch.amp.autocast(device, enabled=False):
-        return _Wkv.apply(*floats, pieces, ranks)
+        return _Wkv.apply(*floats, pieces, ranks, recorded(*floats))
 
 
 def _pieces(cu_seqlens: Tensor, tokens: int, ranks: Ranks) -> Tensor:
@@ -125,11 +125,12 @@ class _Wkv(torch.autograd.Function):
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         ranks: Ranks,
+        records: bool,
     ) -> tuple[Tensor, Tensor]:
         state = initial_state if ranks.own == 0 else None
         y, final = _wkv(r, k, v, w, u, state, None, cu_seqlens)
         decay = _decay(w, cu_seqlens, final.dtype)
-        agreed = flags(initial_state, any(ctx.needs_input_grad), final)
+        agreed = flags(initial_state, records, final)
         finals, decays, agreed = ranks.gather(final, decay, agreed)
         check_flags("initial_state", agreed)
         order = range(ranks.size)
@@ -164,8 +165,8 @@ class _Wkv(torch.autograd.Function):
         *grads, grad_state = found
         if ranks.own > 0 and initial_state is not None:  # what it got is that of `state`
             grad_state = torch.zeros_like(initial_state)
-        needed = ctx.needs_input_grad
-        return (*(g if n else None for g, n in zip([*grads, grad_state], needed)), None, None)
+        grads = [g if n else None for g, n in zip([*grads, grad_state], ctx.needs_input_grad)]
+        return (*grads, None, None, None)
 
 
 def _state_gradient(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_rwkv6.nn.token_shift import token_shift as of_a_piece
-from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags
+from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, recorded
 
 
 def token_shift(
@@ -43,7 +43,8 @@ def token_shift(
     B, _, D = x.shape
     if shift is not None and shift.shape != (B, D):
         raise ValueError(f"shift: expected [B, D] = {(B, D)}, got shape {tuple(shift.shape)}")
-    before, last = _Halo.apply(x, None if shift is None else shift.to(x.dtype), ranks)
+    first = None if shift is None else shift.to(x.dtype)
+    before, last = _Halo.apply(x, first, ranks, recorded(x, first))
     return of_a_piece(x, before)[0], last
 
 
@@ -52,13 +53,13 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor | None, ranks: Ranks
+        ctx: Any, x: Tensor, shift: Tensor | None, ranks: Ranks, records: bool
     ) -> tuple[Tensor, Tensor]:  # [B, D], [B, D]
         first = x.new_zeros(x.shape[0], x.shape[2]) if shift is None else shift.clone()
         own = x[:, -1] if x.shape[1] else first
         # An empty piece is passed over; on the first rank it passes on what was before all.
         filled = ranks.own == 0 or x.shape[1] > 0
-        agreed = flags(shift, any(ctx.needs_input_grad), x)
+        agreed = flags(shift, records, x)
         tokens, have, agreed = ranks.gather(own, x.new_tensor([filled]), agreed)
         check_flags("shift", agreed)
         # For each rank the nearest one that has a token, itself or before it.
@@ -90,4 +91,4 @@ class _Halo(torch.autograd.Function):
             grad_x[:, -1] = grad
         if ranks.own == 0:
             grad_shift = grad_before if ctx.shape[1] else grad_before + grad
-        return grad_x, grad_shift if ctx.needs_input_grad[1] else None, None
+        return grad_x, grad_shift if ctx.needs_input_grad[1] else None, None, None
