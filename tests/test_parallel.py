@@ -87,7 +87,8 @@ GRADS = ("tokens", "tokens", "tokens", "tokens", "grad_u", "grad_state")
 def dealt(x: Tensor | None, mesh: DeviceMesh, *placements: Placement) -> Tensor | None:
     if x is None:
         return None
-    found = distribute_tensor(x, mesh, placements, src_data_rank=None)  # all have the same x
+    # All have the same x, and none sends it.
+    found = distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
     return found.requires_grad_() if found.is_floating_point() else found
 
 
@@ -374,6 +375,48 @@ def in_low_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         (y.float().sum() + state.sum()).backward()
     assert {x.grad.dtype for x in leaves.differentiable()} == {torch.float32}
+
+
+Model = Callable[..., tuple[Tensor, Tensor]]
+
+
+def three_steps(call: Call, model: Model, average: Callable[[Tensor], object]) -> list[Tensor]:
+    """What three steps of AdamW make of the inputs of a call, by the loss of all ranks."""
+    inputs = call.differentiable()
+    optimizer = torch.optim.AdamW(inputs, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        y, state = model(*inputs)
+        (y.square().sum() + state.sum()).backward()
+        average(call.u.grad)
+        optimizer.step()
+    return [x.detach() for x in inputs]
+
+
+@case(2, 4)
+def three_optimiser_steps() -> None:
+    n = dist.get_world_size()
+    call = random_call(4, 12, 4, 8, torch.float64, states=4)
+    expected = three_steps(call.leaves(), torch_rwkv6.wkv, lambda grad: None)
+    shapes = {(n,): [(HEADS,), (BATCH,)]} | ({(2, 2): [(BATCH, HEADS)]} if n == 4 else {})
+    for shape, ways in shapes.items():
+        mesh = init_device_mesh("cpu", shape)
+        for kinds in ways:
+            parts = sharded(call, mesh, kinds)
+            found = three_steps(parts, torch_rwkv6.wkv, lambda grad: None)
+            for x, y in zip(found, expected, strict=True):
+                close(x.full_tensor(), y, str(kinds))
+
+    def cut(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = parallel.wkv(*inputs, group=None)
+        return y, state / n  # which all ranks have
+
+    lengths, own = LENGTHS[n][0], dist.get_rank()
+    floats = [x if i > 3 else piece(x, lengths, own) for i, x in enumerate(call.floats())]
+    found = three_steps(call.with_floats(floats).leaves(), cut, dist.all_reduce)
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        if i <= 4 or own == 0:  # the state is the first rank's
+            close(x, piece(y, lengths, own) if i <= 3 else y, f"input {i}")
 
 
 class Sent(TorchDispatchMode):
