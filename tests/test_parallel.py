@@ -324,6 +324,7 @@ def calls_to_cut(dtype: torch.dtype) -> Iterator[Call]:
     yield random_call(**packed)
     yield random_call(**packed, states=4, index_dtype=torch.int32)
     yield random_call(**packed, states=1)
+    yield random_call(0, **sizes)
 
 
 @case(2, 4)

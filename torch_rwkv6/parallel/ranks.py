@@ -37,7 +37,8 @@ class Ranks:
             return [x.unsqueeze(0) for x in tensors]
         own = torch.cat([x.flatten() for x in tensors])
         gathered = own.new_empty(self.size, own.numel())
-        dist.all_gather(list(gathered), own, group=self.group)
+        if own.numel():
+            dist.all_gather(list(gathered), own, group=self.group)
         parts = gathered.split([x.numel() for x in tensors], 1)
         return [part.reshape(self.size, *x.shape) for part, x in zip(parts, tensors)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torch_rwkv6.nn.token_shift import token_shift as of_a_piece
@@ -14,7 +15,7 @@ from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, r
 def token_shift(
     x: Tensor,  # [B, T, D], this rank's piece
     shift: Tensor | None,  # [B, D], the last token before all pieces; None is zeros
-    group: Any,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:  # [B, T, D], [B, D]
     """The previous token minus this one, where the first token's is the last one of a rank before.
 

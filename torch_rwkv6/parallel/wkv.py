@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torch_rwkv6.checks import check, check_values
@@ -31,7 +32,7 @@ def wkv(
     u: Tensor,  # [H, N]
     initial_state: Tensor | None = None,  # [1 or B or M, H, N, N]
     *,
-    group: Any,
+    group: dist.ProcessGroup | None,
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
     """`torch_rwkv6.wkv` over sequences that are cut into one piece for each rank of a group.
