@@ -263,7 +263,7 @@ def _direct_call() -> Step:
     shapes = [(1, 1, 1, 8)] * 4 + [(1, 8), (1, 1, 1, 8), (1, 1, 8, 8)]  # r, k, v, w, u, y, state
     arrays = [np.ones(shape, "float32") for shape in shapes]
     *inputs, y, state = [ctypes.pointer(dl_tensor(x)) for x in arrays]
-    arguments = (None, ctypes.byref(WkvInputs(*inputs)), y, state)
+    arguments = (None, ctypes.byref(WkvInputs(*inputs)), y, state, None)
 
     def call() -> None:
         message = library.rwkv6_wkv_forward(*arguments)

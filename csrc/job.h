@@ -2,9 +2,14 @@
 // all checks that need no values.
 #pragma once
 
+#include "rwkv6.h"
 #include "views.h"
 
 namespace rwkv6 {
+
+// A checkpoint is the state before a token of a sequence whose number, greater than 0, is a multiple
+// of this one.
+constexpr int64_t kCheckpointTokens = RWKV6_CHECKPOINT_TOKENS;
 
 // The sequences of a call: batch rows, or the pieces of cu_seqlens.
 struct Sequences {
@@ -18,6 +23,19 @@ struct Sequences {
   // On a GPU, with cu_seqlens: points to 1 if they do not rise from 0 to T, otherwise to 0. The
   // launch fills it in.
   const int* bad_cu_seqlens;
+
+  // Checkpoints lie where their tokens do: two of them are never less than kCheckpointTokens apart,
+  // so the rows are distinct, and how many there are follows from T alone.
+  RWKV6_HOST_DEVICE int64_t checkpoints_of_row() const {
+    return tokens > 0 ? (tokens - 1) / kCheckpointTokens : 0;
+  }
+  RWKV6_HOST_DEVICE int64_t checkpoints() const {
+    return (cu_seqlens.data ? 1 : count) * checkpoints_of_row();
+  }
+  // The row of the state before `token` of a sequence that begins at token `begin` of batch row b.
+  RWKV6_HOST_DEVICE int64_t checkpoint(int64_t b, int64_t begin, int64_t token) const {
+    return b * checkpoints_of_row() + (begin + token) / kCheckpointTokens - 1;
+  }
 };
 
 // The inputs of a call, forward or backward.
@@ -31,12 +49,14 @@ struct WkvInputs {
 
 struct ForwardJob : WkvInputs {
   Tokens y;
-  States final;  // [count, H, N, N] of the accumulator's dtype; in place: initial itself
+  States final;        // [count, H, N, N] of the accumulator's dtype; in place: initial itself
+  States checkpoints;  // [checkpoints(), H, N, N] of the accumulator's dtype; absent: not kept
 };
 
 struct BackwardJob : WkvInputs {
-  Tokens grad_y;      // absent: y plays no part
-  States grad_final;  // [count, H, N, N] of the accumulator's dtype; absent: zeros
+  States checkpoints;  // as the forward kept them; absent: they are recomputed
+  Tokens grad_y;       // absent: y plays no part
+  States grad_final;   // [count, H, N, N] of the accumulator's dtype; absent: zeros
   Tokens grad_r, grad_k, grad_v, grad_w;
   Heads grad_u;
   // [S, H, N, N] of initial's dtype; absent if initial is. The kernels are given one of

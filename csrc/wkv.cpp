@@ -47,6 +47,12 @@ struct Arguments {
     return tokens(name, x, sizes, dtype, dtype);
   }
 
+  // The [B P, H, N, N] checkpoints, if they are there.
+  States checkpoints(const DLTensor* x) const {
+    if (!x) return {};
+    return states("checkpoints", x, inputs.sequences.checkpoints(), sizes, acc, acc);
+  }
+
   // A [B or M, H, N, N] tensor of the accumulator's dtype.
   States final_states(const char* name, const DLTensor* x) const {
     return states(name, x, inputs.sequences.count, sizes, acc, acc);
@@ -150,14 +156,16 @@ void run_backward(const rwkv6_context* context, const Sizes& sizes, const Backwa
 using namespace rwkv6;
 
 const char* rwkv6_wkv_forward(const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
-                              DLTensor* y, DLTensor* final_state) {
+                              DLTensor* y, DLTensor* final_state, DLTensor* checkpoints) {
   return message_of([&] {
     const rwkv6_wkv_inputs& from = required("inputs", inputs);
     const Arguments in(from, from.initial_state, false);
     const ForwardJob job = {in.inputs, in.like_r("y", y),
-                            in.final_states("final_state", final_state)};
+                            in.final_states("final_state", final_state),
+                            in.checkpoints(checkpoints)};
     check_writable("y", y);
     check_writable("final_state", final_state);
+    if (checkpoints) check_writable("checkpoints", checkpoints);
     run_forward(context, in.sizes, job);
   });
 }
@@ -169,7 +177,7 @@ const char* rwkv6_wkv_update(const rwkv6_context* context, const rwkv6_wkv_input
     if (from.initial_state)
       throw ArgumentError("initial_state: expected NULL, an update starts from state");
     const Arguments in(from, state, true);
-    const ForwardJob job = {in.inputs, in.like_r("y", y), in.inputs.initial};
+    const ForwardJob job = {in.inputs, in.like_r("y", y), in.inputs.initial, {}};
     check_writable("y", y);
     check_writable("state", state);
     const std::pair<const char*, const DLTensor*> others[] = {
@@ -180,7 +188,8 @@ const char* rwkv6_wkv_update(const rwkv6_context* context, const rwkv6_wkv_input
 }
 
 const char* rwkv6_wkv_backward(const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
-                               const DLTensor* grad_y, const DLTensor* grad_final_state,
+                               const DLTensor* checkpoints, const DLTensor* grad_y,
+                               const DLTensor* grad_final_state,
                                const rwkv6_wkv_gradients* gradients) {
   return message_of([&] {
     const rwkv6_wkv_inputs& from = required("inputs", inputs);
@@ -191,6 +200,7 @@ const char* rwkv6_wkv_backward(const rwkv6_context* context, const rwkv6_wkv_inp
     const DType w = in.inputs.w.dtype, u = in.inputs.u.dtype, initial = in.inputs.initial.dtype;
     const BackwardJob job = {
         in.inputs,
+        in.checkpoints(checkpoints),
         grad_y ? in.like_r("grad_y", grad_y) : Tokens(),
         grad_final_state ? in.final_states("grad_final_state", grad_final_state) : States(),
         in.like_r("grad_r", to.grad_r),

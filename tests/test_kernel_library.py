@@ -57,7 +57,7 @@ def test_forward_on_numpy_arrays(library, strides):
     inputs = arrays()
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
     given = wkv_inputs(dl(x, strides=strides) for x in inputs)
-    error = library.rwkv6_wkv_forward(None, given, dl(y), dl(state))
+    error = library.rwkv6_wkv_forward(None, given, dl(y), dl(state), None)
     assert error is None
     expected_y, expected_state = oracle.wkv(*(x.astype(np.float64) for x in inputs))
     np.testing.assert_allclose(y, expected_y, rtol=2e-5, atol=2e-5)
@@ -68,9 +68,9 @@ def test_byte_offset(library):
     inputs = arrays()
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
     other_y, other_state = np.empty_like(y), np.empty_like(state)
-    library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state))
+    library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state), None)
     shifted = wkv_inputs(dl(x, offset=4096) for x in inputs)
-    library.rwkv6_wkv_forward(None, shifted, dl(other_y), dl(other_state))
+    library.rwkv6_wkv_forward(None, shifted, dl(other_y), dl(other_state), None)
     assert np.array_equal(y, other_y)
     assert np.array_equal(state, other_state)
 
@@ -88,8 +88,8 @@ def test_work_is_cut_for_the_callers_threads_also_within_one_head(library):
     y, state = np.empty_like(inputs[0]), np.empty_like(inputs[5])
     expected_y, expected_state = np.empty_like(y), np.empty_like(state)
     given = wkv_inputs(map(dl, inputs))
-    library.rwkv6_wkv_forward(None, given, dl(expected_y), dl(expected_state))
-    error = library.rwkv6_wkv_forward(ctypes.byref(context), given, dl(y), dl(state))
+    library.rwkv6_wkv_forward(None, given, dl(expected_y), dl(expected_state), None)
+    error = library.rwkv6_wkv_forward(ctypes.byref(context), given, dl(y), dl(state), None)
     assert error is None
     assert max(pieces) >= 4
     assert np.array_equal(y, expected_y)
@@ -122,7 +122,7 @@ def test_messages_and_untouched_outputs(library, index, change, message):
     inputs = arrays()
     outputs = [np.full_like(inputs[0], 7), np.full_like(inputs[5], 7)]
     tensors = [dl(x, **(change if i == index else {})) for i, x in enumerate(inputs + outputs)]
-    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors[:6]), *tensors[6:])
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors[:6]), *tensors[6:], None)
     assert error is not None
     assert message in error.decode()
     assert all((x == 7).all() for x in outputs)
@@ -132,7 +132,7 @@ def test_a_call_on_a_gpu_that_cannot_be_made_says_why(library):
     """No CUDA kernels, no GPU or no stream, whatever this machine lacks first."""
     tensors = [dl(x, device_type=K_CUDA) for x in arrays()]
     outputs = [dl(x, device_type=K_CUDA) for x in (arrays()[0], arrays()[5])]
-    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors), *outputs).decode()
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors), *outputs, None).decode()
     assert any(s in error for s in ("without CUDA kernels", "cudaGetDevice: ", "context: "))
 
 
@@ -141,7 +141,7 @@ def test_null_arguments(library, missing):
     inputs = arrays()
     outputs = [np.empty_like(inputs[0]), np.empty_like(inputs[5])]
     tensors = [None if i == missing else dl(x) for i, x in enumerate(inputs)]
-    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors), *map(dl, outputs))
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(tensors), *map(dl, outputs), None)
     assert error.decode() == f"{'rkvwu'[missing]}: required, got NULL"
 
 
@@ -149,20 +149,20 @@ def test_outputs_that_overlap_themselves_are_refused(library):
     inputs = arrays()
     y = np.lib.stride_tricks.as_strided(np.empty(1000, np.float32), inputs[0].shape, (0, 40, 20, 4))
     state = np.empty_like(inputs[5])
-    error = library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state))
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state), None)
     assert b"y: it is written to, but its elements overlap" in error
 
 
 def test_structs_are_required(library):
     y, state = np.empty((1, 1, 1, 1), np.float32), np.empty((1, 1, 1, 1), np.float32)
     for function, last in (
-        (library.rwkv6_wkv_forward, [dl(y), dl(state)]),
+        (library.rwkv6_wkv_forward, [dl(y), dl(state), None]),
         (library.rwkv6_wkv_update, [dl(state), dl(y)]),
-        (library.rwkv6_wkv_backward, [None, None, None]),
+        (library.rwkv6_wkv_backward, [None, None, None, None]),
     ):
         assert function(None, None, *last) == b"inputs: required, got NULL"
     given = wkv_inputs([None] * 5)
-    assert library.rwkv6_wkv_backward(None, given, None, None, None) == (
+    assert library.rwkv6_wkv_backward(None, given, None, None, None, None) == (
         b"gradients: required, got NULL"
     )
 
@@ -182,7 +182,7 @@ def test_wrong_shapes_of_u(library, shape, expected):
     inputs = arrays()
     inputs[4] = np.zeros(shape, np.float32)
     y, state = np.full_like(inputs[0], 7), np.full_like(inputs[5], 7)
-    error = library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state))
+    error = library.rwkv6_wkv_forward(None, wkv_inputs(map(dl, inputs)), dl(y), dl(state), None)
     assert error.decode() == f"u: expected shape {expected} (-1: any), got {list(shape)}"
     assert (y == 7).all()
 
@@ -208,7 +208,7 @@ def test_64_bit_offsets(library):
         *(x.astype(np.float64) for x in small), u.astype(np.float64), np.zeros((1, 1, N, N))
     )
     given = wkv_inputs([*map(dl, wide), dl(u)])
-    assert library.rwkv6_wkv_forward(None, given, dl(y), dl(state)) is None
+    assert library.rwkv6_wkv_forward(None, given, dl(y), dl(state), None) is None
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, expected_state, rtol=1e-5, atol=1e-5)
 

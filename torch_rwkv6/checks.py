@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_rwkv6._torch_private import concrete
 from torch_rwkv6.arguments import tensor
-from torch_rwkv6.contract import MAX_HEAD_SIZE, Argument, Dtype, Operator
+from torch_rwkv6.contract import CHECKPOINT_TOKENS, MAX_HEAD_SIZE, Argument, Dtype, Operator
 
 NO_OFFSETS = "cu_seqlens: expected at least one offset (M + 1 of them), got none"
 
@@ -124,7 +124,7 @@ def _shape_name(argument: Argument, lead: Argument, expected: Sequence[int | str
 
 
 def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Checks state_map and cu_seqlens against the states; adds M, the number of sequences."""
+    """Checks state_map and cu_seqlens against the states; adds M, the sequences, and P."""
     state_map, cu_seqlens = given["state_map"], given["cu_seqlens"]
     sequences = sizes["B"]
     if cu_seqlens is not None:
@@ -140,6 +140,7 @@ def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str,
             raise ValueError(NO_OFFSETS)
         sequences = offsets - 1
     sizes["M"] = sequences
+    sizes["P"] = sizes["B"] * (torch.sym_max(sizes["T"] - 1, 0) // CHECKPOINT_TOKENS)
     if "S" not in sizes:
         if state_map is not None:
             raise ValueError("state_map: given without initial_state, which it would index")

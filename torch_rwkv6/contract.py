@@ -6,6 +6,7 @@ csrc/bindings/torch.cpp holds the same schemas for programs that run without Pyt
 
 Shapes are written with one letter per axis: B sequences of T tokens, H heads of N channels, D
 channels, S states. M is the number of sequences, which is B unless they are packed by cu_seqlens.
+P is the number of checkpoints.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_HEAD_SIZE = 256
+CHECKPOINT_TOKENS = 128  # from one checkpoint to the next, as in csrc/include/rwkv6.h
 
 
 def state_dtype(r: Tensor) -> torch.dtype:
@@ -83,6 +85,8 @@ class Operator:
     autocast: bool = False  # has a rule for mixed precision
     forward: Operator | None = None  # the operator whose gradients this one computes
     update_of: Operator | None = None  # the operator that this one is the in-place form of
+    # Runs where it has a kernel and nowhere else, so it needs no implementation in PyTorch.
+    kernels_alone: bool = False
 
     @property
     def schema(self) -> str:
@@ -124,10 +128,11 @@ class Operator:
         return dict(zip([a.name for a in self.arguments], self.complete(arguments), strict=True))
 
 
-def _backward(forward: Operator) -> Operator:
+def _backward(forward: Operator, *kept: Argument) -> Operator:
     """Takes a gradient of each result, each may be None, and the inputs; returns their gradients.
 
-    The gradient of an optional input that is not given is empty: [0], float32.
+    Between them it takes what the forward has kept for it. The gradient of an optional input that
+    is not given is empty: [0], float32.
     """
     grads = [dataclasses.replace(a, name=f"grad_{a.name}", optional=True) for a in forward.results]
     inputs = forward.arguments
@@ -136,8 +141,8 @@ def _backward(forward: Operator) -> Operator:
         for i in forward.differentiable
     ]
     return Operator(
-        f"{forward.name}_backward",
-        (*grads, *inputs),
+        f"{forward.name}{'_checkpointed' if kept else ''}_backward",
+        (*grads, *(dataclasses.replace(a, optional=True) for a in kept), *inputs),
         tuple(results),
         forward.independent,
         forward=forward,
@@ -180,6 +185,17 @@ WKV = Operator(
     autocast=True,
 )
 WKV_BACKWARD = _backward(WKV)
+# What autograd runs where there are kernels: the forward keeps some of the states that it passes
+# through, and the backward need not find them again.
+CHECKPOINTS = Argument("checkpoints", "PHNN", Dtype.STATE)
+WKV_CHECKPOINTED = dataclasses.replace(
+    WKV,
+    name="wkv_checkpointed",
+    results=(*WKV.results, CHECKPOINTS),
+    autocast=False,
+    kernels_alone=True,
+)
+WKV_CHECKPOINTED_BACKWARD = _backward(WKV, CHECKPOINTS)
 WKV_UPDATE = _update(WKV)
 
 WKV4 = Operator(
@@ -213,9 +229,16 @@ MATVEC_INT8 = Operator(
 )
 
 OPERATORS = (
-    *(WKV, WKV_BACKWARD, WKV_UPDATE),
+    *(WKV, WKV_BACKWARD, WKV_UPDATE, WKV_CHECKPOINTED, WKV_CHECKPOINTED_BACKWARD),
     *(WKV4, WKV4_BACKWARD, WKV4_UPDATE),
     *(MATVEC, MATVEC_INT8),
+)
+
+# Operators and what computes their gradients.
+DERIVATIVES = (
+    (WKV, WKV_BACKWARD),
+    (WKV_CHECKPOINTED, WKV_CHECKPOINTED_BACKWARD),
+    (WKV4, WKV4_BACKWARD),
 )
 
 # The operator of eager decoding on a CPU has no derivative, no fake implementation and no fallback:

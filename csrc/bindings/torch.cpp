@@ -188,6 +188,15 @@ Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
   return empty(r, {sequences, n[2], n[3], n[3]}, state_dtype(r));
 }
 
+// [B P, H, N, N]
+Tensor empty_checkpoints(const Tensor& r) {
+  const auto n = r.sizes();
+  if (n.size() != 4 || n[3] > RWKV6_MAX_HEAD_SIZE)  // the library is going to refuse r
+    return empty(r, {0}, aoti_torch_dtype_float32());
+  const int64_t rows = n[1] > 0 ? (n[1] - 1) / RWKV6_CHECKPOINT_TOKENS : 0;
+  return empty(r, {n[0] * rows, n[2], n[3], n[3]}, state_dtype(r));
+}
+
 // [B, 3, D]
 Tensor empty_channel_states(const Tensor& k) {
   const auto n = k.sizes();
@@ -273,28 +282,48 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H
   const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens);
   check(rwkv6_wkv_forward(Context(r),
                           WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens),
-                          View::output(y), View::output(final_state)));
+                          View::output(y), View::output(final_state), nullptr));
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
-    const OptionalTensor& grad_y,            // [B, T, H, N]
-    const OptionalTensor& grad_final_state,  // [B or M, H, N, N]
-    const Tensor& r,                         // [B, T, H, N]
-    const Tensor& k,                         // [B, T, H, N]
-    const Tensor& v,                         // [B, T, H, N]
-    const Tensor& w,                         // [B, T, H, N]
-    const Tensor& u,                         // [H, N]
-    const OptionalTensor& initial_state,     // [S, H, N, N]
-    const OptionalTensor& state_map,         // [B] or [M]
-    const OptionalTensor& cu_seqlens) {      // [M + 1]
+// wkv for autograd, which keeps what wkv_checkpointed_backward needs.
+std::tuple<Tensor, Tensor, Tensor> wkv_checkpointed(
+    const Tensor& r,                      // [B, T, H, N]
+    const Tensor& k,                      // [B, T, H, N]
+    const Tensor& v,                      // [B, T, H, N]
+    const Tensor& w,                      // [B, T, H, N]
+    const Tensor& u,                      // [H, N]
+    const OptionalTensor& initial_state,  // [S, H, N, N]
+    const OptionalTensor& state_map,      // [B] or [M]
+    const OptionalTensor& cu_seqlens) {   // [M + 1]
+  const Tensor y = empty_for(r), final_state = empty_states(r, cu_seqlens),
+               checkpoints = empty_checkpoints(r);
+  check(rwkv6_wkv_forward(Context(r),
+                          WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens),
+                          View::output(y), View::output(final_state), View::output(checkpoints)));
+  return {y, final_state, checkpoints};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients wkv_checkpointed_backward(const OptionalTensor& grad_y,            // [B, T, H, N]
+                                    const OptionalTensor& grad_final_state,  // [B or M, H, N, N]
+                                    const OptionalTensor& checkpoints,       // [B P, H, N, N]
+                                    const Tensor& r,                         // [B, T, H, N]
+                                    const Tensor& k,                         // [B, T, H, N]
+                                    const Tensor& v,                         // [B, T, H, N]
+                                    const Tensor& w,                         // [B, T, H, N]
+                                    const Tensor& u,                         // [H, N]
+                                    const OptionalTensor& initial_state,     // [S, H, N, N]
+                                    const OptionalTensor& state_map,         // [B] or [M]
+                                    const OptionalTensor& cu_seqlens) {      // [M + 1]
   const Tensor grad_r = empty_for(r), grad_k = empty_for(k), grad_v = empty_for(v),
                grad_w = empty_for(w), grad_u = empty_for(u);
   const Tensor grad_initial =
       initial_state ? empty_for(*initial_state) : empty(r, {0}, aoti_torch_dtype_float32());
   check(rwkv6_wkv_backward(
-      Context(r), WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens), View(grad_y),
-      View(grad_final_state),
+      Context(r), WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens), View(checkpoints),
+      View(grad_y), View(grad_final_state),
       address(rwkv6_wkv_gradients{
           .grad_r = View::output(grad_r),
           .grad_k = View::output(grad_k),
@@ -303,6 +332,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
           .grad_u = View::output(grad_u),
           .grad_initial_state = initial_state ? View::output(grad_initial) : View()})));
   return {grad_r, grad_k, grad_v, grad_w, grad_u, grad_initial};
+}
+
+Gradients wkv_backward(const OptionalTensor& grad_y,            // [B, T, H, N]
+                       const OptionalTensor& grad_final_state,  // [B or M, H, N, N]
+                       const Tensor& r,                         // [B, T, H, N]
+                       const Tensor& k,                         // [B, T, H, N]
+                       const Tensor& v,                         // [B, T, H, N]
+                       const Tensor& w,                         // [B, T, H, N]
+                       const Tensor& u,                         // [H, N]
+                       const OptionalTensor& initial_state,     // [S, H, N, N]
+                       const OptionalTensor& state_map,         // [B] or [M]
+                       const OptionalTensor& cu_seqlens) {      // [M + 1]
+  return wkv_checkpointed_backward(grad_y, grad_final_state, std::nullopt, r, k, v, w, u,
+                                   initial_state, state_map, cu_seqlens);
 }
 
 Tensor wkv_update(const Tensor& r,                     // [B, T, H, N]
@@ -428,6 +471,15 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
       "Tensor w, Tensor u, Tensor? initial_state, Tensor? state_map, Tensor? cu_seqlens) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "wkv_checkpointed(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, "
+      "Tensor? initial_state=None, Tensor? state_map=None, Tensor? cu_seqlens=None) -> "
+      "(Tensor y, Tensor final_state, Tensor checkpoints)");
+  m.def(
+      "wkv_checkpointed_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor? checkpoints, "
+      "Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state, "
+      "Tensor? state_map, Tensor? cu_seqlens) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "wkv_update(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, "
       "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor");
   m.def(
@@ -447,6 +499,8 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv", TORCH_BOX(&wkv));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
+  m.impl("wkv_checkpointed", TORCH_BOX(&wkv_checkpointed));
+  m.impl("wkv_checkpointed_backward", TORCH_BOX(&wkv_checkpointed_backward));
   m.impl("wkv_update", TORCH_BOX(&wkv_update));
   m.impl("wkv4", TORCH_BOX(&wkv4));
   m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
@@ -463,5 +517,7 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CUDA, m) {
   if (rwkv6_cuda_problem() || !current_stream()) return;
   m.impl("wkv", TORCH_BOX(&wkv));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
+  m.impl("wkv_checkpointed", TORCH_BOX(&wkv_checkpointed));
+  m.impl("wkv_checkpointed_backward", TORCH_BOX(&wkv_checkpointed_backward));
   m.impl("wkv_update", TORCH_BOX(&wkv_update));
 }

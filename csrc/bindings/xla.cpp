@@ -185,7 +185,7 @@ ffi::Error forward(Platform platform,
   const rwkv6_context context = platform.context();
   if (in_place) return result_of(rwkv6_wkv_update(&context, &inputs, final_state_, y_));
   inputs.initial_state = state_;
-  return result_of(rwkv6_wkv_forward(&context, &inputs, y_, final_state_));
+  return result_of(rwkv6_wkv_forward(&context, &inputs, y_, final_state_, nullptr));
 }
 
 template <class Platform>
@@ -218,7 +218,8 @@ ffi::Error backward(Platform platform,
   inputs.initial_state = state_;
   const rwkv6_wkv_gradients gradients = {grad_r_, grad_k_, grad_v_, grad_w_, grad_u_, grad_state_};
   const rwkv6_context context = platform.context();
-  return result_of(rwkv6_wkv_backward(&context, &inputs, grad_y_, grad_final_state_, &gradients));
+  return result_of(
+      rwkv6_wkv_backward(&context, &inputs, nullptr, grad_y_, grad_final_state_, &gradients));
 }
 
 }  // namespace

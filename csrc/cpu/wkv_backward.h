@@ -1,17 +1,17 @@
 // WKV6 backward of whole sequences, chunk by chunk: wkv_backward_chunk.h has the formulas.
 //
-// Only the inputs are saved by the forward. The backward first runs through the sequence and keeps
-// the state before every segment. Then, segment by segment from the last to the first, it
-// recomputes the state before each chunk and goes through the chunks in reverse. S and G are stored
-// transposed, with the values as rows. The heads are processed in turn, chunk by chunk, because
-// their rows are neighbours in memory.
+// The states before all segments are the checkpoints. Where the forward has not kept them, the
+// backward first runs through the sequence to find them. Then, segment by segment from the last to
+// the first, it recomputes the state before each chunk and goes through the chunks in reverse. S and
+// G are stored transposed, with the values as rows. The heads are processed in turn, chunk by chunk,
+// because their rows are neighbours in memory.
 //
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int64_t kSegment = 64;       // tokens; a checkpoint each costs N / 64 of an f32 tensor
-constexpr int64_t kBackwardHeads = 4;  // whose states of a segment fit in the second-level cache
-// Bytes of the checkpoints of the heads that are processed in turn, unless kBackwardHeads need
-// more.
+constexpr int64_t kSegment = kCheckpointTokens;
+constexpr int64_t kBackwardHeads = 2;  // whose states of a segment fit in the second-level cache
+// Bytes of recomputed checkpoints of the heads that are processed in turn, unless kBackwardHeads
+// need more.
 constexpr int64_t kCheckpoints = int64_t(1) << 24;
 // Gradients of as many bytes have left the caches before anybody reads them.
 constexpr int64_t kStreamed = int64_t(1) << 24;
@@ -26,7 +26,7 @@ struct BackwardScratch {
   T* G;                             // [heads, values, keys]
   T* running_states;                // [heads, values, keys]: the state between two checkpoints
   T* states;       // [kBackwardHeads, kSegment / C, values, keys]: before the chunks of a segment
-  T* checkpoints;  // [heads, segments, values, keys]: before each segment
+  T* checkpoints;  // [heads, 1 or segments, values, keys]: before this segment, or before each
 };
 
 // One sequence, heads [first, last), the values of one part.
@@ -43,12 +43,16 @@ struct SequenceBackward {
   const Sequence& sequence = job.list[index];
   const int64_t chunks = (sequence.length + C - 1) / C;
   const int64_t segments = (chunks + kChunks - 1) / kChunks;
+  const bool given = job.checkpoints.data;
 
   T* G(int64_t h) const { return scratch.G + (h - first) * values * keys; }
   // The state before a chunk: a checkpoint, or one of the states of the current segment.
   T* state(int64_t h, int64_t chunk) const {
     const int64_t segment = chunk / kChunks, n = chunk % kChunks;
-    if (n == 0) return scratch.checkpoints + ((h - first) * segments + segment) * values * keys;
+    if (n == 0) {
+      const int64_t row = given ? h - first : (h - first) * segments + segment;
+      return scratch.checkpoints + row * values * keys;
+    }
     return scratch.states + ((h - first) % kBackwardHeads * kChunks + n) * values * keys;
   }
   T* grad_u(int64_t h) const {
@@ -165,15 +169,25 @@ struct SequenceBackward {
                 matrix + (i * states.stride_row + part.first) * size_of(states.dtype));
   }
 
-  void run() const {
-    for (int64_t h = first; h < last; h++) {
+  // The state before a segment, from where the caller has it.
+  void load_start(int64_t h, int64_t segment) const {
+    if (segment == 0) {
       load_state(sequence.initial < 0 ? nullptr : job.initial.matrix(sequence.initial, h),
                  job.initial, state(h, 0));
+      return;
+    }
+    const int64_t row = job.sequences.checkpoint(sequence.b, sequence.begin, segment * kSegment);
+    load_state(job.checkpoints.matrix(row, h), job.checkpoints, state(h, segment * kChunks));
+  }
+
+  void run() const {
+    for (int64_t h = first; h < last; h++) {
+      if (!given) load_start(h, 0);
       load_state(job.grad_final.matrix(index, h), job.grad_final, G(h));
       memset(grad_u(h), 0, sizeof(T) * size_t(job.N));
     }
-    // the checkpoints: up to the beginning of the last segment
-    for (int64_t n = 0; n < (segments - 1) * kChunks; n++)
+    // Recomputes the checkpoints, up to the beginning of the last segment.
+    for (int64_t n = 0; !given && n < (segments - 1) * kChunks; n++)
       for (int64_t h = first; h < last; h++) {
         prefetch({&job.w, &job.k, &job.v}, h, n, first, last, n + 1);
         T* running = scratch.running_states + (h - first) * values * keys;
@@ -184,6 +198,7 @@ struct SequenceBackward {
       const int64_t begin = s * kChunks, end = begin + kChunks < chunks ? begin + kChunks : chunks;
       for (int64_t from = first; from < last; from += kBackwardHeads) {
         const int64_t to = from + kBackwardHeads < last ? from + kBackwardHeads : last;
+        for (int64_t h = from; given && h < to; h++) load_start(h, s);
         for (int64_t n = begin; n + 1 < end; n++)
           for (int64_t h = from; h < to; h++) {
             prefetch({&job.w, &job.k, &job.v}, h, n, from, to, n + 1);
@@ -227,7 +242,8 @@ void backward_units(const BackwardWork& job, int64_t begin, int64_t end, Length 
   int64_t longest = 1;
   for (int64_t s = begin / units_per_sequence; s <= (end - 1) / units_per_sequence; s++)
     longest = job.list[s].length > longest ? job.list[s].length : longest;
-  const int64_t segments = (longest + kSegment - 1) / kSegment, matrix = keys * keys;
+  const int64_t segments = job.checkpoints.data ? 1 : (longest + kSegment - 1) / kSegment;
+  const int64_t matrix = keys * keys;
   const int64_t affordable = kCheckpoints / (segments * matrix * int64_t(sizeof(T)));
   int64_t heads = affordable < kBackwardHeads ? kBackwardHeads : affordable;
   heads = heads < kHeadGroup ? heads : kHeadGroup;

@@ -352,9 +352,22 @@ struct SequenceForward {
     step = block;
   }
 
+  // Every checkpoint is the state before some chunk.
+  static_assert(kCheckpointTokens % kBlock == 0 && kBlock % kChunk == 0);
+  void keep_checkpoint(const ForwardChunk<T>& chunk, const StateMove<T>& state) const {
+    const int64_t row = job.sequences.checkpoint(sequence.b, sequence.begin, chunk.step);
+    T* to = reinterpret_cast<T*>(job.checkpoints.matrix(row, chunk.h)) + part.first;
+    for (int64_t i = 0; i < job.N; i++)
+      memcpy(to + i * job.checkpoints.stride_row, state.from + i * state.from_stride,
+             size_t(columns) * sizeof(T));
+  }
+
   void compute(ForwardChunk<T>& chunk) {
     StateMove<T> state = state_of(chunk.h);
-    if (chunk.step == 0) start(job, sequence, chunk.h, part, state);
+    if (chunk.step == 0)
+      start(job, sequence, chunk.h, part, state);
+    else if (job.checkpoints.data && chunk.step % kCheckpointTokens == 0)
+      keep_checkpoint(chunk, state);
     if (chunk.tokens == 1)
       forward_tiles<T, X, 1, true>(chunk, job.N, columns, state, prefetcher);
     else if (chunk.settles)

@@ -415,6 +415,15 @@ __device__ inline void load_state(StateTile<N>& s, const States& states, int64_t
 __device__ inline float* f32_matrix(const States& states, int64_t row, int64_t h) {
   return reinterpret_cast<float*>(states.matrix(row, h));
 }
+// Keeps the state before a token of the sequence if that is a checkpoint.
+template <int N>
+__device__ inline void store_checkpoint(const StateTile<N>& s, const States& checkpoints,
+                                        const Sequences& sequences, const Place& at, int64_t token,
+                                        int value) {
+  if (!checkpoints.data || token == 0 || token % kCheckpointTokens) return;
+  const int64_t row = sequences.checkpoint(at.span.b, at.span.begin, token);
+  store_state<N>(s, f32_matrix(checkpoints, row, at.h), checkpoints.stride_row, value);
+}
 // All of an f32 state, by the whole block.
 template <int N>
 __device__ inline void fill_matrix(float* state, int64_t stride, float x) {

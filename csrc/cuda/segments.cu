@@ -22,7 +22,7 @@ static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
 struct Results {
   float* ends;         // [segment][H][N][N] of the sequences with several, or nullptr
   float* decays;       // [segment][H][N], with ends
-  float* checkpoints;  // [group][H][N][N] or nullptr
+  States checkpoints;  // or absent
 };
 
 // Of a multiprocessor: as many as leave (next to) no registers in memory.
@@ -75,11 +75,7 @@ __global__ void __launch_bounds__(2 * N, kWalkBlocks<N, reverse>)
     cp_async_wait<0>();
     __syncthreads();
     if (c + 1 < chunks) stage_chunk(offset_of(c + 1), buffer ^ 1);
-    if (results.checkpoints && offset % (kChunk * kGroup) == 0) {
-      const int64_t position = at.span.b * walk.sequences.tokens + at.span.begin;
-      const int64_t group = group_of(position, at.m, at.first + offset);
-      store_state<N>(s, results.checkpoints + (group * walk.H + at.h) * (N * N), N, value);
-    }
+    store_checkpoint<N>(s, results.checkpoints, walk.sequences, at, at.first + offset, value);
 
     float x[kQuad][K], scale[K];
     my.load(x, staged.w(buffer), wide);
@@ -154,7 +150,7 @@ void walk_states(const Launch& launch, const Walk& walk, const Segments& segment
 
 Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H,
                      int64_t blocks_each, const SegmentCosts& costs) {
-  constexpr int64_t kGroupTokens = kChunk * kGroup, kShortestPacked = 256;
+  constexpr int64_t kShortestPacked = 256;
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const bool packed = sequences.cu_seqlens.data;
   const int64_t T = std::max<int64_t>(sequences.tokens, 1);
@@ -166,7 +162,7 @@ Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H
     const double walked = tokens * (1 + costs.sharing * full * full);
     return count == 1 ? walked : walked * costs.walk + costs.scan + count * costs.segment;
   };
-  int64_t length = up(T, kGroupTokens) * kGroupTokens;
+  int64_t length = up(T, costs.multiple) * costs.multiple;
   if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT")) {
     length = std::min(length, std::max<int64_t>(std::atoll(forced), 1));
   } else if (packed) {
@@ -174,13 +170,13 @@ Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H
   } else {
     // more segments than twice what there is room for would only wait for each other
     const int64_t units = std::max<int64_t>(sequences.count * H, 1);
-    const int64_t most = std::min(up(T, kGroupTokens), 2 * room / units + 1);
+    const int64_t most = std::min(up(T, costs.multiple), 2 * room / units + 1);
     for (int64_t count = 2; count <= most; count++) {
-      const int64_t shorter = up(up(T, count), kGroupTokens) * kGroupTokens;
+      const int64_t shorter = up(up(T, count), costs.multiple) * costs.multiple;
       if (cost(shorter) < cost(length)) length = shorter;
     }
   }
-  length = up(length, kGroupTokens) * kGroupTokens;
+  length = up(length, costs.multiple) * costs.multiple;
   if (packed) return {T / length + sequences.count, length};
   return {up(T, length) * sequences.count, length};
 }
@@ -192,20 +188,20 @@ const float* segment_starts(const Launch& launch, const Walk& walk, const Segmen
   for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
     using E = decltype(element);
     constexpr int N = decltype(size)::value, kThreads = 256;
-    walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, nullptr});
+    walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, {}});
     const ChunkedKernel scan = {"scan", scan_kernel<E>, kThreads, 0};
     scan.run(launch, units * (N * N / kThreads), walk, segments, ends, decays);
   });
   return ends;
 }
 
-const float* checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,
-                         const float* starts) {
-  const Sequences& all = walk.sequences;
-  const int64_t tokens = all.cu_seqlens.data ? all.tokens : all.count * all.tokens;
-  float* result =
-      launch.workspace<float>(group_of(tokens, all.count, 0) * walk.H * walk.N * walk.N);
-  for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
+States checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,
+                   const float* starts) {
+  const int64_t H = walk.H, N = walk.N, size = walk.sequences.checkpoints() * H * N * N;
+  const States result = {reinterpret_cast<char*>(launch.workspace<float>(size)), DType::f32,
+                         H * N * N, N * N, N};
+  if (!result.data) return result;  // no sequence is so long
+  for_chunked(walk.x.dtype, N, [&](auto element, auto size) {
     walk_states<decltype(element), decltype(size)::value>(launch, walk, segments, starts,
                                                           {nullptr, nullptr, result});
   });

@@ -9,15 +9,16 @@
 
 namespace rwkv6::cuda {
 
-constexpr int kChunk = 16;  // tokens
-constexpr int kGroup = 4;   // chunks between two checkpoints of the backward
+constexpr int kChunk = 16;                          // tokens
+constexpr int kGroup = kCheckpointTokens / kChunk;  // chunks between two checkpoints
+static_assert(kCheckpointTokens % kChunk == 0);
 
 // The segments of all sequences lie one after another; one block each and head walks them. Packed
 // sequences, whose lengths only the device knows, have room for at least as many as they need; what
 // is left is empty.
 struct Segments {
   int64_t count;   // of all sequences
-  int64_t length;  // in tokens, whole groups of chunks
+  int64_t length;  // in tokens, a multiple of SegmentCosts::multiple
 
   bool cuts(const Sequences& sequences) const { return count > sequences.count; }
 };
@@ -25,11 +26,12 @@ struct Segments {
 // What segments of L tokens cost, fitted to times measured on an H200 at 15 shapes; the unit is what
 // a token takes in a block alone on its multiprocessor.
 struct SegmentCosts {
-  double sharing;  // what a token takes more with a multiprocessor full of blocks
-  double start;    // of a block
-  double walk;     // a token's factor where its segment's beginning has to be found first
-  double scan;     // launches, and
-  double segment;  // one segment in the scan from beginning to beginning
+  double sharing;    // what a token takes more with a multiprocessor full of blocks
+  double start;      // of a block
+  double walk;       // a token's factor where its segment's beginning has to be found first
+  double scan;       // launches, and
+  double segment;    // one segment in the scan from beginning to beginning
+  int64_t multiple;  // tokens: whole chunks, in a backward whole groups of them
 };
 
 // Segments of the length that costs least, given how many blocks a multiprocessor has room for.
@@ -52,15 +54,8 @@ struct Walk {
 // [segment][head][N][N].
 const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments);
 
-// The state before every kGroup-th chunk: [group_of(...)][head][N][N].
-const float* checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,
-                         const float* starts);
-
-// The groups of all sequences, one after another; `position` is that of the sequence's first token
-// in the batch, `token` is in the sequence.
-RWKV6_HOST_DEVICE inline int64_t group_of(int64_t position, int64_t m, int64_t token) {
-  constexpr int64_t kTokens = kChunk * kGroup;
-  return position / kTokens + m + token / kTokens;
-}
+// The checkpoints of all sequences where the forward kept none.
+States checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,
+                   const float* starts);
 
 }  // namespace rwkv6::cuda

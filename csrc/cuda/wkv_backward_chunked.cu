@@ -10,7 +10,7 @@
 // long sums, so that little is left of it only where it is little.
 //
 // One block walks a segment backwards. Half of its warps have 16 values each of G and give dv, the
-// other half have 16 keys each, of the same G, and give dr, dk and dw. S comes from checkpoints,
+// other half have 16 keys each, of the same G, and give dr, dk and dw. S comes from the checkpoints,
 // one every kGroup chunks; the states between are recomputed and pass through a scratch in L2.
 #include "cuda/chunk.cuh"
 #include "cuda/chunked.cuh"
@@ -385,11 +385,11 @@ struct Share {
 };
 
 struct Given {
-  const float* checkpoints;  // [group][H][N][N]
-  const float* ends;         // [segment][H][N][N], G behind each segment, or nullptr
-  float* scratch;            // [segment][H][kGroup - 1][N][N]
-  float* grad_u;             // [segment][H][N]
-  int buffers;  // of staged rows: 2, of which one is filled while the other is read, or 1
+  States checkpoints;  // dense
+  const float* ends;   // [segment][H][N][N], G behind each segment, or nullptr
+  float* scratch;      // [segment][H][kGroup][N][N], the first for the initial state
+  float* grad_u;       // [segment][H][N]
+  int buffers;         // of staged rows: 2, of which one is filled while the other is read, or 1
 };
 
 template <class E, int N>
@@ -412,6 +412,14 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
     return;
   }
 
+  const auto scratch = [&](int chunk) {
+    return given.scratch + (int64_t(blockIdx.x) * kGroup + chunk) * (N * N);
+  };
+  if (const Share<N> of = {}; at.first == 0 && of.has_values) {
+    StateTile<N> s;
+    load_state<E, N>(s, job.initial, at.span.initial, at.h, of.value);
+    store_state<N>(s, scratch(0), N, of.value);
+  }
   float g[N / 8][4];  // G: the StateTile of a warp with values, the KeyTile of one with keys
   KeyTile<N>& g_keys = reinterpret_cast<KeyTile<N>&>(g);
   {
@@ -466,14 +474,11 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
           .template stage<kThreads>(staged.w(buffer), offset, tokens, wide);
     cp_async_commit();
   };
-  const auto scratch = [&](int chunk) {
-    return given.scratch + (int64_t(blockIdx.x) * (kGroup - 1) + chunk) * (N * N);
-  };
   const auto state_before = [&](const Step& step) -> const float* {
-    if (step.chunk() > 0) return scratch(step.chunk() - 1);
-    const int64_t position = at.span.b * job.sequences.tokens + at.span.begin;
-    const int64_t group = group_of(position, at.m, at.first) + step.group;
-    return given.checkpoints + (group * job.H + at.h) * (N * N);
+    const int64_t token = at.first + step.group * kCheckpointTokens;
+    if (step.chunk() > 0 || token == 0) return scratch(step.chunk());
+    return f32_matrix(given.checkpoints, job.sequences.checkpoint(at.span.b, at.span.begin, token),
+                      at.h);
   };
 
   {
@@ -526,7 +531,7 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
       __syncthreads();
       const Share<N> of = {};
       if (of.has_values)
-        advance_state<E, N>(scratch(step.chunk()), state_before(step), shared.total, shared.k,
+        advance_state<E, N>(scratch(step.chunk() + 1), state_before(step), shared.total, shared.k,
                             raw_v, of.value);
       continue;
     }
@@ -620,8 +625,19 @@ __global__ void __launch_bounds__(4 * N, N == 128 ? 1 : 2)
   }
 }
 
-constexpr SegmentCosts kCosts = {
-    .sharing = 0.7, .start = 160, .walk = 1.4, .scan = 16, .segment = 0.75};
+constexpr SegmentCosts kCosts = {.sharing = 0.7,
+                                 .start = 160,
+                                 .walk = 1.4,
+                                 .scan = 16,
+                                 .segment = 0.75,
+                                 .multiple = kCheckpointTokens};
+
+// Whether the states are there, one behind the other and aligned.
+template <int N>
+bool is_dense(const States& states, int64_t H) {
+  return states.data && reinterpret_cast<uintptr_t>(states.data) % 16 == 0 &&
+         states.stride_row == N && states.stride_h == N * N && states.stride_s == H * N * N;
+}
 
 template <class E, int N>
 void run(const Launch& launch, const BackwardJob& job) {
@@ -639,12 +655,13 @@ void run(const Launch& launch, const BackwardJob& job) {
   const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
   const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};
   const float *starts = nullptr, *ends = nullptr;
-  if (segments.cuts(all)) {
-    starts = segment_starts(launch, forwards, segments);
-    ends = segment_starts(launch, backwards, segments);
+  if (segments.cuts(all)) ends = segment_starts(launch, backwards, segments);
+  States kept = job.checkpoints;
+  if (!is_dense<N>(kept, job.H)) {
+    if (segments.cuts(all)) starts = segment_starts(launch, forwards, segments);
+    kept = checkpoints(launch, forwards, segments, starts);
   }
-  const Given given = {checkpoints(launch, forwards, segments, starts), ends,
-                       launch.workspace<float>(blocks * (kGroup - 1) * N * N),
+  const Given given = {kept, ends, launch.workspace<float>(blocks * kGroup * N * N),
                        launch.workspace<float>(blocks * N), buffers};
   kernel_of(buffers).run(launch, blocks, job, segments, given);
   const int64_t rows = all.cu_seqlens.data ? 1 : all.count;

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(2 * N)
     cp_async_wait<0>();
     __syncthreads();
     if (offset + kChunk < length) stage_chunk(offset + kChunk, buffer ^ 1);
+    store_checkpoint<N>(s, job.checkpoints, job.sequences, at, at.first + offset, value);
 
     float r[kQuad][K], k[kQuad][K], x[kQuad][K], scale[K];
     my.load(x, staged.w(buffer), wide);
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(2 * N)
 }
 
 constexpr SegmentCosts kCosts = {
-    .sharing = 0.4, .start = 48, .walk = 1.8, .scan = 224, .segment = 6};
+    .sharing = 0.4, .start = 48, .walk = 1.8, .scan = 224, .segment = 6, .multiple = 4 * kChunk};
 
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {

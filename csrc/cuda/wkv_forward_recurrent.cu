@@ -47,7 +47,7 @@ struct Tile {
 
 // Which packs of N elements can be read and written at once.
 struct VectorAccess {
-  bool r, k, v, w, initial, final;
+  bool r, k, v, w, initial, final;  // final: checkpoints as well
 };
 
 template <class T, int P>
@@ -139,11 +139,30 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
       u[n][e] = i < N ? load_element<T>(job.u.row(h, span.b), job.u.dtype, i) : T(0);
     }
 
+  const auto store_state = [&](const States& states, int64_t row) {
+    char* matrix = states.matrix(row, h) + column * size_of(states.dtype);
+#pragma unroll
+    for (int p = 0; p < Shape::kKeyPacks; p++)
+#pragma unroll
+      for (int e = 0; e < kPack; e++) {
+        const int64_t i = (p * Shape::kKeyLanes + key_lane) * kPack + e;
+        Pack<T> values;
+#pragma unroll
+        for (int c = 0; c < kPack; c++) values.x[c] = state[p][e][c];
+        if (i < N)
+          store_pack(matrix + i * states.stride_row * size_of(states.dtype), states.dtype, values,
+                     N - column, vector.final);
+      }
+  };
+
   char* y_row = job.y.row(span.b, span.begin, h);
   const int64_t tile_count = (span.length + kTile - 1) / kTile;
   for (int64_t tile = 0; tile < tile_count; tile++) {
     Tile<T, P>& rows = tiles[tile % 2];
-    const int64_t left = span.length - tile * kTile;
+    static_assert(kCheckpointTokens % kTile == 0);
+    const int64_t token = tile * kTile, left = span.length - token;
+    if (job.checkpoints.data && token && token % kCheckpointTokens == 0)
+      store_state(job.checkpoints, job.sequences.checkpoint(span.b, span.begin, token));
     const int tokens = left < kTile ? int(left) : kTile;
     cp_async_wait<0>();
     for (int t0 = 0; t0 < tokens; t0 += row_tokens) {
@@ -233,19 +252,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     if (t < tokens) walk(t, std::integral_constant<int, 1>());
   }
 
-  if (!final) return;
-#pragma unroll
-  for (int p = 0; p < Shape::kKeyPacks; p++)
-#pragma unroll
-    for (int e = 0; e < kPack; e++) {
-      const int64_t i = (p * Shape::kKeyLanes + key_lane) * kPack + e;
-      Pack<T> row;
-#pragma unroll
-      for (int c = 0; c < kPack; c++) row.x[c] = state[p][e][c];
-      if (i < N)
-        store_pack(reinterpret_cast<char*>(final + i * job.final.stride_row + column),
-                   job.final.dtype, row, N - column, vector.final);
-    }
+  if (final) store_state(job.final, span.final);
 }
 
 template <class T, int P>
@@ -257,9 +264,13 @@ void launch_forward(const Launch& launch, const ForwardJob& job) {
   while (warps > 1 && heads * ((head_warps + warps - 1) / warps) < launch.multiprocessors)
     warps = (warps + 1) / 2;
   const int64_t parts = (head_warps + warps - 1) / warps;
-  const VectorAccess vector = {has_vector_rows<T>(job.r),       has_vector_rows<T>(job.k),
-                               has_vector_rows<T>(job.v),       has_vector_rows<T>(job.w),
-                               has_vector_rows<T>(job.initial), has_vector_rows<T>(job.final)};
+  const VectorAccess vector = {
+      has_vector_rows<T>(job.r),
+      has_vector_rows<T>(job.k),
+      has_vector_rows<T>(job.v),
+      has_vector_rows<T>(job.w),
+      has_vector_rows<T>(job.initial),
+      has_vector_rows<T>(job.final) && has_vector_rows<T>(job.checkpoints)};
   forward_recurrent_kernel<T, P>
       <<<blocks_for(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, vector);
   check_launched("forward_recurrent");

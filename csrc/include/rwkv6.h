@@ -63,10 +63,17 @@ typedef struct {
   const DLTensor* cu_seqlens;     // [M + 1] or NULL, i32 i64
 } rwkv6_wkv_inputs;
 
-RWKV6_API const char* rwkv6_wkv_forward(const rwkv6_context* context,
-                                        const rwkv6_wkv_inputs* inputs,
-                                        DLTensor* y,             // [B, T, H, N], as r
-                                        DLTensor* final_state);  // [B or M, H, N, N], f32 (f64)
+// A forward whose backward follows may keep the states that the backward needs: of every sequence
+// those before its tokens 128, 256, ... With P = (T - 1) / 128, rounded down, the state before token
+// t of a sequence that begins at token `begin` of batch row b is row b P + (begin + t) / 128 - 1.
+// Other rows are left as they are.
+#define RWKV6_CHECKPOINT_TOKENS 128
+
+RWKV6_API const char* rwkv6_wkv_forward(
+    const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
+    DLTensor* y,             // [B, T, H, N], as r
+    DLTensor* final_state,   // [B or M, H, N, N], f32 (f64 for f64)
+    DLTensor* checkpoints);  // [B P, H, N, N] or NULL (none are kept), f32 (f64 for f64)
 
 // The gradients of the inputs, each of its input's shape and dtype.
 typedef struct {
@@ -80,6 +87,7 @@ typedef struct {
 
 RWKV6_API const char* rwkv6_wkv_backward(
     const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
+    const DLTensor* checkpoints,       // as the forward kept them, or NULL (they are recomputed)
     const DLTensor* grad_y,            // [B, T, H, N] or NULL (zeros), as r
     const DLTensor* grad_final_state,  // [B or M, H, N, N] or NULL (zeros), f32 (f64 for f64)
     const rwkv6_wkv_gradients* gradients);

@@ -149,8 +149,10 @@ class Gpu:
         memory = [Memory(self, x) if isinstance(x, Tensor) else x for x in tensors]
         pointers = [None if m is None else ctypes.pointer(m.dl) for m in memory]
         inputs, others = WkvInputs(*pointers[:8]), pointers[8:]
+        if name == "forward":
+            others += [None] * (3 - len(others))  # no checkpoints
         if name == "backward":
-            others[2:] = [ctypes.pointer(WkvGradients(*others[2:]))]
+            others[3:] = [ctypes.pointer(WkvGradients(*others[3:]))]
         function = getattr(self.library, f"rwkv6_wkv_{name}")
         message = function(ctypes.byref(self.context), ctypes.byref(inputs), *others)
         if message is not None:
@@ -163,19 +165,34 @@ class Gpu:
             assert self.runtime.cuda.cudaFree(address) == 0
         self._allocated.clear()
 
-    def forward(self, call: Call, y: Tensor | None = None, state: Tensor | None = None):
-        """y [B, T, H, N] and final_state [B or M, H, N, N]; into memory laid out as y and state."""
+    def forward(
+        self,
+        call: Call,
+        y: Tensor | None = None,
+        state: Tensor | None = None,
+        checkpoints: Tensor | None = None,
+    ):
+        """y [B, T, H, N] and final_state [B or M, H, N, N]; into memory laid out as y and state.
+
+        With memory for checkpoints [B * P, H, N, N] these as well.
+        """
         y = _unwritten(call.r) if y is None else y
         state = _unwritten_states(call) if state is None else state
-        *_, y_memory, state_memory = self.run("forward", *call.args(), y, state)
-        outputs = y_memory.read(), state_memory.read()
+        memory = self.run("forward", *call.args(), y, state, checkpoints)[8:]
+        outputs = tuple(m.read() for m in memory if m is not None)
         self.free()
         return outputs
 
-    def backward(self, call: Call, grad_y: Tensor | None, grad_state: Tensor | None):
+    def backward(
+        self,
+        call: Call,
+        grad_y: Tensor | None,
+        grad_state: Tensor | None,
+        checkpoints: Tensor | None = None,
+    ):
         """The gradients of r, k, v, w, u and, if there is one, initial_state."""
         grads = [None if x is None else _unwritten(x) for x in call.floats()]
-        memory = self.run("backward", *call.args(), grad_y, grad_state, *grads)[10:]
+        memory = self.run("backward", *call.args(), checkpoints, grad_y, grad_state, *grads)[11:]
         outputs = [m.read() for m in memory if m is not None]
         self.free()
         return outputs

@@ -38,6 +38,7 @@ struct Checker {
   const Form& form;
   Inputs& in;
   std::string where, entry;
+  std::optional<Tensor> checkpoints = {};  // which the forward kept
 
   bool ran(const char* message) {
     report.check(!message, entry + ", " + where + ": " + (message ? message : ""));
@@ -54,15 +55,25 @@ struct Checker {
     entry = "forward";
     Tensor y(in.dtype, in.tokens(), in.layout);
     Tensor final_state(in.acc, in.states(in.sequences()), in.layout);
+    const int64_t of_row = in.T ? (in.T - 1) / RWKV6_CHECKPOINT_TOKENS : 0;
+    if (of_row) checkpoints.emplace(in.acc, in.states(in.B * of_row), in.layout);
     const rwkv6_wkv_inputs inputs = in.dl();
-    if (!ran(rwkv6_wkv_forward(nullptr, &inputs, y.dl(), final_state.dl()))) return;
+    if (!ran(rwkv6_wkv_forward(nullptr, &inputs, y.dl(), final_state.dl(), dl(checkpoints))))
+      return;
     const Outputs expected = wkv(in.exact);
     close(y, expected.y, "y");
     close(final_state, expected.final_state, "final_state");
+    if (checkpoints)
+      report.check(checkpoints->stray_bytes() == 0, where + ": wrote beside the checkpoints");
   }
 
   void backward() {
     entry = "backward";
+    backward(nullptr);
+    if (checkpoints) backward(checkpoints->dl());
+  }
+
+  void backward(const DLTensor* given) {
     std::optional<Tensor> grad_y, grad_final;
     if (form.grad_y) grad_y = in.normal(in.dtype, in.tokens());
     if (form.grad_final) grad_final = in.normal(in.acc, in.states(in.sequences()));
@@ -76,7 +87,8 @@ struct Checker {
                       in.layout);
     const rwkv6_wkv_inputs inputs = in.dl();
     const rwkv6_wkv_gradients gradients = {r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), dl(initial)};
-    if (!ran(rwkv6_wkv_backward(nullptr, &inputs, dl(grad_y), dl(grad_final), &gradients))) return;
+    if (!ran(rwkv6_wkv_backward(nullptr, &inputs, given, dl(grad_y), dl(grad_final), &gradients)))
+      return;
     const auto values = [](const std::optional<Tensor>& x) {
       return x ? x->values() : std::vector<double>();
     };
@@ -192,11 +204,12 @@ void non_finite_values(Report& report) {
             const rwkv6_wkv_inputs call = in.dl();
             const rwkv6_wkv_gradients gradients = {r.dl(), k.dl(), v.dl(),
                                                    w.dl(), u.dl(), initial.dl()};
-            report.check(!rwkv6_wkv_forward(nullptr, &call, y.dl(), final_state.dl()),
+            report.check(!rwkv6_wkv_forward(nullptr, &call, y.dl(), final_state.dl(), nullptr),
                          "forward of a non-finite value");
-            report.check(!rwkv6_wkv_backward(nullptr, &call, from_y ? grad_y.dl() : nullptr,
-                                             from_state ? grad_final.dl() : nullptr, &gradients),
-                         "backward of a non-finite value");
+            report.check(
+                !rwkv6_wkv_backward(nullptr, &call, nullptr, from_y ? grad_y.dl() : nullptr,
+                                    from_state ? grad_final.dl() : nullptr, &gradients),
+                "backward of a non-finite value");
             const Outputs out = wkv(in.exact);
             const std::vector<double> none;
             const Gradients g =

@@ -40,7 +40,7 @@ struct Call {
   }
   const char* forward(const rwkv6_context* context = nullptr) {
     const rwkv6_wkv_inputs given = inputs();
-    return rwkv6_wkv_forward(context, &given, y.dl(), final_state.dl());
+    return rwkv6_wkv_forward(context, &given, y.dl(), final_state.dl(), nullptr);
   }
 };
 
@@ -72,7 +72,7 @@ void same_bits_however_the_work_is_cut(Report& report) {
         const rwkv6_wkv_inputs inputs = call.inputs();
         const rwkv6_wkv_gradients gradients = {out[0].dl(), out[1].dl(), out[2].dl(),
                                                out[3].dl(), out[4].dl(), out[5].dl()};
-        report.check(!rwkv6_wkv_backward(context, &inputs, dy.dl(), nullptr, &gradients),
+        report.check(!rwkv6_wkv_backward(context, &inputs, nullptr, dy.dl(), nullptr, &gradients),
                      "backward in pieces");
         out.push_back(call.y);
         out.push_back(call.final_state);
@@ -113,8 +113,8 @@ void a_u_for_every_batch_row(Report& report) {
       const rwkv6_wkv_inputs given = inputs();
       const rwkv6_wkv_gradients gradients = {r_.dl(), k_.dl(), v_.dl(),
                                              w_.dl(), u_.dl(), initial_.dl()};
-      return !forward(context) &&
-             !rwkv6_wkv_backward(context, &given, grad_y.dl(), final_state.dl(), &gradients);
+      return !forward(context) && !rwkv6_wkv_backward(context, &given, nullptr, grad_y.dl(),
+                                                      final_state.dl(), &gradients);
     }
     std::vector<Tensor*> given() { return {&r, &k, &v, &w, &u, &initial, &grad_y}; }
     std::vector<Tensor*> found() { return {&y, &final_state, &r_, &k_, &v_, &w_, &u_, &initial_}; }
@@ -144,7 +144,7 @@ void an_empty_batch(Report& report) {
     Tensor u(DType::f32, shape, Layout::compact, Values(16, 7));
     const rwkv6_wkv_gradients gradients = {grads.dl(), grads.dl(), grads.dl(),
                                            grads.dl(), u.dl(),     initial.dl()};
-    report.check(!rwkv6_wkv_backward(nullptr, &inputs, grads.dl(), nullptr, &gradients),
+    report.check(!rwkv6_wkv_backward(nullptr, &inputs, nullptr, grads.dl(), nullptr, &gradients),
                  "backward of an empty batch");
     report.check(u.values() == Values(size_t(u.elements()), 0), "gradient of u, empty batch");
     report.check(!u.stray_bytes(), "an empty batch writes beside no gradient of u");
@@ -218,7 +218,7 @@ void messages(Report& report) {
   call.v = Tensor(DType::f32, {1, 2, 1, 5});
   says(call.forward(), "v: expected shape [1, 2, 1, 4] (-1: any), got [1, 2, 1, 5]");
   const rwkv6_wkv_inputs nothing = {};
-  says(rwkv6_wkv_forward(nullptr, &nothing, nullptr, nullptr), "r: required, got NULL");
+  says(rwkv6_wkv_forward(nullptr, &nothing, nullptr, nullptr, nullptr), "r: required, got NULL");
   const char* forced = getenv("RWKV6_CPU_ISA");
   if (forced && *forced) says(rwkv6_cpu_isa(), forced);
 }

@@ -15,15 +15,20 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from torch_rwkv6._library import has_cuda_kernels, has_kernels
 from torch_rwkv6._torch_private import (
     after_inplace_or_view,
     below_autograd,
     forward_mode_active,
     transforms_active,
 )
-from torch_rwkv6.contract import OPERATORS, Operator
+from torch_rwkv6.contract import DERIVATIVES, OPERATORS, Operator
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
+
+_DEVICES_WITH_KERNELS = [
+    device for device, there in (("cpu", has_kernels), ("cuda", has_cuda_kernels)) if there
+]
 
 
 def _needs_pytorch(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -39,16 +44,22 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _autograd_function(op: Any, backward: Any) -> Any:
-    """The autograd function of `op`. Its name is what grad_fn and anomaly mode show."""
+def _autograd_function(op: Any, public: Operator, backward: Any) -> Any:
+    """The autograd function of `public`, computed by `op`.
+
+    What `op` returns beyond the results of `public` is saved for `backward`, behind the inputs. The
+    function's name is what grad_fn and anomaly mode show.
+    """
+    results = len(public.results)
 
     def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
         with below_autograd():
-            return op(*inputs)
+            found = op(*inputs)
+        ctx.save_for_backward(*inputs, *found[results:])
+        ctx.set_materialize_grads(False)
+        return found[:results]
 
-    name = op._schema.name.replace("::", "_")  # rwkv6_wkv
+    name = f"rwkv6_{public.name}"
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return types.new_class(
         name, (torch.autograd.Function,), exec_body=lambda ns: ns.update(methods)
@@ -56,10 +67,16 @@ def _autograd_function(op: Any, backward: Any) -> Any:
 
 
 def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any]:
-    """The autograd functions of an operator and of its backward operator."""
+    """The autograd functions of an operator and of its backward operator.
+
+    `forward` may be the checkpointed form of the operator that `backward_operator` is of.
+    """
     backward_op = backward_operator.overload
     pytorch_backward = fallback.KERNELS[backward_operator.name]
     differentiable = forward.differentiable
+    inputs = len(forward.arguments)
+    public = backward_operator.forward
+    assert public is not None
 
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None
@@ -67,7 +84,8 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
         needed = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * len(needed)
         if grad_y is not None or grad_final_state is not None:
-            found = backward_op(grad_y, grad_final_state, *ctx.saved_tensors)
+            saved = ctx.saved_tensors
+            found = backward_op(grad_y, grad_final_state, *saved[inputs:], *saved[:inputs])
             for i, g in zip(differentiable, found, strict=True):
                 if needed[i]:
                     grads[i] = g
@@ -103,13 +121,18 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
         return tuple(grads)
 
     return (
-        _autograd_function(forward.overload, backward),
-        _autograd_function(backward_op, double_backward),
+        _autograd_function(forward.overload, public, backward),
+        _autograd_function(backward_op, backward_operator, double_backward),
     )
 
 
-def _differentiable(operator: Operator, function: Any) -> Callable[..., Any]:
-    """The Autograd kernel; without an autograd function PyTorch's operations are recorded."""
+def _differentiable(
+    operator: Operator, function: Any, checkpointed: Any = None
+) -> Callable[..., Any]:
+    """The Autograd kernel; without an autograd function PyTorch's operations are recorded.
+
+    On devices with kernels an operator's checkpointed form is run, if there is one.
+    """
     op, in_python = operator.overload, fallback.KERNELS[operator.name]
 
     def kernel(*arguments: Any) -> Any:
@@ -118,6 +141,8 @@ def _differentiable(operator: Operator, function: Any) -> Callable[..., Any]:
         if _needs_grad(arguments):
             if function is None:
                 return in_python(*arguments)
+            if checkpointed and arguments[0].device.type in _DEVICES_WITH_KERNELS:
+                return checkpointed.apply(*operator.complete(arguments))
             return function.apply(*operator.complete(arguments))
         with below_autograd():
             return op(*arguments)
@@ -171,14 +196,17 @@ def _without_derivatives(name: str, differentiable_name: str, update: Any) -> An
 
 
 _autograd_functions: dict[str, Any] = {}
-for _operator in OPERATORS:
-    if _operator.forward is not None:
-        _names = (_operator.forward.name, _operator.name)
-        _autograd_functions.update(zip(_names, _functions(_operator.forward, _operator)))
+for _forward, _backward in DERIVATIVES:
+    _names = (_forward.name, _backward.name)
+    _autograd_functions.update(zip(_names, _functions(_forward, _backward)))
 for _operator in OPERATORS:
     _name, _op = _operator.name, _operator.overload
+    if _operator.kernels_alone:
+        continue
     if _operator.update_of is None:
-        _kernel = _differentiable(_operator, _autograd_functions.get(_name))
+        _function = _autograd_functions.get(_name)
+        _checkpointed = _autograd_functions.get(f"{_name}_checkpointed")
+        _kernel = _differentiable(_operator, _function, _checkpointed)
         library.impl(_name, _kernel, "Autograd")
         continue
     (_state,) = _operator.mutated

@@ -105,9 +105,14 @@ def _say_what_is_missing() -> None:
     )
 
 
+def _without_checkpoints(grad_y: Any, grad_final_state: Any, _: Any, *inputs: Any) -> Any:
+    return chunked.wkv_backward(grad_y, grad_final_state, *inputs)
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "wkv": chunked.wkv,
     "wkv_backward": chunked.wkv_backward,
+    "wkv_checkpointed_backward": _without_checkpoints,
     "wkv4": reference4.wkv4,
     "wkv4_backward": reference4.wkv4_backward,
     "matvec": _matvec,
@@ -122,7 +127,7 @@ def _function(operator: Operator) -> Callable[..., Any]:
 
 
 # By the operator's name. `autograd` records their operations where a derivative has no kernel.
-KERNELS = {operator.name: _kernel(operator, _function(operator)) for operator in OPERATORS}
+KERNELS = {o.name: _kernel(o, _function(o)) for o in OPERATORS if not o.kernels_alone}
 
 for _name, _implementation in KERNELS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
