@@ -20,8 +20,8 @@ import torch_rwkv6
 ON_EVERY_DEVICE = [
     f"test_{name}.py"
     for name in (
-        "autocast", "backward", "compile", "forward", "fuzz", "gpu", "nonfinite", "opcheck",
-        "transforms", "update",
+        "autocast", "backward", "compile", "forward", "fuzz", "gpu", "kept_states", "nonfinite",
+        "opcheck", "transforms", "update",
     )
 ]  # fmt: skip
 
