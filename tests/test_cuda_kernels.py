@@ -17,7 +17,7 @@ from torch_rwkv6 import reference
 
 pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason=build.NVCC_MISSING)
 if build.find_nvcc():
-    from cuda.gpu import Gpu, Memory
+    from cuda.gpu import Gpu, Memory, unwritten_checkpoints
     from cuda.gpu import gpu as gpu_of
 
 LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 200)
@@ -72,11 +72,17 @@ def check_forward(gpu: "Gpu", call: Call, factor: float = 1.0, **outputs):
     return found
 
 
-def check_backward(gpu: "Gpu", call: Call, factor: float = 1.0, given: str = "y state"):
+def check_backward(
+    gpu: "Gpu",
+    call: Call,
+    factor: float = 1.0,
+    given: str = "y state",
+    kept: torch.Tensor | None = None,
+):
     grad_y, grad_state = call.grad_outputs()
     grad_y = grad_y if "y" in given else None
     grad_state = grad_state if "state" in given else None
-    found = gpu.backward(call, grad_y, grad_state)
+    found = gpu.backward(call, grad_y, grad_state, kept)
     zeros = [torch.zeros_like(x, dtype=F64) for x in call.grad_outputs()]
     exact = [z if g is None else g.double() for g, z in zip((grad_y, grad_state), zeros)]
     expected = reference.wkv_backward(*exact, *call.double().args())
@@ -336,7 +342,7 @@ def test_the_order_of_threads_does_not_matter(gpu, force, family, dtype, N, name
 def test_segments(gpu, force, monkeypatch, name):
     """A long sequence of few heads is cut for more blocks; here forced on a short one."""
     force("chunked")
-    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")  # a backward's are 128
     call = sample_inputs(BF16, N=32, T=210)[name]
     check_forward(gpu, call)
     check_backward(gpu, call)
@@ -359,6 +365,24 @@ def test_segments_where_they_gain(gpu, force, heads, multiprocessors, cu_seqlens
         check_forward(gpu, call)
     kernels = [launch.name for launch in gpu.runtime.launches()]
     assert any("state_walk" in name for name in kernels) == cut
+
+
+@pytest.mark.parametrize(
+    ("T", "cu_seqlens", "segment"),
+    [(140, None, "9999"), (260, None, "128"), (263, [0, 130, 130, 263], "9999")],
+    ids=["one segment", "two segments", "packed"],
+)
+@pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
+def test_kept_states(sm_80, force, monkeypatch, family, dtype, N, T, cu_seqlens, segment):
+    """The forward keeps those of the CPU's, and from them the backward has the same gradients."""
+    force(family)
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", segment)
+    call = random_call(B=1, T=T, H=1, N=N, dtype=dtype, states=1, cu_seqlens=cu_seqlens)
+    *outputs, kept = sm_80.forward(call, checkpoints=unwritten_checkpoints(call))
+    assert all(map(torch.equal, outputs, sm_80.forward(call)))
+    *_, expected = torch.ops.rwkv6.wkv_checkpointed(*call.args())
+    assert relative_rms(kept, expected) <= FORWARD[F32]
+    check_backward(sm_80, call, 1.5, kept=kept)
 
 
 def test_the_same_as_the_cpus_kernels(gpu):

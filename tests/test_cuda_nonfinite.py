@@ -14,9 +14,13 @@ from torch_rwkv6 import reference
 pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason=build.NVCC_MISSING)
 if build.find_nvcc():
     from cuda.gpu import gpu as gpu_of
+    from cuda.gpu import unwritten_checkpoints
 
 T = 70
-BORDERS = (0, 3, 4, 15, 16, 63, 64, 69)  # of quads, chunks, groups of chunks, segments
+BORDERS = {  # of quads, chunks, checkpoints and segments
+    T: (0, 3, 4, 15, 16, 63, 64, 69),
+    134: (0, 4, 16, 127, 128, 133),
+}
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def broken_tensors(tensors):
         if name in ("u", "initial_state", "grad_final_state"):
             places = [(*(0 for _ in x.shape[:-1]), 3), tuple(n - 1 for n in x.shape)]
         else:
-            places = [(0, t, t % x.shape[2], 5 * t % x.shape[3]) for t in BORDERS]
+            places = [(0, t, t % x.shape[2], 5 * t % x.shape[3]) for t in BORDERS[x.shape[1]]]
         for place in places:
             changed = x.clone()
             changed[place] = next(values)
@@ -49,15 +53,16 @@ def check(gpu, call):
         grads, floats = list(broken.values())[:2], list(broken.values())[2:]
         now = Call(*floats, call.state_map, call.cu_seqlens)
         exact = now.double().args()
-        same_elements_are_finite(gpu.forward(now), reference.wkv(*exact), what)
+        y, final_state, *kept = gpu.forward(now, checkpoints=unwritten_checkpoints(now))
+        same_elements_are_finite((y, final_state), reference.wkv(*exact), what)
         source = next(sources)
         grads = [x if i in source else None for i, x in enumerate(grads)]
-        found = gpu.backward(now, *grads)
+        found = gpu.backward(now, *grads, *kept)
         expected = reference.wkv_backward(*(x if x is None else x.double() for x in grads), *exact)
         same_elements_are_finite(found, expected, f"{what}, gradients of outputs {source}")
 
 
-@pytest.mark.parametrize("segment", ["64", ""], ids=["segments", "one segment"])
+@pytest.mark.parametrize("tokens", [134, T], ids=["segments", "one segment"])
 @pytest.mark.parametrize(
     ("family", "dtype", "N"),
     [
@@ -67,12 +72,12 @@ def check(gpu, call):
     ],
     ids=str,
 )
-def test_values_that_are_none(gpu, monkeypatch, family, dtype, N, segment):
-    if family == "recurrent" and segment:
+def test_values_that_are_none(gpu, monkeypatch, family, dtype, N, tokens):
+    if family == "recurrent" and tokens > T:
         pytest.skip("the recurrent kernels have no segments")
     monkeypatch.setenv("RWKV6_CUDA_KERNEL", family)
-    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", segment or str(T))
-    check(gpu, random_call(B=1, T=T, H=2, N=N, dtype=dtype, states=1))
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "128")
+    check(gpu, random_call(B=1, T=tokens, H=2, N=N, dtype=dtype, states=1))
 
 
 def test_packed_sequences_keep_theirs(gpu, monkeypatch):

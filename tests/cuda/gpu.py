@@ -24,6 +24,8 @@ from samples import Call
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
+from torch_rwkv6.contract import CHECKPOINT_TOKENS
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc/cuda"))
 import nvcc  # noqa: E402
@@ -211,10 +213,16 @@ def _unwritten(x: Tensor) -> Tensor:
     return torch.full(x.shape, 7, dtype=x.dtype)
 
 
-def _unwritten_states(call: Call) -> Tensor:
+def _unwritten_states(call: Call, rows: int | None = None) -> Tensor:
     H, N = call.u.shape
     dtype = torch.float64 if call.r.dtype == torch.float64 else torch.float32
-    return torch.full((call.sequences, H, N, N), 7, dtype=dtype)
+    return torch.full((call.sequences if rows is None else rows, H, N, N), 7, dtype=dtype)
+
+
+def unwritten_checkpoints(call: Call) -> Tensor:
+    """Memory for the states that a forward keeps, [B * P, H, N, N]."""
+    B, T = call.r.shape[:2]
+    return _unwritten_states(call, B * (max(T - 1, 0) // CHECKPOINT_TOKENS))
 
 
 @functools.cache

@@ -64,6 +64,7 @@ CHUNKED_17 = "test_accuracy and sm_80 and chunked-bfloat16-32-17"
 CHUNKED_65 = "test_accuracy and sm_80 and chunked-bfloat16-32-65"
 RECURRENT_17 = "test_accuracy and sm_80 and recurrent-float32-20-17"
 OPTIONS = "test_options and sm_80 and "
+KEPT_STATES = "test_kept_states and chunked-bfloat16-32"
 
 MUTATIONS = [
     # barriers and waits
@@ -197,25 +198,25 @@ MUTATIONS = [
         "test_gradients_of_a_state_that_many_start_from and sm_80 and float32",
     ),
     Mutation(
-        "state walk: a checkpoint every second group",
-        "segments.cu",
-        "offset % (kChunk * kGroup) == 0",
-        "offset % (2 * kChunk * kGroup) == 0",
-        CHUNKED_65,
+        "a checkpoint every 256 tokens",
+        "chunk.cuh",
+        "token % kCheckpointTokens) return",
+        "token % (2 * kCheckpointTokens)) return",
+        KEPT_STATES,
     ),
     Mutation(
         "backward, chunked: a chunk meets its successor's state",
         BACKWARD,
-        "return scratch(step.chunk() - 1)",
-        "return scratch(step.chunk() > 1 ? step.chunk() - 2 : 0)",
+        "return scratch(step.chunk());",
+        "return scratch(step.chunk() > 1 ? step.chunk() - 1 : step.chunk());",
         CHUNKED_65,
     ),
     Mutation(
-        "packed sequences share a group of checkpoints",
-        "segments.h",
-        "return position / kTokens + m + token / kTokens",
-        "return position / kTokens + token / kTokens",
-        OPTIONS + "chunked-bfloat16-32-packed",
+        "packed sequences share their checkpoints",
+        "../job.h",
+        "(begin + token) / kCheckpointTokens - 1",
+        "token / kCheckpointTokens - 1",
+        KEPT_STATES + " and packed",
     ),
     # around the kernels
     Mutation(
