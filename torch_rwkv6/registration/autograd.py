@@ -26,10 +26,6 @@ from torch_rwkv6.contract import DERIVATIVES, OPERATORS, Operator
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
 
-_DEVICES_WITH_KERNELS = [
-    device for device, there in (("cpu", has_kernels), ("cuda", has_cuda_kernels)) if there
-]
-
 
 def _needs_pytorch(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether torch.func or forward-mode AD must see the operations of plain PyTorch."""
@@ -42,6 +38,12 @@ def _needs_pytorch(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether kernels compute with x; a tensor made of others (DTensor) has rules before them."""
+    there = {"cpu": has_kernels, "cuda": has_cuda_kernels}
+    return there.get(x.device.type, False) and not hasattr(x, "__tensor_flatten__")
 
 
 def _autograd_function(op: Any, public: Operator, backward: Any) -> Any:
@@ -141,7 +143,7 @@ def _differentiable(
         if _needs_grad(arguments):
             if function is None:
                 return in_python(*arguments)
-            if checkpointed and arguments[0].device.type in _DEVICES_WITH_KERNELS:
+            if checkpointed and _has_kernels(arguments[0]):
                 return checkpointed.apply(*operator.complete(arguments))
             return function.apply(*operator.complete(arguments))
         with below_autograd():
