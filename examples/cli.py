@@ -21,10 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-INTERRUPTED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT (Ctrl-C), 128 + SIGTERM
 TOKENIZER = "bytes, world or a .json file; by default as the model's vocabulary says"  # a help text
 EARLY = "interrupted; what was learnt until then is written"
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as of other programs whose reader (`| head`) has gone
+
+
+class Terminated(KeyboardInterrupt):
+    """As Ctrl-C, but SIGTERM."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,7 +166,7 @@ def try_file(file: Path) -> None:
 
 
 def command(main: Callable[..., None]) -> Callable[..., int]:
-    """A script's main that returns an exit code: 0, or 2 for a mistake, 130 after Ctrl-C."""
+    """A script's main that returns an exit code: 0; 2 for a mistake; 130 or 143 after a signal."""
     script = Path(inspect.unwrap(main).__code__.co_filename).name
 
     @functools.wraps(main)
@@ -172,12 +176,12 @@ def command(main: Callable[..., None]) -> Callable[..., int]:
             sys.stdout.flush()
         except KeyboardInterrupt as interrupt:
             say(script, str(interrupt) or "interrupted")
-            return INTERRUPTED
-        except SystemExit as end:  # of --help; or Lightning's, after Ctrl-C
-            if not isinstance(end.__context__, KeyboardInterrupt):
+            return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+        except SystemExit as end:  # of --help; or Lightning's, after a signal
+            if end.code is not None and not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             say(script, "interrupted")
-            return INTERRUPTED
+            return TERMINATED if end.code is None else INTERRUPTED
         except BrokenPipeError:
             # Nobody reads what is still in the buffer: Python must not flush it at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -201,23 +205,31 @@ def say(script: str, message: str) -> None:
 
 
 @contextmanager
-def first_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Within this context the first Ctrl-C calls ``stop``; a second one interrupts.
+def first_interrupt(stop: Callable[[type[KeyboardInterrupt]], None]) -> Iterator[None]:
+    """Within this context the first Ctrl-C or SIGTERM calls ``stop``; a second one interrupts.
+
+    ``stop`` is told which it was, as an exception to be raised.
 
     Raises:
         KeyboardInterrupt: at a second Ctrl-C.
     """
-    before = signal.getsignal(signal.SIGINT)
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    before = {number: signal.getsignal(number) for number in kinds}
 
-    def handle(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        stop()
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    signal.signal(signal.SIGINT, handle)
+    def handle(number: int, _: object) -> None:
+        restore()
+        stop(kinds[signal.Signals(number)])
+
+    for number in kinds:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _interrupted_early(

@@ -1,11 +1,22 @@
-"""The text that the examples train on, and its tokens for a given model."""
+"""The text that the examples train on, and which tokenizer a model has.
+
+    python examples/corpus.py FOLDER    # writes three files for train.py
+
+bible.txt is the King James Bible without the Proverbs, a paragraph a line; proverbs.txt has every
+proverb of two halves, one a line, and proverbs.jsonl each as a prompt and its completion.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import cli
 
 if TYPE_CHECKING:
     from torch_rwkv6.models.tokenizers import Tokenizer
@@ -38,26 +49,34 @@ def read_text(path: str | None) -> bytes:
     return max(strings, key=len).strip().encode()
 
 
-def tokenizer_of(vocab_size: int, name: str | None = None) -> Tokenizer:
+def tokenizer_name(vocab_size: int) -> str:
     """The tokenizer of a model with so many tokens: bytes for 256, World for some 65,536.
+
+    Raises:
+        ValueError: the vocabulary decides nothing.
+    """
+    if vocab_size != 256 and vocab_size not in WORLD:
+        raise ValueError(
+            f"--tokenizer: needed for a vocabulary of {vocab_size} tokens, which is neither that "
+            "of bytes (256) nor World (65,536)"
+        )
+    return "bytes" if vocab_size == 256 else "world"
+
+
+def tokenizer_of(vocab_size: int, name: str | None = None) -> Tokenizer:
+    """The tokenizer of that name, for a model with so many tokens.
 
     Args:
         vocab_size: of the model.
         name: of `torch_rwkv6.models.load_tokenizer`; None is for the vocabulary to decide.
 
     Raises:
-        ImportError, OSError, ValueError: as `load_tokenizer`; the vocabulary decides nothing; or
-            the model has fewer tokens than the tokenizer.
+        ImportError, OSError, ValueError: as `tokenizer_name` and `load_tokenizer`; or the model has
+            fewer tokens than the tokenizer.
     """
     from torch_rwkv6.models import load_tokenizer
 
-    if name is None:
-        if vocab_size != 256 and vocab_size not in WORLD:
-            raise ValueError(
-                f"--tokenizer: needed for a vocabulary of {vocab_size} tokens, which is neither "
-                "that of bytes (256) nor World (65,536)"
-            )
-        name = "bytes" if vocab_size == 256 else "world"
+    name = name or tokenizer_name(vocab_size)
     # World takes a second to read, and its size is known
     tokenizer = None if name == "world" else load_tokenizer(name)
     size = WORLD.start if tokenizer is None else tokenizer.vocab_size
@@ -69,26 +88,21 @@ def tokenizer_of(vocab_size: int, name: str | None = None) -> Tokenizer:
     return tokenizer or load_tokenizer(name)
 
 
-def encode(text: bytes, vocab_size: int, tokenizer: str | None = None) -> bytes | list[int]:
-    """A text as the tokens of a model; bytes stay as they are, also those that are no UTF-8.
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("folder", type=cli.path, help="where to write them")
+    folder = parser.parse_args(argv).folder
+    cli.try_folder(folder)
+    text = read_text(None).decode()
+    begin, end = (text.index(x) for x in ("The proverbs of Solomon", "The words of the Preacher"))
+    (folder / "bible.txt").write_text(text[:begin] + text[end:])
+    proverbs = re.split(r"(?<=[.?!])\s", text[begin:end])
+    halves = [x.groups() for x in (re.fullmatch("(.*?[:;])(.+)", y) for y in proverbs) if x]
+    (folder / "proverbs.txt").write_text("".join(f"{a}{b}\n" for a, b in halves))
+    rows = (json.dumps({"prompt": a, "completion": b}) for a, b in halves)
+    (folder / "proverbs.jsonl").write_text("".join(f"{row}\n" for row in rows))
 
-    Args:
-        text: in UTF-8, where its tokens are not bytes.
-        vocab_size, tokenizer: as of `tokenizer_of`.
 
-    Raises:
-        ImportError, OSError, ValueError: as `tokenizer_of`; the text is no UTF-8; or it has tokens
-            that the model lacks.
-    """
-    chosen = tokenizer_of(vocab_size, tokenizer)
-    if getattr(chosen, "encoding", None) == "utf-8":  # bytes
-        return text
-    try:
-        tokens = chosen.encode(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data: expected text in UTF-8: {error}") from error
-    if tokens and max(tokens) >= vocab_size:
-        raise ValueError(
-            f"--data: token {max(tokens)} is beyond the model's vocabulary of {vocab_size}"
-        )
-    return tokens
+if __name__ == "__main__":
+    sys.exit(main())

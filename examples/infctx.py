@@ -116,8 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     model = RWKV6(256, 2, 64, 32, lora_mix=8, lora_decay=8)
 
     module = InfctxModel(model, args.lr, args.steps, args.chunk, args.window)
-    if fit(trainer(args.steps), module, DataLoader(lanes, batch_size=None)):
-        raise KeyboardInterrupt
+    interrupted = fit(trainer(args.steps), module, DataLoader(lanes, batch_size=None))
+    if interrupted:
+        raise interrupted
     print(
         f"loss: {module.losses[0]:.3f} at the first document, {module.losses[-1]:.3f} at the last"
     )

@@ -56,30 +56,6 @@ class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
             yield piece[:, :-1], piece[:, 1:]
 
 
-class Crops(IterableDataset[tuple[Tensor, Tensor]]):
-    """Pieces from anywhere in a text, each to be read from the initial state.
-
-    Yields the tokens and the next tokens, int64 [size, length] each, without end.
-
-    Raises:
-        ValueError: the text is shorter than a piece.
-    """
-
-    def __init__(self, text: bytes | Sequence[int], size: int, length: int, seed: int = 0):
-        if len(text) <= length:
-            raise ValueError(f"the text has {count(text)}: too few for pieces of {length}")
-        self.data = tensor_of(text)
-        self.size, self.length, self.seed = size, length, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        positions = torch.arange(self.length + 1)
-        while True:
-            first = torch.randint(len(self.data) - self.length, (self.size, 1), generator=generator)
-            pieces = self.data[first + positions].long()  # [size, length + 1]
-            yield pieces[:, :-1], pieces[:, 1:]
-
-
 class TextData(lightning.LightningDataModule):
     """Training on the first part of a text, validation on the last, which training never sees."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,12 @@ import cli
 import lightning
 import torch
 from cli import positive
-from corpus import encode, read_text
-from text_data import Crops
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
 
-from torch_rwkv6.models import load
-from torch_rwkv6.nn import RWKV6, RWKVState
-
-# two layers of 64 channels that have learnt the King James Bible
-CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "rwkv6-kjv.pth"
+from torch_rwkv6.nn import RWKVState
 
 
 def training_parser(doc: str | None, lr: float, steps: int, batch_size: int = 16) -> cli.Parser:
@@ -45,55 +38,15 @@ def training_parser(doc: str | None, lr: float, steps: int, batch_size: int = 16
     return parser
 
 
-def finetuning_parser(doc: str | None, lr: float, out: str) -> cli.Parser:
-    """As `training_parser`, of an example that starts from a checkpoint."""
-    parser = training_parser(doc, lr, steps=150)
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="of RWKV-6")
-    parser.add_argument("--tokenizer", help=cli.TOKENIZER)
-    parser.add_argument("--length", type=positive, default=16, help="tokens of a text")
-    parser.add_output_file("--out", default=out, help="file for the result")
-    return parser
-
-
-@dataclass
-class Inputs:
-    """What finetuning starts from."""
-
-    weights: dict[str, Tensor]  # in float32
-    train_text: bytes | list[int]  # the tokens to train on
-    test_text: bytes | list[int]  # the last tenth, to measure on
-    token: str  # what one is called: byte or token
-
-
-def read_inputs(args: argparse.Namespace) -> Inputs:
-    """The checkpoint and the text, in the tokens that the checkpoint's vocabulary asks for.
-
-    Raises:
-        ImportError, OSError, TypeError, ValueError: as `load`, `read_text`, `encode` and
-            `Crops`; or the checkpoint is no RWKV-6.
-    """
-    model = load(args.checkpoint).eval()
-    if not isinstance(model, RWKV6):
-        raise ValueError(f"--checkpoint: expected RWKV-6, got RWKV-{model.version}")
-    text = read_text(args.data)
-    if args.data is None:  # the checkpoint knows the Bible; this is a style within it: Proverbs
-        text = text[text.index(b"My son, hear the") : text.index(b"The words of the Preacher")]
-    tokens = encode(text, model.vocab_size, args.tokenizer)
-    cut = len(tokens) - len(tokens) // 10
-    for part in (tokens[:cut], tokens[cut:]):
-        Crops(part, 1, args.length)  # long enough
-    token = "byte" if isinstance(tokens, bytes) else "token"
-    return Inputs(model.float().state_dict(), tokens[:cut], tokens[cut:], token)
-
-
 def loss_of(
     model: Callable[..., tuple[Tensor, Any]],
     tokens: Tensor,  # [B, T]
     targets: Tensor,  # [B, T]
     state: Any = None,
+    **options: Any,  # of the model: cu_seqlens
 ) -> tuple[Tensor, Any]:
     """Mean loss of the next token in nats, and the state after the last."""
-    logits, state = model(tokens, state)  # [B, T, V]
+    logits, state = model(tokens, state, **options)  # [B, T, V]
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), state
 
 
@@ -146,6 +99,35 @@ class LaneModel(TextModel):
         return loss
 
 
+# How a learning rate gets from 1 to ``final`` times its first value while a share of 0 to 1 is done
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "exponential": lambda share, final: final**share,
+    "linear": lambda share, final: 1 + (final - 1) * share,
+    "cosine": lambda share, final: (1 + final + (1 - final) * math.cos(math.pi * share)) / 2,
+}
+
+
+def official_factor(kind: str, steps: int, warmup: int, final: float) -> Callable[[int], float]:
+    """What RWKV-LM multiplies the first learning rate with at each step.
+
+    Source: ``train_callback.on_train_batch_start`` in RWKV-v5/src/trainer.py.
+
+    Args:
+        kind: of `SCHEDULES`.
+        steps: of the whole run.
+        warmup: steps in which the learning rate also rises from a fifth of itself.
+        final: the factor at the end.
+    """
+
+    def factor(step: int) -> float:
+        done = step - warmup + (kind != "cosine")  # there the last step has the last value
+        share = min(1.0, max(0.0, done / max(1, steps - warmup)))
+        rise = 0.2 + 0.8 * step / warmup if step < warmup else 1.0
+        return rise * SCHEDULES[kind](share, final)
+
+    return factor
+
+
 def scheduled(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
     """For Lightning: the optimizer, and its learning rate times ``factor`` of each step."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -155,19 +137,24 @@ def scheduled(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) 
     }
 
 
-def fit(trainer: lightning.Trainer, *arguments: Any, **options: Any) -> bool:
-    """As ``trainer.fit``, but Ctrl-C ends it after the current step.
+def fit(
+    trainer: lightning.Trainer, *arguments: Any, **options: Any
+) -> type[KeyboardInterrupt] | None:
+    """As ``trainer.fit``, but Ctrl-C or SIGTERM ends it after the current step.
 
     Returns:
-        Whether there was a Ctrl-C; what was learnt until then can still be written.
+        None, or which of them there was, as an exception to be raised once what was learnt until
+        then is written.
     """
-    interrupted = False
+    interrupted = None
 
-    def stop() -> None:
+    def stop(kind: type[KeyboardInterrupt]) -> None:
         nonlocal interrupted
-        interrupted = trainer.should_stop = True
+        interrupted = kind
+        trainer.should_stop = True
 
-    with cli.first_interrupt(stop):
+    # Lightning raises its own at SIGTERM, after the current step as well
+    with cli.first_interrupt(stop), contextlib.suppress(SIGTERMException):
         trainer.fit(*arguments, **options)
     return interrupted
 
@@ -182,28 +169,6 @@ def trainer(steps: int, **options: Any) -> lightning.Trainer:
         enable_model_summary=False,
         **{"devices": 1} | options,
     )
-
-
-def finetune(model: nn.Module, text: bytes | list[int], args: argparse.Namespace) -> bool:
-    """Trains on pieces of the text, with the options of `finetuning_parser`; returns as `fit`."""
-    pieces = Crops(text, args.batch_size, args.length, args.seed)
-    module = TextModel(model, args.lr, args.steps)
-    return fit(trainer(args.steps), module, DataLoader(pieces, batch_size=None))
-
-
-@torch.inference_mode()
-def bits_per_token(
-    model: Callable[..., tuple[Tensor, Any]],
-    text: bytes | list[int],
-    length: int,
-    pieces: int = 256,
-) -> float:
-    """The mean over ``pieces`` fixed pieces of a text, each from the initial state."""
-    tokens, targets = next(iter(Crops(text, pieces, length)))
-    losses = []
-    for part in zip(tokens.split(16), targets.split(16), strict=True):  # less memory than all
-        losses.append(loss_of(model, *part)[0].item() * len(part[0]))
-    return sum(losses) / pieces / math.log(2)
 
 
 def peak_memory(call: Callable[[], object]) -> int:

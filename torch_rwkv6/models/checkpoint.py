@@ -72,7 +72,7 @@ def load(
             in the dtype of the embedding.
         state: tuned states, which texts then start from: a file or mapping with
             ``blocks.*.att.time_state`` alone, [H, N, N] as [value, key], as RWKV-LM and
-            ``examples/state_tuning.py`` write it.
+            ``examples/train.py`` write it.
         lora: the folder of a LoRA adapter as peft's ``save_pretrained`` wrote it. Merged into the
             model by peft.
         ln_x_eps: epsilon of the GroupNorm of RWKV-5 and RWKV-6, which no checkpoint holds; None

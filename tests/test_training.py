@@ -1,0 +1,523 @@
+"""examples/train.py and its data: what is learnt, that it can be resumed, and used afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from one_line import assert_refused
+from torch.nn.functional import cross_entropy
+
+for package in ("datasets", "lightning", "peft"):
+    pytest.importorskip(package, reason="the examples need torch_rwkv6[examples]")
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # as running a script does
+import datasets  # noqa: E402
+import documents  # noqa: E402
+import text_model  # noqa: E402
+import train  # noqa: E402
+from documents import IGNORED, DocumentData, Packs, Pieces, read_documents  # noqa: E402
+
+from torch_rwkv6.models import load, read, save  # noqa: E402
+
+CHECKPOINT = Path(__file__).parent / "data" / "rwkv6-kjv.pth"
+ROWS = [(f"What is {i} plus one? ", f"It is {i + 1}.") for i in range(120)]
+STEPS = 8
+SMALL = ["--ctx-len", "64", "--tokens", "160", "--tokenizer", "bytes", "--val-every", "4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = ({"prompt": p, "completion": c} for p, c in ROWS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def binidx(prefix: Path, texts: list[bytes], items: list[int] | None = None) -> Path:
+    """A .bin and .idx of documents of one item each, or of so many items, as RWKV-LM writes it."""
+    sizes = [len(text) for text in texts]
+    pointers = [0, *itertools.accumulate(2 * size for size in sizes)][:-1]
+    index = [0, *itertools.accumulate(items or [1] * len(texts))]
+    prefix.with_suffix(".bin").write_bytes(
+        np.frombuffer(b"".join(texts), np.uint8).astype(np.uint16).tobytes()
+    )
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\0\0"
+        + struct.pack("<QBQQ", 1, 8, len(sizes), len(index))
+        + struct.pack(f"<{len(sizes)}i{len(sizes)}q{len(index)}q", *sizes, *pointers, *index)
+    )
+    return prefix.with_suffix(".bin")
+
+
+class TestDocuments:
+    TEXTS = (b"In the beginning", b"God created", b"the heaven\nand the earth")
+
+    def write(self, folder: Path, suffix: str) -> Path:
+        path = folder / f"data{suffix}"
+        texts = [text.decode() for text in self.TEXTS]
+        if suffix == ".txt":
+            path.write_text("\n\n".join(texts))
+        elif suffix == ".jsonl":
+            path.write_text("".join(json.dumps({"text": x, "id": 0}) + "\n" for x in texts))
+        elif suffix == ".parquet":
+            datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+        else:
+            binidx(path, list(self.TEXTS))
+        return path
+
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".bin", ".idx"])
+    def test_every_format_has_the_same_documents(self, suffix: str, tmp_path: Path) -> None:
+        found = read_documents(str(self.write(tmp_path, suffix)), "bytes", 256)
+        assert [bytes(found.tokens(i).tolist()) for i in range(3)] == list(self.TEXTS)
+        assert found.lengths.tolist() == [len(x) for x in self.TEXTS]
+        assert not found.prompts.any()
+
+    @pytest.mark.parametrize(("sample_by", "count"), [("line", 6), ("document", 1)])
+    def test_what_a_document_of_a_text_is(self, sample_by: str, count: int, tmp_path: Path) -> None:
+        path = self.write(tmp_path, ".txt")
+        assert len(read_documents(str(path), "bytes", 256, sample_by).lengths) == count
+
+    def test_a_document_may_have_several_items(self, tmp_path: Path) -> None:
+        path = binidx(tmp_path / "data", list(self.TEXTS), [2, 1])
+        found = read_documents(str(path), "bytes", 256)
+        assert bytes(found.tokens(0).tolist()) == self.TEXTS[0] + self.TEXTS[1]
+        assert bytes(found.tokens(1).tolist()) == self.TEXTS[2]
+
+    def test_prompts_and_the_end_of_text(self, questions: Path) -> None:
+        pytest.importorskip("rwkv", reason="the World vocabulary needs torch_rwkv6[text]")
+        found = read_documents(str(questions), "world", 65536)
+        world = documents.tokenizer_for("world", 65536)
+        prompt, completion = (world.encode(x) for x in ROWS[7])
+        assert found.tokens(7).tolist() == [*prompt, *completion, 0]
+        assert found.prompts[7] == len(prompt)
+        assert found.lengths[7] == len(prompt) + len(completion) + 1
+
+    def test_tokens_are_cached(self, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = read_documents(str(questions), "bytes", 256)
+        monkeypatch.setattr(documents, "tokenizer_for", None)
+        again = read_documents(str(questions), "bytes", 256)
+        assert again.tokens(3).tolist() == first.tokens(3).tolist()
+
+    def test_several_processes(self, questions: Path) -> None:
+        one = read_documents(str(questions), "bytes", 256)
+        two = read_documents(str(questions), "bytes", 256, workers=2)
+        for x, y in zip(one[:2], two[:2], strict=True):
+            assert x.tolist() == y.tolist()
+        assert all(one.tokens(i).tolist() == two.tokens(i).tolist() for i in range(len(ROWS)))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("x.csv", b"text", "expected a file of .txt, .jsonl"),
+            (
+                "x.jsonl",
+                b'{"words": 1}\n',
+                'expected a column "text", or "prompt" and "completion"',
+            ),
+            ("x.jsonl", b'{"text": 1}\n', 'expected text in the column "text", got int'),
+            ("x.jsonl", b'{"text"\n', "x.jsonl: "),
+            ("x.txt", b"caf\xe9", "x.txt: 'utf-8' codec"),
+            ("x.parquet", b"none", "x.parquet: "),
+            ("x.idx", b"", "is no index of version 1"),
+            ("x.idx", b"MMIDIDX\0\0" + struct.pack("<QBQQ", 2, 8, 0, 1), "no index of version 1"),
+            ("x.idx", b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 6, 0, 1), "no index of version 1"),
+            ("x.idx", b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 1, 2), "is truncated"),
+            (
+                "x.idx",
+                b"MMIDIDX\0\0" + struct.pack("<QBQQiqqq", 1, 8, 1, 2, 9, 0, 0, 1)[:61],
+                "does not fit",
+            ),
+        ],
+        ids=itertools.count(),
+    )
+    def test_files_that_are_none(
+        self, name: str, content: bytes, message: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "x.bin").write_bytes(b"1234")
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="--data: ") as raised:
+            read_documents(str(tmp_path / name), "bytes", 256)
+        assert message in str(raised.value)
+
+
+def some_documents(seed: int = 0) -> documents.Documents:
+    """Random documents of up to 40 tokens, some of them with prompts, some of them empty."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, 41, 60)
+    prompts = np.where(random.random(60) < 0.5, random.integers(0, lengths + 1), 0)
+    tokens = [random.integers(0, 256, n) for n in lengths]
+    return documents.Documents(lengths, prompts, tokens.__getitem__)
+
+
+@pytest.mark.parametrize("ctx_len", [1, 7, 64])
+def test_every_token_to_learn_is_learnt_once(ctx_len: int) -> None:
+    found = some_documents()
+    expected = [
+        (tuple(found.tokens(d)[(i - 1) // ctx_len * ctx_len : i]), found.tokens(d)[i])
+        for d in range(60)
+        for i in range(max(1, found.prompts[d]), found.lengths[d])
+    ]
+    learnt = []
+    for pack in Packs(found, Pieces.of(found, ctx_len), 64):
+        assert 0 < pack.tokens.shape[1] <= 64
+        tokens, targets = pack.tokens[0].tolist(), pack.targets[0].tolist()
+        for begin, end in itertools.pairwise(pack.cu_seqlens.tolist()):
+            assert end > begin
+            for i in range(begin, end):
+                if targets[i] != IGNORED:
+                    learnt.append((tuple(tokens[begin : i + 1]), targets[i]))
+    assert learnt == expected  # with all that was read before it, of its piece
+
+
+def test_packs_are_as_full_as_whole_pieces_make_them() -> None:
+    found = some_documents()
+    packs = itertools.islice(Packs(found, Pieces.of(found, 64), 64, seed=3), 100)
+    for pack, after in itertools.pairwise(x for x in packs if x.epoch == 0):
+        assert pack.cu_seqlens[-1] + after.cu_seqlens[1] > 64
+
+
+def test_the_order_is_another_in_each_epoch_and_goes_on_anywhere() -> None:
+    found = some_documents()
+    pieces = Pieces.of(found, 16)
+
+    def packs(*place: int) -> list[documents.Pack]:
+        every = Packs(found, pieces, 64, 5, *place)
+        return list(itertools.takewhile(lambda pack: pack.epoch < 3, every))
+
+    whole = packs()
+    content = [sorted(torch.cat([p.tokens[0] for p in whole if p.epoch == e])) for e in range(3)]
+    assert content[0] == content[1] == content[2]
+    first = [next(p.tokens for p in whole if p.epoch == e) for e in range(3)]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+    for i, pack in enumerate(whole):
+        rest = packs(pack.epoch, pack.row)
+        assert len(rest) == len(whole) - i - 1
+        for x, y in zip(rest, whole[i + 1 :], strict=True):
+            assert torch.equal(x.tokens, y.tokens)
+            assert x[3:] == y[3:]
+
+
+def test_a_document_in_a_pack_has_the_loss_and_gradient_that_it_has_alone(questions: Path) -> None:
+    found = read_documents(str(questions), "bytes", 256)
+    pack = next(iter(Packs(found, Pieces.of(found, 64), 160)))
+    assert len(pack.cu_seqlens) == 6
+    model = load(CHECKPOINT, dtype=torch.float64)
+    packed, _ = text_model.loss_of(model, *pack[:2], cu_seqlens=pack.cu_seqlens)
+    learnt = (pack.targets != IGNORED).sum()
+    alone = []
+    for prompt, completion in ROWS[:5]:
+        tokens = torch.tensor([list((prompt + completion).encode())])
+        logits, _ = model(tokens[:, :-1])
+        of_completion = slice(len(prompt) - 1, None)
+        alone.append(
+            cross_entropy(logits[0, of_completion], tokens[0, 1:][of_completion], reduction="sum")
+        )
+    assert learnt == sum(len(completion) for _, completion in ROWS[:5])
+    assert packed.item() == pytest.approx((sum(alone) / learnt).item(), rel=1e-6)  # in float32
+    gradients = [
+        torch.autograd.grad(loss, [*model.parameters()]) for loss in (packed, sum(alone) / learnt)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_learning_rates_are_those_of_rwkv_lm() -> None:
+    """Against values worked out by hand from RWKV-v5/src/trainer.py."""
+    for kind, arguments, expected in (
+        ("exponential", (100, 0, 0.01), {0: 0.01**0.01, 49: 0.1, 99: 0.01, 200: 0.01}),
+        ("linear", (100, 0, 0.0), {0: 0.99, 49: 0.5, 99: 0.0}),
+        ("cosine", (100, 20, 0.1), {0: 0.2, 10: 0.6, 20: 1.0, 60: 0.55, 100: 0.1}),
+        ("exponential", (30, 10, 1.0), {0: 0.2, 5: 0.6, 10: 1.0, 29: 1.0}),
+    ):
+        factor = text_model.official_factor(kind, *arguments)
+        assert {step: factor(step) for step in expected} == pytest.approx(expected)
+
+
+def run(out: Path, *arguments: str | Path) -> int:
+    return train.main([*SMALL, "--out", str(out), "--steps", str(STEPS), *map(str, arguments)])
+
+
+def bits(output: str) -> list[float]:
+    """What the program reports: before and after."""
+    lines = output[output.index("validation loss") :].splitlines()[1:]
+    return [float(line.rpartition(": ")[2]) for line in lines if line.startswith("  ")]
+
+
+def test_from_scratch(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--n-layer", "2", "--n-embd", "32", "--head-size", "16", "--weight-decay", "0.1"]
+    options = ["--lr", "2e-2", "--steps", "40", "--warmup", "4"]
+    assert run(tmp_path, "--data", questions, *sizes, *options) == 0
+    before, after = bits(capsys.readouterr().out)
+    assert before == pytest.approx(8, abs=0.5)  # of 256 tokens none is likelier
+    assert after < 5
+    model = load(tmp_path / "model.pth")
+    assert (model.n_layer, model.n_embd, model.vocab_size) == (2, 32, 256)
+    groups = read(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    rates = {g["name"]: (g["initial_lr"], g["weight_decay"]) for g in groups}
+    assert rates == {"decay_speed": (4e-2, 0), "matrices": (2e-2, 0.1), "rest": (2e-2, 0)}
+    assert groups[1]["lr"] == pytest.approx(2e-2 / 60)
+
+
+# what is trained, with a learning rate for a few steps
+MODES = {
+    "full": ["--lr", "1e-3"],
+    "lora": ["--train", "lora", "--lr", "1e-2", "--rank", "4"],
+    "state": ["--train", "state"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in float32."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    save(load(CHECKPOINT, dtype=torch.float32), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(
+    questions: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of an uninterrupted run of each mode."""
+    done: dict[str, Path] = {}
+
+    def of(mode: str) -> Path:
+        if mode not in done:
+            out = tmp_path_factory.mktemp(mode)
+            options = ["--data", questions, "--model", base, *MODES[mode]]
+            assert run(out, *options) == 0
+            done[mode] = out
+        return done[mode]
+
+    return of
+
+
+def written(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the result."""
+    files = [*out.glob("*.pth"), *out.glob("lora/*.safetensors")]
+    return {f"{file.name} {name}": x for file in files for name, x in read(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "number", "code"),
+    [("full", signal.SIGINT, 130), *((mode, signal.SIGTERM, 143) for mode in MODES)],
+)
+def test_resuming_equals_not_having_stopped(
+    mode: str,
+    number: int,
+    code: int,
+    whole: Callable[[str], Path],
+    base: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = written(whole(mode))
+    batches: list[documents.Pack] = []
+    stop_at = STEPS // 2 - 1
+    training_step = train.DocumentModel.training_step
+
+    def step(module: train.DocumentModel, batch: documents.Pack, index: int) -> torch.Tensor:
+        batches.append(batch)
+        if module.global_step == stop_at:
+            signal.raise_signal(number)
+        return training_step(module, batch, index)
+
+    monkeypatch.setattr(train.DocumentModel, "training_step", step)
+    options = ["--data", questions, "--model", base, *MODES[mode]]
+    assert run(tmp_path, *options) == code
+    assert "train.py: interrupted; what was learnt until then is written" in capsys.readouterr().err
+    assert len(batches) == STEPS // 2
+    stop_at = -1
+    assert train.main(["--resume", str(tmp_path / "last.ckpt"), "--out", str(tmp_path)]) == 0
+    assert len(batches) == STEPS  # as many as the run was asked for
+    found = written(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+    settings = read(tmp_path / "last.ckpt")["hyper_parameters"]
+    data = DocumentData(
+        read_documents(str(questions), "bytes", 256),
+        settings["tokens"],
+        settings["ctx_len"],
+        settings["seed"],
+        settings["val_share"],
+    )
+    for batch, other in zip(batches, data.train_dataloader(), strict=False):
+        assert torch.equal(batch.tokens, other.tokens)
+
+
+def test_a_lora_loads_back(whole: Callable[[str], Path], base: Path) -> None:
+    tokens = torch.arange(97, 123)[None]
+    with torch.no_grad():
+        before = load(base)(tokens)[0]
+        merged = load(whole("lora") / "model.pth")(tokens)[0]
+        beside = load(base, lora=whole("lora") / "lora")(tokens)[0]
+    torch.testing.assert_close(beside, merged, rtol=1e-4, atol=1e-4)
+    assert (merged - before).abs().max() > 0.1
+    names = {name for name in written(whole("lora")) if "lora_" in name}
+    assert len(names) == 2 * 2 * 8  # A and B, layers, matrices
+    trained = read(whole("lora") / "last.ckpt")["state_dict"]
+    assert len(trained) == len(names)  # and not the model
+
+
+def test_states_load_back(whole: Callable[[str], Path], base: Path) -> None:
+    states = read(whole("state") / "state.pth")
+    assert {name: tuple(x.shape) for name, x in states.items()} == {
+        f"blocks.{i}.att.time_state": (2, 32, 32) for i in range(2)
+    }
+    tokens = torch.arange(97, 123)[None]
+    with torch.no_grad():
+        before = load(base)(tokens)[0]
+        tuned = load(base, state=whole("state") / "state.pth")(tokens)[0]
+    assert (tuned - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_reported_is_what_the_files_do(
+    mode: str, whole: Callable[[str], Path], base: Path
+) -> None:
+    source, options = whole(mode) / "model.pth", {}
+    if mode == "state":
+        source, options = base, {"state": whole(mode) / "state.pth"}
+    losses = []
+    for model in (load(base), load(source, **options)):
+        bits = [], []
+        for prompt, completion in ROWS[-2:]:  # 2 % of 120
+            tokens = torch.tensor([list((prompt + completion).encode())])
+            with torch.no_grad():
+                logits = model(tokens[:, :-1])[0][0, len(prompt) - 1 :]
+            bits[0].append(cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum"))
+            bits[1].append(len(completion))
+        losses.append(float(sum(bits[0])) / sum(bits[1]))
+    assert losses[1] < losses[0] - 0.02
+    log = (whole(mode) / "log/version_0/metrics.csv").read_text().splitlines()
+    column = log[0].split(",").index("val_loss")
+    reported = [float(row.split(",")[column]) for row in log[1:] if row.split(",")[column]]
+    assert [reported[0], reported[-1]] == pytest.approx(losses, rel=1e-4)
+
+
+def test_gradient_checkpointing(
+    whole: Callable[[str], Path], base: Path, questions: Path, tmp_path: Path
+) -> None:
+    options = ["--data", questions, "--model", base, *MODES["full"], "--grad-cp"]
+    assert run(tmp_path, *options) == 0
+    expected = written(whole("full"))
+    for name, x in written(tmp_path).items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6)
+
+    tokens = torch.randint(97, 123, (4, 257))
+    peaks = []
+    for wrap in (lambda block: None, train.checkpointed):
+        model = load(base)
+        for block in model.blocks:
+            wrap(block)
+
+        def step(model=model) -> None:
+            model.features(tokens)[0].sum().backward()
+
+        peaks.append(text_model.peak_memory(step))
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_the_compiled_model_is_what_is_trained(
+    whole: Callable[[str], Path],
+    base: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the seconds of a compiler; tests/test_packed_models.py compiles a model."""
+    calls = []
+
+    def compile(call: Callable[..., object], **options: bool) -> Callable[..., object]:
+        assert options == {"dynamic": True}  # rows have as many tokens as fit
+
+        def compiled(*args: object, **options: object) -> object:
+            calls.append(torch.is_grad_enabled())
+            return call(*args, **options)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    options = ["--data", questions, "--model", base, *MODES["lora"], "--compile"]
+    assert run(tmp_path, *options) == 0
+    assert (calls.count(True), calls.count(False)) == (STEPS, 3)  # validated at first, 4 and 8
+    expected = written(whole("lora"))
+    assert all(torch.equal(x, expected[name]) for name, x in written(tmp_path).items())
+
+
+def test_other_data_are_refused_on_resuming(
+    whole: Callable[[str], Path], questions: Path, tmp_path: Path, capsys
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(questions.read_text().splitlines(keepends=True)[1:]))
+    resume = ["--resume", str(whole("state") / "last.ckpt"), "--steps", "20"]
+    assert train.main([*resume, "--data", str(other), "--out", str(tmp_path)]) == 2
+    assert "--data: expected that of the run, with 120 pieces, got 119" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_training(
+    base: Path, questions: Path, tmp_path: Path, capsys
+) -> None:
+    assert run(tmp_path, "--data", questions, "--model", base, "--lr", "1e20") == 2
+    assert "try a smaller --lr" in capsys.readouterr().err
+    assert not (tmp_path / "model.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
+        (["--lr", "nan"], "--lr: expected a finite number > 0, got 'nan'"),
+        (["--lr-final", "0"], "--lr-final: expected a number > 0 with --schedule exponential"),
+        (["--alpha", "nan"], "--alpha: expected a finite number > 0, got 'nan'"),
+        (["--val-share", "0"], "--val-share: expected a finite number > 0 and <= 1"),
+        (["--rank", "0"], "--rank: expected an integer of at least 1, got '0'"),
+        (["--tokens", "100"], "--tokens: expected at least --ctx-len 1024, got 100"),
+        (["--resume", CHECKPOINT], "--resume: expected a training checkpoint of this program"),
+        (["--resume", "no.ckpt"], "--resume: no such file: no.ckpt"),
+        (["--out", __file__], "--out: cannot be written"),
+        (["--data", "no.txt"], "--data: no such file: no.txt"),
+        (["--data", "."], "--data: expected a file, got the folder ."),
+        (["--data", "x.csv"], "--data: expected a file of .txt"),
+        (["--data", "one.txt"], "--data: expected at least 2 pieces"),
+        (["--train", "lora"], "--train: lora needs a --model"),
+        (["--train", "all"], "--train: invalid choice: 'all'"),
+        (["--model", "no.pth"], "no such file: no.pth"),
+        (["--model", "x.csv"], "x.csv is no checkpoint"),
+        (["--model", CHECKPOINT, "--n-embd", "64"], "--n-embd: it is that of --model"),
+        (["--model", CHECKPOINT, "--tokenizer", "world"], "--tokenizer: expected one of at most"),
+        (["--tokenizer", "foo"], "tokenizer: expected bytes, world or a .json file"),
+        (["--n-embd", "100"], "--head-size: expected a divisor of --n-embd 100, got 64"),
+    ],
+    ids=lambda x: (
+        " ".join(map(str, x)).replace(str(CHECKPOINT), "MODEL") if list is type(x) else ""
+    ),
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_text("text")
+    Path("one.txt").write_text("five")
+    start = ["--data", "one.txt", "--tokenizer", "bytes"]  # what comes later counts
+    assert_refused(train.main, "train.py", [*start, *map(str, arguments)], message, capsys)
