@@ -7,8 +7,7 @@
 
 namespace rwkv6 {
 
-// A checkpoint is the state before a token of a sequence whose number, greater than 0, is a multiple
-// of this one.
+// The checkpoints of a sequence are the states before its tokens 128, 256, ...: this many apart.
 constexpr int64_t kCheckpointTokens = RWKV6_CHECKPOINT_TOKENS;
 
 // The sequences of a call: batch rows, or the pieces of cu_seqlens.

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -19,6 +19,9 @@ import torch
 from corpus import tokenizer_of
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+if TYPE_CHECKING:
+    from torch_rwkv6.models.tokenizers import Tokenizer
 
 IGNORED = -100  # a target that nothing is learnt from; the default of cross_entropy
 FORMATS = {
@@ -83,7 +86,7 @@ def read_documents(
     """
     kind = format_of(path)
     if kind == "binidx":
-        return _read_binidx(Path(path).with_suffix(""))
+        return _read_binidx(Path(path), vocab_size)
     import datasets  # a second, as it imports pandas
 
     datasets.disable_progress_bars()
@@ -117,7 +120,8 @@ def read_documents(
 
 
 @functools.cache
-def tokenizer_for(name: str, vocab_size: int):
+def tokenizer_for(name: str, vocab_size: int) -> Tokenizer:
+    """As `tokenizer_of`, which is read once."""
     return tokenizer_of(vocab_size, name)
 
 
@@ -141,12 +145,12 @@ def tokenise(
     return {"tokens": tokens, "length": [*map(len, tokens)], "prompt": [*map(len, prompts)]}
 
 
-def _read_binidx(prefix: Path) -> Documents:
+def _read_binidx(file: Path, vocab_size: int) -> Documents:
     """The documents of a .bin file, as its .idx file says; the tokens stay on the disk.
 
     Source: ``MMapIndexedDataset`` in BlinkDL/RWKV-LM, RWKV-v5/src/binidx.py.
     """
-    index, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    index, data = file.with_suffix(".idx"), file.with_suffix(".bin")
     content = index.read_bytes()
     code = content[len(MAGIC)] if len(content) > len(MAGIC) else 0
     if not content.startswith(MAGIC) or code not in ELEMENTS or len(content) < len(MAGIC) + 17:
@@ -165,7 +169,17 @@ def _read_binidx(prefix: Path) -> Documents:
         raise ValueError(f"--data: {index} does not fit {data}")
     begins = before[document]  # [D + 1]
     lengths = np.diff(begins)
-    return Documents(lengths, np.zeros_like(lengths), lambda i: tokens[begins[i] : begins[i + 1]])
+
+    def read(i: int) -> np.ndarray:
+        piece = tokens[begins[i] : begins[i + 1]]
+        if len(piece) and not 0 <= piece.min() <= piece.max() < vocab_size:
+            raise ValueError(
+                f"--data: expected tokens from 0 to {vocab_size - 1}, as the model has, got "
+                f"{piece.min()} to {piece.max()} in document {i} of {data}"
+            )
+        return piece
+
+    return Documents(lengths, np.zeros_like(lengths), read)
 
 
 class Pieces(NamedTuple):
@@ -258,7 +272,7 @@ class DocumentData(lightning.LightningDataModule):
     Args:
         size: tokens of a pack at most.
         ctx_len: tokens of a piece at most; not above ``size``.
-        val_share: of the pieces, for validation; at least one.
+        val_share: of the pieces, for validation; at least one, and not all.
 
     Raises:
         ValueError: there are not two pieces.
@@ -275,7 +289,7 @@ class DocumentData(lightning.LightningDataModule):
                 f"--data: expected at least 2 pieces of text to learn from, one of them for "
                 f"validation, got {count}"
             )
-        cut = count - max(1, round(count * val_share))
+        cut = max(1, count - max(1, round(count * val_share)))
         self.train_packs = functools.partial(
             Packs, documents, pieces.select(slice(cut)), size, seed
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import lightning
 import numpy as np
@@ -12,16 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 
-def tensor_of(text: bytes | Sequence[int]) -> Tensor:
-    """The tokens of a text, [T]: its bytes as they are, uint8, or ids, int32."""
-    if isinstance(text, bytes):
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return torch.tensor(text, dtype=torch.int32)
-
-
-def count(text: bytes | Sequence[int]) -> str:
-    """How long a text is, for a message."""
-    return f"{len(text)} {'bytes' if isinstance(text, bytes) else 'tokens'}"
+def tensor_of(text: bytes) -> Tensor:
+    """The bytes of a text, [T] uint8."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
@@ -36,14 +29,14 @@ class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
 
     def __init__(
         self,
-        text: bytes | Sequence[int],
+        text: bytes,
         lanes: int,
         length: int,
         first: int = 0,
         endless: bool = False,
     ):
         if len(text) < 2 * lanes:
-            raise ValueError(f"the text has {count(text)}: too few for {lanes} lanes")
+            raise ValueError(f"the text has {len(text)} bytes: too few for {lanes} lanes")
         self.data = tensor_of(text)[: len(text) // lanes * lanes].view(lanes, -1)  # [lanes, T]
         self.length, self.first, self.endless = length, first, endless
 
@@ -54,6 +47,30 @@ class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
             start = step % pieces * self.length
             piece = self.data[:, start : start + self.length + 1].long()
             yield piece[:, :-1], piece[:, 1:]
+
+
+class Crops(IterableDataset[tuple[Tensor, Tensor]]):
+    """Pieces from anywhere in a text, each to be read from the initial state.
+
+    Yields the tokens and the next tokens, int64 [size, length] each, without end.
+
+    Raises:
+        ValueError: the text is shorter than a piece.
+    """
+
+    def __init__(self, text: bytes, size: int, length: int, seed: int = 0):
+        if len(text) <= length:
+            raise ValueError(f"the text has {len(text)} bytes: too few for pieces of {length}")
+        self.data = tensor_of(text)
+        self.size, self.length, self.seed = size, length, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        positions = torch.arange(self.length + 1)
+        while True:
+            first = torch.randint(len(self.data) - self.length, (self.size, 1), generator=generator)
+            pieces = self.data[first + positions].long()  # [size, length + 1]
+            yield pieces[:, :-1], pieces[:, 1:]
 
 
 class TextData(lightning.LightningDataModule):
@@ -67,7 +84,7 @@ class TextData(lightning.LightningDataModule):
         self.val_lanes = max(1, min(16, len(self.val_text) // 256))
         if len(self.train_text) < 2 * batch_size or len(self.val_text) < 2:
             raise ValueError(
-                f"the text has {count(text)}: too few for {batch_size} lanes of training and "
+                f"the text has {len(text)} bytes: too few for {batch_size} lanes of training and "
                 f"{val_fraction:.0%} of validation"
             )
 

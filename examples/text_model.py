@@ -51,22 +51,16 @@ def loss_of(
 
 
 class TextModel(lightning.LightningModule):
-    """Next-token prediction on pieces of text, each from the initial state.
+    """Next-token prediction; a subclass says in ``training_step`` on what.
 
     Trains the parameters of ``model`` that require a gradient, by AdamW without weight decay; the
-    learning rate falls from ``lr`` to a hundredth of it (the official schedule of state tuning).
-    ``losses`` has the loss of every step.
+    learning rate falls from ``lr`` to a hundredth of it. ``losses`` has the loss of every step.
     """
 
     def __init__(self, model: nn.Module, lr: float, steps: int) -> None:
         super().__init__()
         self.model, self.lr, self.steps = model, lr, steps
         self.losses: list[float] = []
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor | None:
-        loss, _ = loss_of(self.model, *batch)
-        self.record(loss)
-        return loss
 
     def record(self, loss: Tensor) -> None:
         """Notes the loss, averaged over the processes of the run.

@@ -127,7 +127,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     free = ("out", "resume", "max_seconds", "val_every", "precision", "accelerator", "workers",
             "grad_cp", "compile")  # fmt: skip
     names = vars(args).keys() - set(free)
-    settings = settings_of(parser, argv, args, sorted(names), moved=("data", "model"))
+    settings = settings_of(parser, argv, args, sorted(names), moved=("data", "model", "tokenizer"))
     if settings["data"] is None:
         raise ValueError("--data: expected a file to learn from, got none")
     format_of(settings["data"])

@@ -138,7 +138,7 @@ def train(
     """
     interrupted = fit(trainer, module, datamodule=data, ckpt_path=args.resume)
     trainer.save_checkpoint(args.out / "last.ckpt")
-    validated = trainer.global_step % trainer.val_check_interval == 0
+    validated = not interrupted and trainer.global_step % trainer.val_check_interval == 0
     if not validated or "val_loss" not in trainer.callback_metrics:
         trainer.validate(module, datamodule=data, verbose=False)
     return interrupted

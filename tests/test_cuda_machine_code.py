@@ -100,8 +100,8 @@ def shapes() -> dict[str, Shape]:
     # blocks as large as they get: the host makes them smaller where they do not fill the GPU
     with gpu.runtime.settings(check=0, statistics=0, multiprocessors=1):
         for family, dtype, N in cases:
-            os.environ |= {"RWKV6_CUDA_KERNEL": family, "RWKV6_CUDA_SEGMENT": "64"}
-            T = 65 if family == "chunked" else 1
+            os.environ |= {"RWKV6_CUDA_KERNEL": family, "RWKV6_CUDA_SEGMENT": "128"}
+            T = 129 if family == "chunked" else 1
             call = random_call(B=1, T=T, H=1, N=N, dtype=dtype)
             gpu.forward(call)
             gpu.backward(call, *call.grad_outputs())

@@ -22,6 +22,7 @@ import corpus  # noqa: E402
 import ddp  # noqa: E402
 import generate  # noqa: E402
 import infctx  # noqa: E402
+import text_data  # noqa: E402
 import text_model  # noqa: E402
 import train  # noqa: E402
 
@@ -75,6 +76,16 @@ class TestInfctx:
         assert chunks < 0.4 * whole
         assert one < 0.4 * whole
         assert exact < 1e-4 < cut
+
+
+def test_crops_are_pieces_of_the_text_and_its_next_tokens() -> None:
+    text = bytes(range(100))
+    batches = iter(text_data.Crops(text, 5, 7, seed=3))
+    for tokens, targets in (next(batches), next(batches)):
+        assert tokens.shape == targets.shape == (5, 7)
+        assert torch.equal(tokens + 1, targets)
+    again, _ = next(iter(text_data.Crops(text, 5, 7, seed=3)))
+    assert not torch.equal(again, tokens)
 
 
 def test_peak_memory_is_that_of_what_lives_at_one_time() -> None:

@@ -497,10 +497,10 @@ def examples_of_the_page() -> None:
 def refused_pieces() -> None:
     own, arguments = dist.get_rank(), call_of_a_rank()
     state = torch.zeros(2, 2, 8, 8)
-    with pytest.raises(ValueError, match=r"initial_state: expected on the first.*rank 1 alone"):
+    with pytest.raises(ValueError, match=r"initial_state: expected on the first.*rank 1 and not"):
         parallel.wkv(*arguments, state if own == 1 else None, group=None)
     x, shift = torch.zeros(2, 3, 4), torch.zeros(2, 4)
-    with pytest.raises(ValueError, match=r"shift: expected on the first.*rank 1 alone"):
+    with pytest.raises(ValueError, match=r"shift: expected on the first.*rank 1 and not"):
         parallel.token_shift(x, shift if own == 1 else None, None)
     with pytest.raises(ValueError, match="initial_state: autograd records this call on rank 0"):
         parallel.wkv(*arguments, state.requires_grad_() if own == 0 else None, group=None)

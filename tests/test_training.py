@@ -99,6 +99,17 @@ class TestDocuments:
         assert bytes(found.tokens(0).tolist()) == self.TEXTS[0] + self.TEXTS[1]
         assert bytes(found.tokens(1).tolist()) == self.TEXTS[2]
 
+    def test_a_name_with_dots(self, tmp_path: Path) -> None:
+        binidx(tmp_path / "data.idx", [b"another corpus"])
+        path = binidx(tmp_path / "data.v1.bin", list(self.TEXTS))
+        found = read_documents(str(path), "bytes", 256)
+        assert bytes(found.tokens(0).tolist()) == self.TEXTS[0]
+
+    def test_tokens_of_another_vocabulary_are_refused(self, tmp_path: Path) -> None:
+        path = binidx(tmp_path / "data", list(self.TEXTS))
+        with pytest.raises(ValueError, match=r"--data: expected tokens from 0 to 99.* got 32 to"):
+            read_documents(str(path), "bytes", 100).tokens(0)
+
     def test_prompts_and_the_end_of_text(self, questions: Path) -> None:
         pytest.importorskip("rwkv", reason="the World vocabulary needs torch_rwkv6[text]")
         found = read_documents(str(questions), "world", 65536)
@@ -363,6 +374,12 @@ def test_resuming_equals_not_having_stopped(
     )
     for batch, other in zip(batches, data.train_dataloader(), strict=False):
         assert torch.equal(batch.tokens, other.tokens)
+
+
+def test_validation_never_takes_all(questions: Path) -> None:
+    data = DocumentData(read_documents(str(questions), "bytes", 256), 256, 128, 0, val_share=1.0)
+    assert next(iter(data.train_dataloader())).tokens.numel()
+    assert next(iter(data.val_dataloader())).tokens.numel()
 
 
 def test_a_lora_loads_back(whole: Callable[[str], Path], base: Path) -> None:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from torch_rwkv6._torch_private import concrete
 from torch_rwkv6.arguments import tensor
-from torch_rwkv6.contract import CHECKPOINT_TOKENS, MAX_HEAD_SIZE, Argument, Dtype, Operator
+from torch_rwkv6.contract import (
+    CHECKPOINT_TOKENS,
+    CHECKPOINTS,
+    MAX_HEAD_SIZE,
+    Argument,
+    Dtype,
+    Operator,
+)
 
 NO_OFFSETS = "cu_seqlens: expected at least one offset (M + 1 of them), got none"
 
@@ -30,14 +37,16 @@ def check(operator: Operator, arguments: Sequence[Any]) -> dict[str, int]:
         TypeError: an argument is no tensor or of a dtype that is not allowed.
         ValueError: a shape, device or stride that does not fit.
     """
+    given = operator.named(arguments)
     if operator.forward is not None:
         grads = len(operator.arguments) - len(operator.forward.arguments)
         sizes = check(operator.forward, arguments[grads:])
+        if CHECKPOINTS.name in given:
+            sizes["P"] = _checkpoints(sizes)
         first, checked = arguments[grads], operator.arguments[:grads]
     else:
         sizes, first, checked = {}, arguments[0], operator.arguments
     lead = (operator.forward or operator).arguments[0]
-    given = operator.named(arguments)
     for argument in checked:
         x = given[argument.name]
         if x is not None or not argument.optional:
@@ -46,7 +55,14 @@ def check(operator: Operator, arguments: Sequence[Any]) -> dict[str, int]:
         _check_sequences(operator, given, sizes)
     if operator.mutated:
         _check_in_place(given["state"])
+    if operator.checkpointed_of is not None:
+        sizes["P"] = _checkpoints(sizes)
     return sizes
+
+
+def _checkpoints(sizes: dict[str, int]) -> int:
+    """The number of states that `wkv_checkpointed` keeps."""
+    return sizes["B"] * (torch.sym_max(sizes["T"] - 1, 0) // CHECKPOINT_TOKENS)
 
 
 def explain(operator: Operator, arguments: Sequence[Any]) -> None:
@@ -124,7 +140,7 @@ def _shape_name(argument: Argument, lead: Argument, expected: Sequence[int | str
 
 
 def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Checks state_map and cu_seqlens against the states; adds M, the sequences, and P."""
+    """Checks state_map and cu_seqlens against the states; adds M, the number of sequences."""
     state_map, cu_seqlens = given["state_map"], given["cu_seqlens"]
     sequences = sizes["B"]
     if cu_seqlens is not None:
@@ -140,7 +156,6 @@ def _check_sequences(operator: Operator, given: dict[str, Any], sizes: dict[str,
             raise ValueError(NO_OFFSETS)
         sequences = offsets - 1
     sizes["M"] = sequences
-    sizes["P"] = sizes["B"] * (torch.sym_max(sizes["T"] - 1, 0) // CHECKPOINT_TOKENS)
     if "S" not in sizes:
         if state_map is not None:
             raise ValueError("state_map: given without initial_state, which it would index")

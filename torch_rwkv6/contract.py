@@ -85,8 +85,9 @@ class Operator:
     autocast: bool = False  # has a rule for mixed precision
     forward: Operator | None = None  # the operator whose gradients this one computes
     update_of: Operator | None = None  # the operator that this one is the in-place form of
-    # Runs where it has a kernel and nowhere else, so it needs no implementation in PyTorch.
-    kernels_alone: bool = False
+    # The operator that this one is, with more results for the backward. Autograd alone runs it,
+    # where it has a kernel, so it needs no implementation in PyTorch.
+    checkpointed_of: Operator | None = None
 
     @property
     def schema(self) -> str:
@@ -193,7 +194,7 @@ WKV_CHECKPOINTED = dataclasses.replace(
     name="wkv_checkpointed",
     results=(*WKV.results, CHECKPOINTS),
     autocast=False,
-    kernels_alone=True,
+    checkpointed_of=WKV,
 )
 WKV_CHECKPOINTED_BACKWARD = _backward(WKV, CHECKPOINTS)
 WKV_UPDATE = _update(WKV)

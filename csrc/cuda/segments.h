@@ -23,8 +23,8 @@ struct Segments {
   bool cuts(const Sequences& sequences) const { return count > sequences.count; }
 };
 
-// What segments of L tokens cost, fitted to times measured on an H200 at 15 shapes; the unit is what
-// a token takes in a block alone on its multiprocessor.
+// What segments of L tokens cost, fitted to measured times (on an H200 at 15 shapes, where a kernel
+// says nothing else); the unit is what a token takes in a block alone on its multiprocessor.
 struct SegmentCosts {
   double sharing;    // what a token takes more with a multiprocessor full of blocks
   double start;      // of a block

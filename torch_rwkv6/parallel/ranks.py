@@ -58,7 +58,12 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def flags(given: Tensor | None, records: bool, like: Tensor) -> Tensor:
-    """What the ranks must agree on: whether a state is given, and whether autograd records."""
+    """What the ranks must agree on: whether a state is given, and whether autograd records.
+
+    Empty on a GPU, where reading it would stall the stream.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(0)
     return like.new_tensor([given is not None, records])
 
 
@@ -69,13 +74,13 @@ def check_flags(name: str, found: Tensor) -> None:
         name: the argument that only the first rank's value of counts.
         found: `flags` of all ranks, [ranks, 2].
     """
-    if found.device.type != "cpu":
+    if not found.numel():
         return
     given, records = found.bool().T.tolist()
     if any(given) and not given[0]:
         raise ValueError(
             f"{name}: expected on the first rank of the group, whose tokens are the first, got it "
-            f"on rank {given.index(True)} alone. Pass it on the first rank or on all"
+            f"on rank {given.index(True)} and not on that. Pass it on the first rank or on all"
         )
     if any(records) and not all(records):
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_rwkv6.arguments import tensor
 from torch_rwkv6.nn.token_shift import token_shift as of_a_piece
 from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, recorded
 
@@ -39,7 +40,7 @@ def token_shift(
     """
     ranks = Ranks(group)
     check_local(("x", "shift"), (x, shift))
-    if x.dim() != 3:
+    if tensor("x", x).dim() != 3:
         raise ValueError(f"x: expected 3 dimensions [B, T, D], got shape {tuple(x.shape)}")
     B, _, D = x.shape
     if shift is not None and shift.shape != (B, D):
@@ -61,7 +62,7 @@ class _Halo(torch.autograd.Function):
         # An empty piece is passed over; on the first rank it passes on what was before all.
         filled = ranks.own == 0 or x.shape[1] > 0
         agreed = flags(shift, records, x)
-        tokens, have, agreed = ranks.gather(own, x.new_tensor([filled]), agreed)
+        tokens, have, agreed = ranks.gather(own, x.new_full((1,), filled), agreed)
         check_flags("shift", agreed)
         # For each rank the nearest one that has a token, itself or before it.
         order = torch.arange(ranks.size, device=x.device)
@@ -69,8 +70,8 @@ class _Halo(torch.autograd.Function):
         ctx.save_for_backward(nearest)
         ctx.ranks, ctx.shape = ranks, x.shape
         ctx.set_materialize_grads(False)
-        before = tokens[nearest[ranks.own - 1]] if ranks.own > 0 else first
-        return before, tokens[nearest[-1]]
+        ends = tokens.index_select(0, nearest)  # the last token up to the end of each rank's piece
+        return ends[ranks.own - 1].clone() if ranks.own > 0 else first, ends[-1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_rwkv6.arguments import tensor
 from torch_rwkv6.checks import check, check_values
 from torch_rwkv6.contract import WKV, WKV_BACKWARD
 from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, recorded
@@ -71,7 +72,7 @@ def wkv(
     ranks = Ranks(group)
     arguments: tuple[Any, ...] = (r, k, v, w, u, initial_state, None, cu_seqlens)
     check_local([a.name for a in WKV.arguments], arguments)
-    device = r.device.type
+    device = tensor("r", r).device.type
     if torch.is_autocast_enabled(device):
         arguments = cast_all(WKV, arguments, torch.get_autocast_dtype(device))
     check(WKV, arguments)
@@ -83,7 +84,7 @@ def wkv(
 
 def _pieces(cu_seqlens: Tensor, tokens: int, ranks: Ranks) -> Tensor:
     """cu_seqlens of this rank's own piece: of the sequences elsewhere it has no token."""
-    (lengths,) = ranks.gather(cu_seqlens.new_tensor([tokens]))  # [ranks, 1]
+    (lengths,) = ranks.gather(cu_seqlens.new_full((1,), tokens))  # [ranks, 1]
     if cu_seqlens.device.type == "cpu":
         check_values(int(lengths.sum()), 1, None, cu_seqlens)
     return (cu_seqlens - lengths[: ranks.own].sum()).clamp(0, tokens)

@@ -40,10 +40,18 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether kernels compute with x; a tensor made of others (DTensor) has rules before them."""
-    there = {"cpu": has_kernels, "cuda": has_cuda_kernels}
-    return there.get(x.device.type, False) and not hasattr(x, "__tensor_flatten__")
+def _starts_from_checkpoints(r: Tensor) -> bool:
+    """Whether there is a kernel whose backward starts from checkpoints.
+
+    On GPUs those are the chunked ones. What is made of other tensors, such as a DTensor, is left to
+    the rules that it has for the public operators.
+    """
+    if hasattr(r, "__tensor_flatten__"):
+        return False
+    if r.device.type == "cuda":
+        half = r.dtype in (torch.bfloat16, torch.float16)
+        return has_cuda_kernels and half and r.shape[-1] in (32, 64, 128)
+    return has_kernels and r.device.type == "cpu"
 
 
 def _autograd_function(op: Any, public: Operator, backward: Any) -> Any:
@@ -76,7 +84,7 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
     backward_op = backward_operator.overload
     pytorch_backward = fallback.KERNELS[backward_operator.name]
     differentiable = forward.differentiable
-    inputs = len(forward.arguments)
+    count = len(forward.arguments)
     public = backward_operator.forward
     assert public is not None
 
@@ -87,7 +95,7 @@ def _functions(forward: Operator, backward_operator: Operator) -> tuple[Any, Any
         grads: list[Tensor | None] = [None] * len(needed)
         if grad_y is not None or grad_final_state is not None:
             saved = ctx.saved_tensors
-            found = backward_op(grad_y, grad_final_state, *saved[inputs:], *saved[:inputs])
+            found = backward_op(grad_y, grad_final_state, *saved[count:], *saved[:count])
             for i, g in zip(differentiable, found, strict=True):
                 if needed[i]:
                     grads[i] = g
@@ -143,7 +151,7 @@ def _differentiable(
         if _needs_grad(arguments):
             if function is None:
                 return in_python(*arguments)
-            if checkpointed and _has_kernels(arguments[0]):
+            if checkpointed and _starts_from_checkpoints(arguments[0]):
                 return checkpointed.apply(*operator.complete(arguments))
             return function.apply(*operator.complete(arguments))
         with below_autograd():
@@ -197,17 +205,20 @@ def _without_derivatives(name: str, differentiable_name: str, update: Any) -> An
     return kernel
 
 
-_autograd_functions: dict[str, Any] = {}
+_functions_of: dict[str, Any] = {}
+_checkpointed_functions_of: dict[str, Any] = {}
 for _forward, _backward in DERIVATIVES:
-    _names = (_forward.name, _backward.name)
-    _autograd_functions.update(zip(_names, _functions(_forward, _backward)))
+    _function, _functions_of[_backward.name] = _functions(_forward, _backward)
+    if _forward.checkpointed_of is None:
+        _functions_of[_forward.name] = _function
+    else:
+        _checkpointed_functions_of[_forward.checkpointed_of.name] = _function
 for _operator in OPERATORS:
     _name, _op = _operator.name, _operator.overload
-    if _operator.kernels_alone:
+    if _operator.checkpointed_of is not None:
         continue
     if _operator.update_of is None:
-        _function = _autograd_functions.get(_name)
-        _checkpointed = _autograd_functions.get(f"{_name}_checkpointed")
+        _function, _checkpointed = _functions_of.get(_name), _checkpointed_functions_of.get(_name)
         _kernel = _differentiable(_operator, _function, _checkpointed)
         library.impl(_name, _kernel, "Autograd")
         continue

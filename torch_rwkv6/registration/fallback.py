@@ -127,7 +127,7 @@ def _function(operator: Operator) -> Callable[..., Any]:
 
 
 # By the operator's name. `autograd` records their operations where a derivative has no kernel.
-KERNELS = {o.name: _kernel(o, _function(o)) for o in OPERATORS if not o.kernels_alone}
+KERNELS = {o.name: _kernel(o, _function(o)) for o in OPERATORS if o.checkpointed_of is None}
 
 for _name, _implementation in KERNELS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
