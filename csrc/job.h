@@ -25,9 +25,7 @@ struct Sequences {
 
   // Checkpoints lie where their tokens do: two of them are never less than kCheckpointTokens apart,
   // so the rows are distinct, and how many there are follows from T alone.
-  RWKV6_HOST_DEVICE int64_t checkpoints_of_row() const {
-    return tokens > 0 ? (tokens - 1) / kCheckpointTokens : 0;
-  }
+  RWKV6_HOST_DEVICE int64_t checkpoints_of_row() const { return tokens / kCheckpointTokens; }
   RWKV6_HOST_DEVICE int64_t checkpoints() const {
     return (cu_seqlens.data ? 1 : count) * checkpoints_of_row();
   }
@@ -49,7 +47,7 @@ struct WkvInputs {
 struct ForwardJob : WkvInputs {
   Tokens y;
   States final;        // [count, H, N, N] of the accumulator's dtype; in place: initial itself
-  States checkpoints;  // [checkpoints(), H, N, N] of the accumulator's dtype; absent: not kept
+  States checkpoints;  // at least [checkpoints(), H, N, N] of the accumulator's dtype, or absent
 };
 
 struct BackwardJob : WkvInputs {

@@ -50,7 +50,12 @@ struct Arguments {
   // The [B P, H, N, N] checkpoints, if they are there.
   States checkpoints(const DLTensor* x) const {
     if (!x) return {};
-    return states("checkpoints", x, inputs.sequences.checkpoints(), sizes, acc, acc);
+    const States result = states("checkpoints", x, -1, sizes, acc, acc);
+    const int64_t rows = inputs.sequences.checkpoints();
+    if (x->shape[0] < rows)
+      throw ArgumentError("checkpoints: expected at least " + std::to_string(rows) + " rows, got " +
+                          std::to_string(x->shape[0]));
+    return result;
   }
 
   // A [B or M, H, N, N] tensor of the accumulator's dtype.

@@ -6,7 +6,7 @@ csrc/bindings/torch.cpp holds the same schemas for programs that run without Pyt
 
 Shapes are written with one letter per axis: B sequences of T tokens, H heads of N channels, D
 channels, S states. M is the number of sequences, which is B unless they are packed by cu_seqlens.
-P is the number of checkpoints.
+P is the number of rows for checkpoints.
 """
 
 from __future__ import annotations

@@ -188,13 +188,14 @@ Tensor empty_states(const Tensor& r, const OptionalTensor& cu_seqlens) {
   return empty(r, {sequences, n[2], n[3], n[3]}, state_dtype(r));
 }
 
-// [B P, H, N, N]
+// [B P + 2, H, N, N]: torch.compile treats tensors of 0 rows or 1 apart from all others, and would
+// compile again where so few become more.
 Tensor empty_checkpoints(const Tensor& r) {
   const auto n = r.sizes();
   if (n.size() != 4 || n[3] > RWKV6_MAX_HEAD_SIZE)  // the library is going to refuse r
     return empty(r, {0}, aoti_torch_dtype_float32());
-  const int64_t rows = n[1] > 0 ? (n[1] - 1) / RWKV6_CHECKPOINT_TOKENS : 0;
-  return empty(r, {n[0] * rows, n[2], n[3], n[3]}, state_dtype(r));
+  const int64_t rows = n[0] * (n[1] / RWKV6_CHECKPOINT_TOKENS) + 2;
+  return empty(r, {rows, n[2], n[3], n[3]}, state_dtype(r));
 }
 
 // [B, 3, D]
@@ -308,7 +309,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients wkv_checkpointed_backward(const OptionalTensor& grad_y,            // [B, T, H, N]
                                     const OptionalTensor& grad_final_state,  // [B or M, H, N, N]
-                                    const OptionalTensor& checkpoints,       // [B P, H, N, N]
+                                    const OptionalTensor& checkpoints,       // [B P + 2, H, N, N]
                                     const Tensor& r,                         // [B, T, H, N]
                                     const Tensor& k,                         // [B, T, H, N]
                                     const Tensor& v,                         // [B, T, H, N]

@@ -64,9 +64,9 @@ typedef struct {
 } rwkv6_wkv_inputs;
 
 // A forward whose backward follows may keep the states that the backward needs: of every sequence
-// those before its tokens 128, 256, ... With P = (T - 1) / 128, rounded down (0 for T = 0), the state
-// before token t of a sequence that begins at token `begin` of batch row b is row
-// b P + (begin + t) / 128 - 1. Other rows are left as they are.
+// those before its tokens 128, 256, ... With P = T / 128, rounded down, the state before token t of a
+// sequence that begins at token `begin` of batch row b is row b P + (begin + t) / 128 - 1. There may
+// be more rows than B P; rows of no state are left as they are.
 #define RWKV6_CHECKPOINT_TOKENS 128
 
 RWKV6_API const char* rwkv6_wkv_forward(

@@ -222,7 +222,7 @@ def _unwritten_states(call: Call, rows: int | None = None) -> Tensor:
 def unwritten_checkpoints(call: Call) -> Tensor:
     """Memory for the states that a forward keeps, [B * P, H, N, N]."""
     B, T = call.r.shape[:2]
-    return _unwritten_states(call, B * (max(T - 1, 0) // CHECKPOINT_TOKENS))
+    return _unwritten_states(call, B * (T // CHECKPOINT_TOKENS))
 
 
 @functools.cache

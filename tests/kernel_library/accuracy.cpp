@@ -55,7 +55,7 @@ struct Checker {
     entry = "forward";
     Tensor y(in.dtype, in.tokens(), in.layout);
     Tensor final_state(in.acc, in.states(in.sequences()), in.layout);
-    const int64_t of_row = in.T ? (in.T - 1) / RWKV6_CHECKPOINT_TOKENS : 0;
+    const int64_t of_row = in.T / RWKV6_CHECKPOINT_TOKENS;
     if (of_row) checkpoints.emplace(in.acc, in.states(in.B * of_row), in.layout);
     const rwkv6_wkv_inputs inputs = in.dl();
     if (!ran(rwkv6_wkv_forward(nullptr, &inputs, y.dl(), final_state.dl(), dl(checkpoints))))
