@@ -219,7 +219,6 @@ class TestRWKV4Numpy:
         pieces = [complete.push(token) for token in tokenizer.encode("the thin 語")]
         assert "".join(pieces) == "the thin 語"
         assert "" in pieces  # bytes of a character that is not complete yet
-        assert corpus.encode("the thin 語".encode(), 300, path) == tokenizer.encode("the thin 語")
         with pytest.raises(ValueError, match="at most 256 tokens"):
             corpus.tokenizer_of(256, path)
 

@@ -381,7 +381,7 @@ def test_kept_states(sm_80, force, monkeypatch, family, dtype, N, T, cu_seqlens,
     *outputs, kept = sm_80.forward(call, checkpoints=unwritten_checkpoints(call))
     assert all(map(torch.equal, outputs, sm_80.forward(call)))
     *_, expected = torch.ops.rwkv6.wkv_checkpointed(*call.args())
-    assert relative_rms(kept, expected) <= FORWARD[F32]
+    assert relative_rms(kept, expected[: len(kept)]) <= FORWARD[F32]
     check_backward(sm_80, call, 1.5, kept=kept)
 
 
