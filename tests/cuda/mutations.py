@@ -103,7 +103,7 @@ MUTATIONS = [
         "segments.cu",
         "    __syncthreads();\n    update_state",
         "    update_state",
-        CHUNKED_17,
+        "test_segments and sm_80 and plain",
     ),
     Mutation(
         "forward, recurrent: no barrier behind the tile's arrival",
