@@ -1,4 +1,4 @@
-"""Checks of arguments: one for each kind of value."""
+"""Checks of arguments, one for each kind of value, and whether autograd records a call with any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["flag", "integer", "number", "tensor", "token", "tokens"]
+__all__ = ["flag", "integer", "needs_grad", "number", "tensor", "token", "tokens"]
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:

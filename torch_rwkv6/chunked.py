@@ -31,6 +31,7 @@ from torch.nn.functional import pad
 
 from torch_rwkv6 import reference
 from torch_rwkv6._torch_private import forward_mode_active, transforms_active
+from torch_rwkv6.arguments import needs_grad
 
 __all__ = ["wkv", "wkv_backward"]
 
@@ -394,7 +395,7 @@ def _recorded(*tensors: Tensor) -> bool:
     """Whether a derivative or a transform needs every intermediate result as it was."""
     if transforms_active() or forward_mode_active():
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return needs_grad(*tensors)
 
 
 def _runs(

@@ -52,11 +52,6 @@ def check_local(names: Sequence[str], values: Sequence[Any]) -> None:
             )
 
 
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call with these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def flags(given: Tensor | None, records: bool, like: Tensor) -> Tensor:
     """What the ranks must agree on: whether a state is given, and whether autograd records.
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_rwkv6.arguments import tensor
+from torch_rwkv6.arguments import needs_grad, tensor
 from torch_rwkv6.nn.token_shift import token_shift as of_a_piece
-from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, recorded
+from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags
 
 
 def token_shift(
@@ -46,7 +46,7 @@ def token_shift(
     if shift is not None and shift.shape != (B, D):
         raise ValueError(f"shift: expected [B, D] = {(B, D)}, got shape {tuple(shift.shape)}")
     first = None if shift is None else shift.to(x.dtype)
-    before, last = _Halo.apply(x, first, ranks, recorded(x, first))
+    before, last = _Halo.apply(x, first, ranks, needs_grad(x, first))
     return of_a_piece(x, before)[0], last
 
 

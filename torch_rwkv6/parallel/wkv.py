@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_rwkv6.arguments import tensor
+from torch_rwkv6.arguments import needs_grad, tensor
 from torch_rwkv6.checks import check, check_values
 from torch_rwkv6.contract import WKV, WKV_BACKWARD
-from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags, recorded
+from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags
 from torch_rwkv6.registration.autocast import cast_all
 
 _wkv, _wkv_backward = WKV.overload, WKV_BACKWARD.overload
@@ -79,7 +79,7 @@ def wkv(
     *floats, _, cu_seqlens = arguments
     pieces = None if cu_seqlens is None else _pieces(cu_seqlens, r.shape[1], ranks)
     with torch.amp.autocast(device, enabled=False):
-        return _Wkv.apply(*floats, pieces, ranks, recorded(*floats))
+        return _Wkv.apply(*floats, pieces, ranks, needs_grad(*floats))
 
 
 def _pieces(cu_seqlens: Tensor, tokens: int, ranks: Ranks) -> Tensor:

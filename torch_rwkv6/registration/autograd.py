@@ -22,6 +22,7 @@ from torch_rwkv6._torch_private import (
     forward_mode_active,
     transforms_active,
 )
+from torch_rwkv6.arguments import needs_grad
 from torch_rwkv6.contract import DERIVATIVES, OPERATORS, Operator
 from torch_rwkv6.registration import fallback
 from torch_rwkv6.registration.schema import library
@@ -34,10 +35,6 @@ def _needs_pytorch(tensors: tuple[Tensor | None, ...]) -> bool:
     if not forward_mode_active():
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
-def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _starts_from_checkpoints(r: Tensor) -> bool:
@@ -148,7 +145,7 @@ def _differentiable(
     def kernel(*arguments: Any) -> Any:
         if _needs_pytorch(arguments):
             return in_python(*arguments)
-        if _needs_grad(arguments):
+        if needs_grad(*arguments):
             if function is None:
                 return in_python(*arguments)
             if checkpointed and _starts_from_checkpoints(arguments[0]):
@@ -194,7 +191,7 @@ def _without_derivatives(name: str, differentiable_name: str, update: Any) -> An
                 f"rwkv6::{name} overwrites its state and has no derivative: inside forward-mode "
                 f"AD and torch.func transforms other than vmap use rwkv6::{differentiable_name}"
             )
-        if _needs_grad(args):
+        if needs_grad(*args):
             raise RuntimeError(
                 f"rwkv6::{name} overwrites its state and has no derivative: call it under "
                 f"torch.no_grad() or torch.inference_mode(), or use rwkv6::{differentiable_name}"
