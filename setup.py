@@ -10,6 +10,7 @@ What is compiled stays in build/, so that the next build compiles only what has 
 import importlib.util
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,20 +82,21 @@ def nvcc_options() -> list[str]:
     return ["-std=c++20", "-O3", *nvcc.architecture_options(names), *host, *INCLUDE_ARGS]
 
 
-def cuda_objects(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:
-    """Compiles the CUDA kernels, where there is an nvcc that can.
+def cuda_toolkit(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:
+    """An nvcc that compiles, tried in folder, and its options, where there is one.
 
-    RWKV6_CUDA=1 makes it an error that there is none; RWKV6_CUDA=0 leaves them out.
+    RWKV6_CUDA=1 makes it an error that there is none; RWKV6_CUDA=0 leaves the CUDA kernels out.
     """
     wanted = os.environ.get("RWKV6_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"RWKV6_CUDA={wanted}: expected 0 or 1")
-    toolkit = nvcc.toolkit() if wanted != "0" else None
+    if wanted == "0":
+        return None
     try:
-        if toolkit:
+        if toolkit := nvcc.toolkit():
             options = nvcc_options()
             toolkit.check(options, folder)
-            return toolkit, toolkit.compile(sources("cuda/*.cu"), options, folder)
+            return toolkit, options
         if wanted == "1":
             raise nvcc.UnusableError("no nvcc in CUDA_HOME, PATH, /usr/local/cuda or from PyPI")
     except nvcc.UnusableError as problem:
@@ -119,13 +121,30 @@ class Build(BuildExtension):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # neither is a Python module: they are loaded with dlopen
 
+    def compile(self, ext: Extension) -> None:
+        """Compiles and does not link: build_extension then finds the objects up to date."""
+        self.compiler.compile(
+            ext.sources,
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            debug=self.debug,
+            extra_postargs=ext.extra_compile_args,
+            depends=ext.depends,
+        )
+
     def add_cuda(self, ext: Extension) -> None:
-        compiled = cuda_objects(ROOT / "build/cuda")
-        if not compiled:
+        """nvcc compiles the CUDA kernels while the C++ compiler is at those of the CPU."""
+        folder = ROOT / "build/cuda"
+        found = cuda_toolkit(folder)
+        if not found:
             ext.sources += sources("cuda/absent.cpp")
             return
-        toolkit, objects = compiled
-        ext.extra_objects += objects
+        toolkit, options = found
+        with ThreadPoolExecutor(1) as beside:
+            objects = beside.submit(toolkit.compile, sources("cuda/*.cu"), options, folder)
+            self.compile(ext)
+        ext.extra_objects += objects.result()
         ext.library_dirs.append(str(toolkit.libraries))
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
         # another CUDA runtime in the process, such as torch's, is not to be called instead of ours

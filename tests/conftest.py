@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_second_look():
+    """Libraries' and earlier tests' objects stay: collections need not walk through them again."""
+    gc.freeze()
 
 
 @pytest.fixture

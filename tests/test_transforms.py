@@ -22,7 +22,7 @@ def expected_function(call):
 
 
 def double_sample(name):
-    return sample_inputs(torch.float64, N=3)[name].double()
+    return sample_inputs(torch.float64, N=2, T=3)[name].double()
 
 
 @pytest.mark.parametrize("name", SAMPLES)

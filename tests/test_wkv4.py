@@ -106,10 +106,10 @@ def test_gradcheck(state: bool) -> None:
 
 @pytest.mark.parametrize("state", [False, True], ids=["start", "state"])
 def test_opcheck(state: bool) -> None:
-    k, v, w, u, s = call(2, 3, 4, state=state)
+    k, v, w, u, s = call(2, 2, 3, state=state)
     leaves = [None if x is None else x.requires_grad_() for x in (k, v, w, u, s)]
     torch.library.opcheck(torch.ops.rwkv6.wkv4.default, leaves)
-    grads = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    grads = torch.randn(2, 2, 3, requires_grad=True), torch.randn(2, 3, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.rwkv6.wkv4_backward.default, (*grads, *leaves))
     torch.library.opcheck(torch.ops.rwkv6.wkv4_backward.default, (None, None, *leaves))
     if s is not None:

@@ -69,14 +69,19 @@ struct Checker {
 
   void backward() {
     entry = "backward";
-    backward(nullptr);
-    if (checkpoints) backward(checkpoints->dl());
-  }
-
-  void backward(const DLTensor* given) {
     std::optional<Tensor> grad_y, grad_final;
     if (form.grad_y) grad_y = in.normal(in.dtype, in.tokens());
     if (form.grad_final) grad_final = in.normal(in.acc, in.states(in.sequences()));
+    const auto values = [](const std::optional<Tensor>& x) {
+      return x ? x->values() : std::vector<double>();
+    };
+    const Gradients expected = wkv_backward(in.exact, values(grad_y), values(grad_final));
+    backward(nullptr, grad_y, grad_final, expected);
+    if (checkpoints) backward(checkpoints->dl(), grad_y, grad_final, expected);
+  }
+
+  void backward(const DLTensor* given, std::optional<Tensor>& grad_y,
+                std::optional<Tensor>& grad_final, const Gradients& expected) {
     Tensor r(in.dtype, in.tokens(), in.layout), k(in.dtype, in.tokens(), in.layout),
         v(in.dtype, in.tokens(), in.layout), w(in.w.dtype(), in.tokens(), in.layout),
         u(in.u.dtype(), in.shape_of_u(form), in.layout);
@@ -89,10 +94,6 @@ struct Checker {
     const rwkv6_wkv_gradients gradients = {r.dl(), k.dl(), v.dl(), w.dl(), u.dl(), dl(initial)};
     if (!ran(rwkv6_wkv_backward(nullptr, &inputs, given, dl(grad_y), dl(grad_final), &gradients)))
       return;
-    const auto values = [](const std::optional<Tensor>& x) {
-      return x ? x->values() : std::vector<double>();
-    };
-    const Gradients expected = wkv_backward(in.exact, values(grad_y), values(grad_final));
     close(r, expected.r, "grad_r");
     close(k, expected.k, "grad_k");
     close(v, expected.v, "grad_v");

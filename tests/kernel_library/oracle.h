@@ -107,13 +107,14 @@ inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_
         const double *r = &p.r[x], *k = &p.k[x], *v = &p.v[x], *w = &p.w[x];
         const double* u = &p.u[p.u_of(span, h)];
         for (size_t i = 0; i < N; i++) {
+          const double d = decay(w[i]);
           double grad_decay = 0;
           for (size_t j = 0; j < N && state_matters; j++) {
             double& G_ij = G[i * N + j];
             g.k[x + i] += G_ij * v[j];
             g.v[x + j] += G_ij * k[i];
             grad_decay += S[i * N + j] * G_ij;
-            G_ij *= decay(w[i]);
+            G_ij *= d;
           }
           g.w[x + i] = decay_slope(w[i]) * grad_decay;
         }
