@@ -12,18 +12,18 @@ from torch_rwkv6.nn import RWKV, RWKV4, RWKV5, RWKV6
 V, L, D, N = 41, 3, 32, 8  # vocabulary, layers, width, head size
 
 VERSIONS = {
-    "4": lambda: RWKV4(V, L, D),
-    "5.0": lambda: RWKV5(V, L, D, N, gate=False, per_head=True, log_bonus=True),
-    "5.1": lambda: RWKV5(V, L, D, N, per_head=True, log_bonus=True),
-    "5.2": lambda: RWKV5(V, L, D, N),
-    "6": lambda: RWKV6(V, L, D, N, lora_mix=4, lora_decay=6),
+    "4": lambda L=L: RWKV4(V, L, D),
+    "5.0": lambda L=L: RWKV5(V, L, D, N, gate=False, per_head=True, log_bonus=True),
+    "5.1": lambda L=L: RWKV5(V, L, D, N, per_head=True, log_bonus=True),
+    "5.2": lambda L=L: RWKV5(V, L, D, N),
+    "6": lambda L=L: RWKV6(V, L, D, N, lora_mix=4, lora_decay=6),
 }
 
 
-def random_model(version: str, dtype: torch.dtype = torch.float32) -> RWKV:
+def random_model(version: str, dtype: torch.dtype = torch.float32, n_layer: int = L) -> RWKV:
     """Every parameter random: the official initial values make most of a model a no-op."""
     torch.manual_seed(0)
-    model = VERSIONS[version]()
+    model = VERSIONS[version](n_layer)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name == "emb.weight":

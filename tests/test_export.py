@@ -51,7 +51,7 @@ def states_spec(batch: Any) -> Any:
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_prompts_of_any_batch_and_length(version: str, grad: bool) -> None:
-    model = random_model(version)
+    model = random_model(version, n_layer=2)
     batch, length = Dim("batch", min=1, max=64), Dim("length", min=1, max=64)
     with torch.set_grad_enabled(grad):
         program = torch.export.export(
@@ -68,7 +68,7 @@ def test_prompts_of_any_batch_and_length(version: str, grad: bool) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pieces_with_a_state(version: str) -> None:
-    model = random_model(version)
+    model = random_model(version, n_layer=2)
     batch, length = Dim("batch", min=1, max=64), Dim("length", min=1, max=64)
     with torch.no_grad():
         example = (random_tokens(2, 3), model.initial_state(2))
@@ -87,7 +87,7 @@ def test_pieces_with_a_state(version: str) -> None:
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_decoding_step_of_any_batch(version: str, strict: bool) -> None:
-    model = random_model(version)
+    model = random_model(version, n_layer=2)
     batch = Dim("batch", min=1, max=64)
     with torch.no_grad():
         program = torch.export.export(
@@ -104,7 +104,7 @@ def test_decoding_step_of_any_batch(version: str, strict: bool) -> None:
 
 
 def test_inference_mode_exports_the_same() -> None:
-    model, batch = random_model("6"), Dim("batch", min=1, max=64)
+    model, batch = random_model("6", n_layer=2), Dim("batch", min=1, max=64)
     with torch.inference_mode():
         program = torch.export.export(
             model, (random_tokens(2, 3),), dynamic_shapes=({0: batch, 1: Dim("length", max=64)},)
@@ -116,7 +116,7 @@ def test_inference_mode_exports_the_same() -> None:
 
 def test_quantised_weights_compile_as_one_graph() -> None:
     torch._dynamo.reset()
-    model, tokens = with_int8_weights(random_model("6")), random_tokens(3, 5)
+    model, tokens = with_int8_weights(random_model("6", n_layer=2)), random_tokens(3, 5)
     with torch.no_grad():
         found = torch.compile(model, backend="eager", fullgraph=True)(tokens)
         assert_same(found, model(tokens))
@@ -124,7 +124,7 @@ def test_quantised_weights_compile_as_one_graph() -> None:
 
 def test_compiling_makes_one_graph_for_all_sizes() -> None:
     torch._dynamo.reset()
-    model, graphs = random_model("6"), list[Any]()
+    model, graphs = random_model("6", n_layer=2), list[Any]()
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
@@ -139,7 +139,7 @@ def test_compiling_makes_one_graph_for_all_sizes() -> None:
 
 
 def test_a_program_needs_nothing_but_the_import(tmp_path: Path) -> None:
-    model, tokens = random_model("6"), random_tokens(2, 4)
+    model, tokens = random_model("6", n_layer=2), random_tokens(2, 4)
     with torch.no_grad():
         expected = model(tokens)
         torch.export.save(torch.export.export(model, (tokens,)), tmp_path / "model.pt2")
@@ -158,7 +158,7 @@ for a, b in zip(own, state, strict=True):
 
 
 def test_saved_states_load_as_they_are(tmp_path: Path) -> None:
-    _, state = random_model("6")(random_tokens(2, 3))
+    _, state = random_model("6", n_layer=2)(random_tokens(2, 3))
     state = state.detach()
     torch.save({"state": state, "step": 3}, tmp_path / "state.pt")
     for options in ({}, {"weights_only": True}, {"mmap": True}, {"map_location": "cpu"}):

@@ -324,7 +324,7 @@ def test_rwkv_5_decays_all_tokens_from_one_row_of_memory() -> None:
 def test_compiles_as_one_graph() -> None:
     for version in ("4", "5.2"):
         torch._dynamo.reset()
-        model, tokens = random_model(version), random_tokens(2, 6)
+        model, tokens = random_model(version, n_layer=2), random_tokens(2, 6)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         expected, state = model(tokens)
         found, compiled_state = compiled(tokens)
