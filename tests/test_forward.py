@@ -154,6 +154,17 @@ def test_large_states_and_long_memory(dtype):
     check(call, tolerance=10.0 if dtype == torch.float64 else 1.0)
 
 
+@pytest.mark.parametrize("T", [1, 3, 40])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_decay_that_vanishes_forgets_any_state(dtype, T):
+    """exp(-exp(5)) is 3.5e-65: of 1e30 nothing is left, and what is added is not lost in it."""
+    call = random_call(B=1, T=T, H=1, N=32, dtype=dtype, states=1)
+    call.initial_state.fill_(1e30)
+    call.r[:, 0] = 0  # the first token reads the old state
+    call.w[:, 0] = torch.tensor([5.0, 20.0, 88.0, 90.0] * 8)
+    check(call)
+
+
 @pytest.mark.parametrize("decays", SLOW_DECAYS)
 def test_slow_decays(decays):
     check(slow_call(decays))

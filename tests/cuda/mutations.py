@@ -25,9 +25,8 @@ PRISTINE = gpu.ROOT / "build/mutations/pristine"  # the copy once it is built
 TESTS = gpu.ROOT / "tests/test_cuda_kernels.py"
 LIMIT = 600  # seconds that tests may take
 
-MORE_THAN_32 = (
+MORE_THAN_64 = (
     "    if (64 < job.N && job.N <= 128) return launch_{0}<T, 128>(launch, job);\n",
-    "  if (job.N <= 64) return launch_{0}<T, 64>(launch, job);\n"
     "  launch_{0}<T, 256>(launch, job);\n",
 )
 DOUBLE = "{0}<double>(launch, job);"
@@ -44,7 +43,7 @@ LEFT_OUT = [
     *(
         (f"wkv_{name}_recurrent.cu", text.format(name), instead)
         for name in ("forward", "backward")
-        for text, instead in (*((text, "") for text in MORE_THAN_32), (DOUBLE, ";"))
+        for text, instead in (*((text, "") for text in MORE_THAN_64), (DOUBLE, ";"))
     ),
 ]  # fmt: skip
 
@@ -63,6 +62,7 @@ RECURRENT, RECURRENT_BACKWARD = "wkv_forward_recurrent.cu", "wkv_backward_recurr
 CHUNKED_17 = "test_accuracy and sm_80 and chunked-bfloat16-32-17"
 CHUNKED_65 = "test_accuracy and sm_80 and chunked-bfloat16-32-65"
 RECURRENT_17 = "test_accuracy and sm_80 and recurrent-float32-20-17"
+RECURRENT_64 = "test_accuracy and sm_80 and recurrent-float32-64-17"  # several blocks a head
 OPTIONS = "test_options and sm_80 and "
 KEPT_STATES = "test_kept_states and chunked-bfloat16-32"
 
@@ -176,7 +176,7 @@ MUTATIONS = [
     ),
     Mutation(
         "recurrent: the decay's rate with too small a bound",
-        "decay.cuh", "w = w > 88 ? 88 : w;", "w = w > 4 ? 4 : w;", RECURRENT_17,
+        "decay.cuh", "w = w > 88 ? 88 : w;", "w = w > 2 ? 2 : w;", RECURRENT_17,
     ),
     # states, segments, checkpoints
     Mutation(
@@ -227,10 +227,17 @@ MUTATIONS = [
         RECURRENT_17,
     ),
     Mutation(
+        "recurrent: a vanished decay leaves its rounding",
+        "decay.cuh",
+        "  return change < T(-0.5) ? (1 + a) * (1 + b) - 1 : change;",
+        "  return change;",
+        "test_a_decay_that_vanishes and recurrent-float32",
+    ),
+    Mutation(
         "recurrent: elements beyond the head size not zero",
         "load.cuh",
-        "  if (count <= 0) return zeros<T>();\n",
-        "",
+        "kSize; e++) pack.x[e] = T(0);",
+        "kSize; e++) pack.x[e] = T(1);",
         RECURRENT_17,
     ),
     Mutation(
@@ -238,7 +245,7 @@ MUTATIONS = [
         RECURRENT_BACKWARD,
         "for (int64_t p = 0; p < count; p++) sum += parts[p * size + at];",
         "for (int64_t p = 1; p < count; p++) sum += parts[p * size + at];",
-        RECURRENT_17,
+        RECURRENT_64,
     ),
     Mutation(
         "gradient of u: the last sequence left out",
