@@ -121,10 +121,40 @@ build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kerne
 		'$(CXX) $(KERNEL_FLAGS) -c {} -o $@.objects/$$(basename {}).o'
 	$(CXX) $(LDFLAGS) $@.objects/*.o -o $@
 
+# One wheel, for every Python and torch that we support, and for glibc 2.28 as torch itself.
 wheel: export TORCH_CUDA_ARCH_LIST :=
 wheel: export NVCC_APPEND_FLAGS :=
-wheel: .venv/installed
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+wheel: export RWKV6_CUDA := 1
+wheel: export RWKV6_GLIBC := 2.28
+wheel: .venv/installed requirements-wheel.txt
+	$(PIP_INSTALL) -r requirements-wheel.txt
+	rm -rf build/wheel dist/*.whl
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) audit-wheel WHEEL="$$(echo build/wheel/*.whl)" OUT=dist
+
+# Checks a wheel, and says in its name which systems it is for: also run by cibuildwheel, in its
+# container. torch brings its own libraries, and every system has those of the C++ compiler.
+.PHONY: audit-wheel test-wheel test-installed
+audit-wheel:
+	auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*.so' \
+		--exclude libc10.so -w $(OUT) $(WHEEL)
+	abi3audit --strict --summary $(OUT)/*.whl
+	rm -rf build/audit && unzip -q $(OUT)/*.whl -d build/audit
+	torch-abi-audit --check both build/audit/torch_rwkv6/_C.abi3.so
+
+# The tests of the wheel in dist, in an environment that has only what it says it needs.
+test-wheel:
+	rm -rf build/wheel-env && $(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install -q --no-compile dist/*.whl -c requirements-demo.txt \
+		pytest
+	$(MAKE) test-installed PYTHON=build/wheel-env/bin/python
+
+# The tests of the operator for the torch_rwkv6 that PYTHON has: from an empty directory, so that it
+# cannot be the checkout's.
+test-installed:
+	rm -rf build/empty && mkdir -p build/empty
+	cd build/empty && $(abspath $(shell which $(PYTHON))) -m pytest -q -p no:cacheprovider \
+		$(foreach name,forward update wkv4 errors nonfinite opcheck,$(CURDIR)/tests/test_$(name).py)
 
 # The oldest jaxlib that we support: a binding built with its headers runs with it and all later ones.
 OLDEST_JAXLIB := 0.5.3

@@ -4,18 +4,28 @@ Three shared libraries: librwkv6.so holds the kernels behind a C interface (csrc
 and knows no framework; _C.abi3.so registers them with torch and uses only its stable ABI;
 _xla.abi3.so offers them to XLA, for JAX and TensorFlow, and is built where jaxlib's headers are.
 librwkv6.so has CUDA kernels where nvcc is found (csrc/cuda/nvcc.py); torch may be a CPU build.
+On Linux what the libraries need of the system is kept old (csrc/linux/).
 What is compiled stays in build/, so that the next build compiles only what has changed.
 """
 
 import importlib.util
 import os
+import shlex
+import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+from torch.utils.cpp_extension import (
+    BuildExtension,
+    get_cxx_compiler,
+    include_paths,
+    library_paths,
+)
 
 KERNELS = "torch_rwkv6.librwkv6"
 ROOT = Path(__file__).resolve().parent
@@ -48,6 +58,10 @@ if sys.platform == "darwin":
     LIBRARY_NAME, BESIDE = "-Wl,-install_name,@rpath/librwkv6.so", "@loader_path"
 else:
     LIBRARY_NAME, BESIDE = "-Wl,-soname,librwkv6.so", "$ORIGIN"
+OLDER_LIBRARIES: list[str] = []  # defined by us, as older systems' libraries do not have it
+if sys.platform == "linux":
+    OLDER_LIBRARIES += [str(CSRC / "linux/older_libraries.cpp")]
+    LINK_ARGS += [f"-Wl,--version-script={ROOT / CSRC / 'linux/exports.map'}"]
 
 
 def xla_headers() -> Path | None:
@@ -106,6 +120,26 @@ def cuda_toolkit(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:
     return None
 
 
+def link_for_older_glibc(compiler: Any) -> None:
+    """With RWKV6_GLIBC=2.28, or another version, has zig link what g++ compiles for that glibc.
+
+    Zig, of the PyPI package ziglang, knows the symbols of every glibc and takes those of the wanted
+    one instead of this system's. The C++ library stays that of g++.
+    """
+    glibc = os.environ.get("RWKV6_GLIBC")
+    if not glibc:
+        return
+    if sys.platform != "linux" or not importlib.util.find_spec("ziglang"):
+        raise SystemExit(f"RWKV6_GLIBC={glibc}: needs Linux and the PyPI package ziglang")
+    machine = sysconfig.get_platform().removeprefix("linux-")
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{glibc}"]
+    compiler.compiler_cxx = zig  # which only links: torch compiles with get_cxx_compiler()
+    gxx = shlex.split(get_cxx_compiler())
+    find = [[*gxx, f"-print-file-name={name}"] for name in ("libstdc++.so.6", "libgcc_s.so.1")]
+    paths = [subprocess.check_output(command, text=True).strip() for command in find]
+    compiler.set_link_objects(paths)
+
+
 class Build(BuildExtension):
     """Names the kernel library librwkv6.so, adds its CUDA part and links the bindings to it."""
 
@@ -147,13 +181,14 @@ class Build(BuildExtension):
         ext.extra_objects += objects.result()
         ext.library_dirs.append(str(toolkit.libraries))
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
-        # another CUDA runtime in the process, such as torch's, is not to be called instead of ours
-        ext.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]
 
     def build_extension(self, ext: Extension) -> None:
+        link_for_older_glibc(self.compiler)
         if ext.name == KERNELS:
             self.add_cuda(ext)
         else:
+            older = [Path(self.build_temp, name).with_suffix(".o") for name in OLDER_LIBRARIES]
+            ext.extra_objects += map(str, older)  # compiled with the kernel library
             kernels_folder = os.path.relpath("torch_rwkv6", ext.name.split(".")[0])
             ext.extra_link_args = [
                 *ext.extra_link_args,
@@ -193,7 +228,7 @@ setup(
     ext_modules=[
         Extension(
             KERNELS,
-            cpu_sources(),
+            cpu_sources() + OLDER_LIBRARIES,
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=[*LINK_ARGS, LIBRARY_NAME],
             depends=headers(),

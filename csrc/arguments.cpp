@@ -1,26 +1,24 @@
 #include "arguments.h"
 
 #include <initializer_list>
-#include <sstream>
 
 #include "overlap.h"
 
 namespace rwkv6 {
 namespace {
 
+std::string text_of(const std::string& text) { return text; }
+std::string text_of(int64_t number) { return std::to_string(number); }
+
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw ArgumentError(text.str());
+  throw ArgumentError((text_of(parts) + ...));
 }
 
 std::string shape_text(const int64_t* shape, int ndim) {
-  std::ostringstream text;
-  text << '[';
-  for (int i = 0; i < ndim; i++) text << (i ? ", " : "") << shape[i];
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int i = 0; i < ndim; i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
 }
 
 const char* name_of(DType dtype) {

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,21 @@ def test_the_binding_uses_only_torchs_stable_abi():
     assert result.returncode == 0, result.stdout
     assert "STABLE" in result.stdout
     assert "Min torch:   2.10.0" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="versions of symbols are Linux's")
+@pytest.mark.parametrize("name", ["librwkv6.so", "_C.abi3.so", "../keras_adapter/_xla.abi3.so"])
+def test_the_binary_needs_no_newer_cpp_library_than_torch_and_shows_only_its_own_names(name):
+    if not (PACKAGE / name).exists():
+        pytest.skip("not built, as asked for")
+    table = subprocess.run(
+        ["objdump", "-T", str(PACKAGE / name)], capture_output=True, text=True, check=True
+    ).stdout
+    versions = re.findall(r"GLIBCXX_([\d.]+)", table)
+    newest = max(tuple(map(int, version.split("."))) for version in versions)
+    assert newest <= (3, 4, 24), "more than manylinux_2_28 has: see csrc/linux"
+    defined = [line.split()[-1] for line in table.splitlines() if " .text" in line]
+    assert all(symbol.startswith("rwkv6_") for symbol in defined), defined
 
 
 def test_the_binary_needs_no_python_library():

@@ -6,10 +6,8 @@
 // "CUDA" differ in what XLA lends to a call: class Cpu and class Gpu.
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -60,16 +58,13 @@ void run_on_pool(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), v
     int64_t n, shards;
     void (*body)(void*, int64_t, int64_t);
     void* data;
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> done{0};  // an int is what Linux can wait for
 
     void run() {
       for (int64_t s; (s = next.fetch_add(1)) < shards;) {
         body(data, n * s / shards, n * (s + 1) / shards);
-        if (done.fetch_add(1) + 1 < shards) continue;
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_all();
+        if (done.fetch_add(1) + 1 == shards) done.notify_one();
       }
     }
   };
@@ -80,8 +75,7 @@ void run_on_pool(void* pool, int64_t n, void (*body)(void*, int64_t, int64_t), v
   work->n = n, work->shards = std::min(n, 4 * workers), work->body = body, work->data = data;
   for (int64_t i = 1; i < workers; i++) threads->Schedule([work] { work->run(); });
   work->run();
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done == work->shards; });
+  for (int done; (done = work->done) < work->shards;) work->done.wait(done);
 }
 
 // What XLA lends to a call on the CPU.
