@@ -147,14 +147,22 @@ test-wheel:
 	rm -rf build/wheel-env && $(PYTHON) -m venv build/wheel-env
 	build/wheel-env/bin/python -m pip install -q --no-compile dist/*.whl -c requirements-demo.txt \
 		pytest
-	$(MAKE) test-installed PYTHON=build/wheel-env/bin/python
+	$(MAKE) test-installed PYTHON=$(abspath build/wheel-env/bin/python)
 
 # The tests of the operator for the torch_rwkv6 that PYTHON has: from an empty directory, so that it
 # cannot be the checkout's.
 test-installed:
 	rm -rf build/empty && mkdir -p build/empty
-	cd build/empty && $(abspath $(shell which $(PYTHON))) -m pytest -q -p no:cacheprovider \
+	cd build/empty && $(PYTHON) -m pytest -q -p no:cacheprovider \
 		$(foreach name,forward update wkv4 errors nonfinite opcheck,$(CURDIR)/tests/test_$(name).py)
+
+# The oldest and the newest torch, JAX, Keras and transformers, each in an environment of its own, one
+# after the other: gigabytes to download. ONLY="torch-2.10 jax-oldest" runs some (tests/versions.py).
+.PHONY: test-versions
+test-versions: .venv/built
+	rm -rf build/versions/wheel
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/versions/wheel .
+	$(BIN)/python tests/versions.py build/versions/wheel/*.whl $(ONLY)
 
 # The oldest jaxlib that we support: a binding built with its headers runs with it and all later ones.
 OLDEST_JAXLIB := 0.5.3

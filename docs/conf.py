@@ -97,6 +97,8 @@ CUDA <docs/cuda>
 :caption: Development
 
 CONTRIBUTING
+docs/releasing
+docs/versions
 docs/architecture
 csrc/README
 tests/ptxcpu/README
