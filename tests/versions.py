@@ -118,11 +118,11 @@ def main() -> int:
         folder = Path("build/versions", name).resolve()
         versions, outcome = run(COMBINATIONS[name], arguments.wheel.resolve(), folder)
         print(f"{name}: {versions}: {outcome}", flush=True)
-        shutil.rmtree(folder / "env")
         failed |= " passed" not in outcome or "failed" in outcome
         rows[name] = f"| {versions} | {outcome} | {datetime.date.today()} |"
         ordered = [f"| {each} {rows[each]}\n" for each in COMBINATIONS if each in rows]
         TABLE.write_text(TITLE + "".join(ordered))
+        shutil.rmtree(folder / "env")
     return int(failed)
 
 
