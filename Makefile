@@ -128,7 +128,7 @@ wheel: export RWKV6_CUDA := 1
 wheel: export RWKV6_GLIBC := 2.28
 wheel: .venv/installed requirements-wheel.txt
 	$(PIP_INSTALL) -r requirements-wheel.txt
-	rm -rf build/wheel dist/*.whl
+	rm -rf build/wheel build/lib.* dist/*.whl  # so that all is linked anew, and nothing stale packed
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) audit-wheel WHEEL="$$(echo build/wheel/*.whl)" OUT=dist
 
@@ -139,7 +139,7 @@ audit-wheel:
 	auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude 'libtorch*.so' \
 		--exclude libc10.so -w $(OUT) $(WHEEL)
 	abi3audit --strict --summary $(OUT)/*.whl
-	rm -rf build/audit && unzip -q $(OUT)/*.whl -d build/audit
+	rm -rf build/audit && python -m zipfile -e $(OUT)/*.whl build/audit
 	torch-abi-audit --check both build/audit/torch_rwkv6/_C.abi3.so
 
 # The tests of the wheel in dist, in an environment that has only what it says it needs.
@@ -160,7 +160,7 @@ test-installed:
 # after the other: gigabytes to download. ONLY="torch-2.10 jax-oldest" runs some (tests/versions.py).
 .PHONY: test-versions
 test-versions: .venv/built
-	rm -rf build/versions/wheel
+	rm -rf build/versions/wheel build/lib.*
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/versions/wheel .
 	$(BIN)/python tests/versions.py build/versions/wheel/*.whl $(ONLY)
 
