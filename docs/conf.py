@@ -58,6 +58,7 @@ docs/build
 docs/operator
 docs/numerics
 docs/models
+docs/transformers
 docs/parallel
 docs/keras
 docs/coming-from
@@ -73,6 +74,7 @@ docs/glossary
 docs/api/operator
 docs/api/nn
 docs/api/models
+docs/api/hf
 docs/api/parallel
 docs/api/keras
 docs/api/compat

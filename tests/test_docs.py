@@ -21,7 +21,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "csrc/README.md", "benchmarks/README.md")
     for path in ROOT.glob(pattern)
 )
-RUN = ["docs/coming-from.md", "docs/models.md", "docs/operator.md"]
+RUN = ["docs/coming-from.md", "docs/models.md", "docs/operator.md", "docs/transformers.md"]
 CHECKPOINT = "RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth"  # what the pages call one
 
 

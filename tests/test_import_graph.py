@@ -24,7 +24,7 @@ LAYERS = (
     {"nn", "compat"},
     {"models", "parallel"},
     {FACE},
-    {"__main__"},
+    {"__main__", "hf"},
 )
 
 Graph = Mapping[str, set[str]]

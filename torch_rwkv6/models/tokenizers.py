@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,44 +126,71 @@ class WorldTokenizer:
 
     Token 0, which the vocabulary itself does not have, ends a text.
 
+    Args:
+        file: of the vocabulary; None is that of the package.
+
     Raises:
         ImportError: the package rwkv is missing.
+        OSError: there is no such file.
     """
 
     vocab_size = 65530
     end_tokens = frozenset({0})
 
-    def __init__(self) -> None:
-        try:
-            from rwkv import rwkv_tokenizer
-        except ImportError as error:
-            raise ImportError(
-                "the World vocabulary needs the package rwkv: pip install torch_rwkv6[text]"
-            ) from error
-        file = Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
-        self._trie = rwkv_tokenizer.TRIE_TOKENIZER(str(file))
+    def __init__(self, file: str | None = None) -> None:
+        own = _world_file()
+        self.file = own if file is None else Path(file)
+        self._is_own = self.file == own or self.file.read_bytes() == own.read_bytes()
+        self._trie = _world_trie(own if self._is_own else self.file)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the trie is too deep to be pickled
+        return WorldTokenizer, (str(self.file),)
 
     def encode(self, text: str) -> list[int]:
         return list(self._trie.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Many texts; through the package pyrwkv-tokenizer where it is installed, much faster."""
-        try:
-            import pyrwkv_tokenizer
-        except ImportError:
-            return [self.encode(text) for text in texts]
-        fast = pyrwkv_tokenizer.RWKVTokenizer()
-        return [list(fast.encode(text)) for text in texts]
+        fast = _fast_world() if self._is_own else None
+        return [list(fast.encode(text)) if fast else self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
+        return b"".join(map(self.bytes_of, tokens)).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
-        return _ByteStream(self._bytes_of, "utf-8")
+        return _ByteStream(self.bytes_of, "utf-8")
 
-    def _bytes_of(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for; nothing where the vocabulary does not have it."""
         found: bytes = self._trie.idx2token.get(token, b"")
         return found
+
+
+def _world_file() -> Path:
+    try:
+        from rwkv import rwkv_tokenizer
+    except ImportError as error:
+        raise ImportError(
+            "the World vocabulary needs the package rwkv: pip install torch_rwkv6[text]"
+        ) from error
+    return Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+
+
+@functools.cache  # building it takes a second
+def _world_trie(file: Path) -> Any:
+    from rwkv import rwkv_tokenizer
+
+    return rwkv_tokenizer.TRIE_TOKENIZER(str(file))
+
+
+@functools.cache
+def _fast_world() -> Any:
+    """The tokenizer of the package pyrwkv-tokenizer; None where it is not installed."""
+    try:
+        import pyrwkv_tokenizer
+    except ImportError:
+        return None
+    return pyrwkv_tokenizer.RWKVTokenizer()
 
 
 class JsonTokenizer:

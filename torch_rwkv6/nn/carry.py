@@ -81,9 +81,11 @@ def box_for(module: nn.Module, state: Any) -> Carried | None:
     A forward that somebody else wrote is given the state as it is, unless it overrides one of ours,
     which it may call.
     """
+    if not is_sharded(module):
+        return None
     forwards = (kind.__dict__.get("forward") for kind in type(module).__mro__)
     opens = any(getattr(forward, "takes_update", False) for forward in forwards)
-    return Carried(state) if opens and is_sharded(module) else None
+    return Carried(state) if opens else None
 
 
 def to_update(*states: Tensor | None) -> tuple[Tensor, ...]:

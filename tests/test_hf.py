@@ -1,0 +1,295 @@
+"""The models for transformers: they compute what `torch_rwkv6.nn.RWKV6` does, in its own loops."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import D, L, N, V, fla, hugging_face, random_model, random_tokens
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache  # noqa: E402
+
+from torch_rwkv6.hf import RWKV6Config, RWKV6ForCausalLM, RWKV6Model  # noqa: E402
+from torch_rwkv6.models import generate, load, save  # noqa: E402
+from torch_rwkv6.nn import RWKV6  # noqa: E402
+
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "num_hidden_layers": L,
+    "head_size": N,
+    "lora_mix": 4,
+    "lora_decay": 6,
+    "pad_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def ours() -> RWKV6:
+    return random_model("6")
+
+
+def wrapped(ours: RWKV6, **settings) -> RWKV6ForCausalLM:
+    model = RWKV6ForCausalLM(RWKV6Config(**{**SIZES, **settings}))
+    model.load_state_dict(ours.state_dict())
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(ours) -> RWKV6ForCausalLM:
+    return wrapped(ours)
+
+
+def padded(rows, side: str, total: int):
+    """The rows as a batch, with noise as padding, and its mask."""
+    tokens, mask = random_tokens(len(rows), total), torch.zeros(len(rows), total, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        n = len(row)
+        place = {"left": slice(total - n, total), "right": slice(n)}[side]
+        tokens[i, place], mask[i, place] = row, 1
+    return tokens, mask
+
+
+def close(found, expected, tolerance=2e-5):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_logits_features_and_states_are_ours(ours, model):
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        expected, state = ours(tokens)
+        found = model(tokens, output_hidden_states=True)
+        close(found.logits, expected)
+        close(found.hidden_states[-1], ours.features(tokens)[0])
+        assert len(found.hidden_states) == L + 1
+        first = model(tokens[:, :4])
+        for i in range(4, 9):  # one by one, from the same cache
+            step = model(tokens[:, i : i + 1], past_key_values=first.past_key_values)
+            close(step.logits[:, 0], expected[:, i])
+        for layer, wkv in zip(first.past_key_values.layers, state.wkv, strict=True):
+            close(layer.recurrent_states[0], wkv)
+        close(model(inputs_embeds=ours.emb(tokens), logits_to_keep=2).logits, expected[:, -2:])
+        assert model(tokens, use_cache=False).past_key_values is None
+        assert len(model(tokens, return_dict=False)) == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(ours, model, side):
+    rows = [random_tokens(1, n)[0] for n in (3, 7, 5)]
+    tokens, mask = padded(rows, side, 8)
+    found = model(tokens, attention_mask=mask)
+    then = random_tokens(3, 4)
+    mask_then = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    going_on = model(
+        then,
+        attention_mask=torch.cat((mask, mask_then), 1),
+        past_key_values=found.past_key_values,
+    )
+    for i, row in enumerate(rows):
+        expected, state = ours(row[None])
+        close(found.logits[i][mask[i].bool()], expected[0])
+        close(found.logits[i, -1], expected[0, -1])  # what generate goes on from
+        rest = then[i][mask_then[i].bool()]
+        expected, state = ours(rest[None], state)
+        close(going_on.logits[i][mask_then[i].bool()], expected[0])
+        for layer, wkv in zip(going_on.past_key_values.layers, state.wkv, strict=True):
+            close(layer.recurrent_states[0][i], wkv[0])
+
+
+def test_padding_changes_no_gradient(model):
+    rows = [random_tokens(1, n)[0] for n in (3, 7)]
+    tokens, mask = padded(rows, "left", 8)
+    labels = tokens.masked_fill(mask.cumsum(1) < 2, -100)  # nothing tells the first token
+    found = gradients(model, model(tokens, attention_mask=mask, labels=labels).loss)
+    # the mean is over 2 and 6 predictions
+    alone = [model(row[None], labels=row[None]).loss * (len(row) - 1) / 8 for row in rows]
+    expected = gradients(model, sum(alone))
+    for name, gradient in expected.items():
+        close(found[name], gradient, 1e-4)
+
+
+def test_generate_writes_what_ours_does(ours, model):
+    rows = [random_tokens(1, n)[0] for n in (3, 7)]
+    expected = list(zip(*generate(ours, rows, 6, temperature=0), strict=True))
+    for side in ("left", "right"):
+        tokens, mask = padded(rows, side, 7)
+        found = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        assert [tuple(row) for row in found[:, 7:].tolist()] == expected
+    tokens, mask = padded(rows, "left", 7)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    beams = model.generate(tokens, attention_mask=mask, **options)
+    alone = [model.generate(row[None], **options)[0, len(row) :] for row in rows]
+    assert beams[:, 7:].tolist() == [row.tolist() for row in alone]
+    with torch.no_grad():  # the best of three is no worse than the greedy one
+
+        def likelihood(row, text):
+            whole = torch.cat((row, torch.as_tensor(text)))
+            logits = ours(whole[None])[0].log_softmax(2)
+            return logits[0, len(row) - 1 : -1].gather(1, whole[len(row) :, None]).sum()
+
+        for row, text, greedy in zip(rows, alone, expected, strict=True):
+            assert likelihood(row, text) >= likelihood(row, greedy) - 1e-4
+    uncached = model.generate(rows[0][None], use_cache=False, max_new_tokens=6, do_sample=False)
+    assert tuple(uncached[0, 3:].tolist()) == expected[0]
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(model.generate(rows[1][None], do_sample=True, max_new_tokens=6).tolist())
+    assert draws[0] == draws[1]
+    assert max(draws[0][0]) < V
+
+
+def test_gradients_flow_through_cache_and_checkpoints(ours):
+    model = wrapped(ours).train()
+    tokens = random_tokens(2, 8)
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    close(loss, torch.nn.functional.cross_entropy(ours(tokens)[0][:, :-1].mT, tokens[:, 1:]))
+    expected = gradients(model, loss)
+    first = model(tokens[:, :3], use_cache=True)
+    second = model(tokens[:, 3:], past_key_values=first.past_key_values)
+    logits = torch.cat((first.logits, second.logits), 1)
+    pieces = gradients(model, torch.nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:]))
+    model.gradient_checkpointing_enable()
+    runs = []
+    hook = model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    recomputed = gradients(model, model(tokens, labels=tokens).loss)
+    hook.remove()
+    assert len(runs) == 2  # once more in the backward pass
+    for name, gradient in expected.items():
+        close(pieces[name], gradient, 1e-4)
+        close(recomputed[name], gradient, 1e-4)
+
+
+def test_our_folders_whole_and_in_shards(ours, model, tmp_path):
+    tokens = random_tokens(1, 5)
+    for folder, size in ((tmp_path / "whole", "1GB"), (tmp_path / "shards", "20KB")):
+        model.save_pretrained(folder, max_shard_size=size)
+        found = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+        assert type(found) is RWKV6ForCausalLM
+        for name, x in ours.state_dict().items():
+            assert torch.equal(found.state_dict()[name], x), name
+        close(load(folder)(tokens)[0], model(tokens).logits)  # the official names
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    base = AutoModel.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16)
+    assert type(base) is RWKV6Model
+    assert base.dtype == torch.bfloat16
+    cache = base(tokens).past_key_values
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+
+
+FOREIGN = {
+    # as the config.json of RWKV/v6-Finch-1B6-HF and fla-hub/rwkv6-1.6B-finch have them
+    "RWKV": (hugging_face, {"attention_hidden_size": D, "head_size": N, "rescale_every": 6}),
+    "fla": (fla, {"num_heads": D // N, "norm_eps": 1e-5, "proj_low_rank_dim": 4}),
+}
+
+
+@pytest.mark.parametrize("naming", FOREIGN)
+def test_folders_of_other_namings(ours, tmp_path, naming):
+    rename, settings = FOREIGN[naming]
+    settings |= {"model_type": "rwkv6", "vocab_size": V, "hidden_size": D, "num_hidden_layers": L}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    weights = rename(ours.state_dict())
+    names = sorted(weights)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}  # fmt: skip # noqa: E501
+    from safetensors.torch import save_file
+
+    for file, some in parts.items():
+        save_file({name: weights[name].clone().contiguous() for name in some}, tmp_path / file)
+    index = {"weight_map": {name: file for file, some in parts.items() for name in some}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = random_tokens(2, 6)
+    close(found(tokens).logits, ours(tokens)[0])
+    assert found.generation_config.max_new_tokens == 7
+    assert found.name_or_path == str(tmp_path)
+    found.save_pretrained(tmp_path / "again")
+    close(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens).logits, ours(tokens)[0])
+
+
+def test_single_files_and_wrong_versions(ours, tmp_path):
+    save(ours, tmp_path / "finch.pth")
+    found = RWKV6ForCausalLM.from_pretrained(tmp_path / "finch.pth")
+    tokens = random_tokens(1, 4)
+    close(found(tokens).logits, ours(tokens)[0])
+    save(random_model("5.2"), tmp_path / "eagle.pth")
+    with pytest.raises(ValueError, match=r"expected RWKV-6, got RWKV-5\.2"):
+        RWKV6ForCausalLM.from_pretrained(tmp_path / "eagle.pth")
+
+
+def test_initial_values_are_the_official_ones(tmp_path):
+    torch.manual_seed(0)
+    base = RWKV6Model(RWKV6Config(**SIZES))
+    torch.manual_seed(0)
+    expected = RWKV6(V, L, D, N, lora_mix=4, lora_decay=6).state_dict()
+    for name, x in base.state_dict().items():
+        assert torch.equal(x, expected[name]), name
+    base.save_pretrained(tmp_path)
+    # What the folder does not have, and nothing else, is initialised when it is loaded.
+    full = RWKV6ForCausalLM.from_pretrained(tmp_path, train_state=True)
+    for name, x in base.state_dict().items():
+        assert torch.equal(full.state_dict()[name], x), name
+    assert full.blocks[0].att.time_state.abs().max() == 0
+    products = full.head.weight.T @ full.head.weight  # orthogonal columns, of the official gain
+    close(products, 0.25 * V / D * torch.eye(D), 1e-4)
+
+
+def test_tied_and_resized_embeddings(ours, tmp_path):
+    tied = RWKV6ForCausalLM(RWKV6Config(**SIZES, tie_word_embeddings=True))
+    assert tied.head.weight is tied.emb.weight
+    tied.save_pretrained(tmp_path / "tied")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert again.head.weight is again.emb.weight
+    assert torch.equal(again.emb.weight, tied.emb.weight)
+    model = wrapped(ours)
+    model.resize_token_embeddings(V + 9)
+    tokens = random_tokens(1, 5)
+    logits = model(tokens).logits
+    assert logits.shape[2] == V + 9
+    close(logits[..., :V], ours(tokens)[0])
+    model.save_pretrained(tmp_path / "longer")
+    close(AutoModelForCausalLM.from_pretrained(tmp_path / "longer")(tokens).logits, logits)
+
+
+def test_it_compiles_as_one_graph():
+    torch.compiler.reset()
+    model = RWKV6ForCausalLM(RWKV6Config(**{**SIZES, "num_hidden_layers": 1})).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    tokens, mask = padded([random_tokens(1, n)[0] for n in (3, 6)], "left", 6)
+    with torch.no_grad():
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        first = [
+            f(tokens, attention_mask=mask, past_key_values=cache).logits
+            for f, cache in zip((compiled, model), caches, strict=True)
+        ]
+        close(*first)
+        steps = [
+            f(tokens[:, :1], past_key_values=cache).logits
+            for f, cache in zip((compiled, model), caches, strict=True)
+        ]
+        close(*steps)
+
+
+def test_what_is_refused(model):
+    tokens = random_tokens(1, 4)
+    with pytest.raises(ValueError, match="input_ids: expected either these or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, S\] with B = 1, got \(2"):
+        model(tokens, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="attention_mask: expected a column for each of 4 tokens"):
+        model(tokens, attention_mask=torch.ones(1, 3))
+    with pytest.raises(TypeError, match="past_key_values: expected a cache for linear attention"):
+        model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        model.generate(tokens, assistant_model=model, max_new_tokens=2)
