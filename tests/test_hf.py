@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 from torch_rwkv6.hf import RWKV6Config, RWKV6ForCausalLM, RWKV6Model  # noqa: E402
+from torch_rwkv6.hf.cache import read_states  # noqa: E402
 from torch_rwkv6.models import generate, load, save  # noqa: E402
 from torch_rwkv6.nn import RWKV6  # noqa: E402
 
@@ -72,12 +73,13 @@ def test_logits_features_and_states_are_ours(ours, model):
         close(found.logits, expected)
         close(found.hidden_states[-1], ours.features(tokens)[0])
         assert len(found.hidden_states) == L + 1
+        assert torch.equal(model.base_model(tokens)[0], found.hidden_states[-1])
         first = model(tokens[:, :4])
         for i in range(4, 9):  # one by one, from the same cache
             step = model(tokens[:, i : i + 1], past_key_values=first.past_key_values)
             close(step.logits[:, 0], expected[:, i])
-        for layer, wkv in zip(first.past_key_values.layers, state.wkv, strict=True):
-            close(layer.recurrent_states[0], wkv)
+        for i, wkv in enumerate(state.wkv):
+            close(read_states(first.past_key_values, i)[1], wkv)
         close(model(inputs_embeds=ours.emb(tokens), logits_to_keep=2).logits, expected[:, -2:])
         assert model(tokens, use_cache=False).past_key_values is None
         assert len(model(tokens, return_dict=False)) == 2
@@ -102,8 +104,8 @@ def test_padding_changes_nothing(ours, model, side):
         rest = then[i][mask_then[i].bool()]
         expected, state = ours(rest[None], state)
         close(going_on.logits[i][mask_then[i].bool()], expected[0])
-        for layer, wkv in zip(going_on.past_key_values.layers, state.wkv, strict=True):
-            close(layer.recurrent_states[0][i], wkv[0])
+        for layer, wkv in enumerate(state.wkv):
+            close(read_states(going_on.past_key_values, layer)[1][i], wkv[0])
 
 
 def test_padding_changes_no_gradient(model):
@@ -183,8 +185,7 @@ def test_our_folders_whole_and_in_shards(ours, model, tmp_path):
     base = AutoModel.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16)
     assert type(base) is RWKV6Model
     assert base.dtype == torch.bfloat16
-    cache = base(tokens).past_key_values
-    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+    assert read_states(base(tokens).past_key_values, 0)[1].dtype == torch.float32
 
 
 FOREIGN = {
@@ -268,17 +269,14 @@ def test_it_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     tokens, mask = padded([random_tokens(1, n)[0] for n in (3, 6)], "left", 6)
     with torch.no_grad():
-        caches = [DynamicCache(config=model.config) for _ in range(2)]
-        first = [
-            f(tokens, attention_mask=mask, past_key_values=cache).logits
-            for f, cache in zip((compiled, model), caches, strict=True)
-        ]
-        close(*first)
-        steps = [
-            f(tokens[:, :1], past_key_values=cache).logits
-            for f, cache in zip((compiled, model), caches, strict=True)
-        ]
-        close(*steps)
+        found, expected = [], []
+        for f, results in ((compiled, found), (model, expected)):
+            cache = DynamicCache(config=model.config)
+            model(tokens, attention_mask=mask, past_key_values=cache)
+            results.append(f(tokens, attention_mask=mask, past_key_values=cache).logits)
+            results += read_states(cache, 0)
+    for x, y in zip(found, expected, strict=True):
+        close(x, y)
 
 
 def test_what_is_refused(model):
@@ -289,6 +287,10 @@ def test_what_is_refused(model):
         model(tokens, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="attention_mask: expected a column for each of 4 tokens"):
         model(tokens, attention_mask=torch.ones(1, 3))
+    positions = torch.tensor([[0, 1, 0, 1]])
+    with pytest.raises(ValueError, match="position_ids: expected one text in each row, got sev"):
+        model(tokens, position_ids=positions)
+    model(tokens, position_ids=positions.cumsum(1))
     with pytest.raises(TypeError, match="past_key_values: expected a cache for linear attention"):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):

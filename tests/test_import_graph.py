@@ -150,6 +150,12 @@ def test_keras_adapter_imports_torch_only_on_its_torch_backend():
         assert not {"torch", "torch_rwkv6"} & {n.split(".")[0] for n in graph[name]}, name
 
 
+def test_only_hf_imports_transformers():
+    for name, tree in modules("torch_rwkv6").items():
+        found = {other.split(".")[0] for other in imported(ast.walk(tree))}
+        assert "transformers" not in found or name.split(".")[1:2] == ["hf"], name
+
+
 def test_includes_go_in_no_circle():
     assert circle(include_graph()) == []
 

@@ -50,9 +50,9 @@ def write_states(
     ffn_shift: Tensor,  # [B, D]
 ) -> None:
     """Keeps the states of a layer: the memory of the cache stays where it is."""
-    # First of the two, because transformers before 5.13 rounds it to the dtype of the other.
-    cache.update_recurrent_state(wkv, layer)
     cache.update_conv_state(torch.cat((att_shift, ffn_shift), 1).unsqueeze(2), layer)
+    cache.layers[layer].dtype = wkv.dtype  # in which transformers 5.6 keeps it; it is not rounded
+    cache.update_recurrent_state(wkv, layer)
 
 
 def _only(states: Any) -> Tensor:

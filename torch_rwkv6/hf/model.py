@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from torch_rwkv6.hf.cache import read_states, write_states
 from torch_rwkv6.hf.checkpoint import as_state_dict, needs_conversion
 from torch_rwkv6.hf.config import RWKV6Config
-from torch_rwkv6.hf.padding import Packing, packing_of
+from torch_rwkv6.hf.padding import Packing, packing_of, refuse_packed
 from torch_rwkv6.nn import RWKV6
 from torch_rwkv6.nn.carry import call
 
@@ -36,7 +36,7 @@ class RWKV6PreTrainedModel(PreTrainedModel):
     config_class = RWKV6Config
     base_model_prefix = ""  # the model without head has the same names
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # a state cannot go back to an earlier token
 
     def __init__(self, config: RWKV6Config) -> None:
@@ -161,7 +161,7 @@ class RWKV6Model(RWKV6PreTrainedModel):
         config: sizes and settings.
     """
 
-    _keys_to_ignore_on_load_unexpected = (r"^head\.",)
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012
 
     def forward(
         self,
@@ -178,6 +178,7 @@ class RWKV6Model(RWKV6PreTrainedModel):
 
         Arguments and errors as for `RWKV6ForCausalLM.forward`.
         """
+        refuse_packed(kwargs.get("position_ids"))
         outputs = self._features(
             input_ids, attention_mask, inputs_embeds, past_key_values, use_cache,
             output_hidden_states,
@@ -197,6 +198,14 @@ class RWKV6ForCausalLM(RWKV6PreTrainedModel, GenerationMixin):
     def _take(self, model: RWKV6) -> None:
         super()._take(model)
         self.head = model.head
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, which is no module of its own: only to be called.
+
+        TRL calls it, to compute the loss from the head's weight without whole logits.
+        """
+        return functools.partial(RWKV6Model.forward, self)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -234,15 +243,18 @@ class RWKV6ForCausalLM(RWKV6PreTrainedModel, GenerationMixin):
             output_hidden_states: whether to return the input of every block and of the head.
             return_dict: False returns a tuple.
             logits_to_keep: how many of the last places to compute logits for, or which; 0 is all.
-            kwargs: of the loss.
+            kwargs: of the loss. The model needs no position_ids; they only must not begin anew in
+                a row.
 
         Returns:
             A ``CausalLMOutputWithPast``: loss, logits [B, T, V], past_key_values, hidden_states.
 
         Raises:
             TypeError: past_key_values is a cache of another kind.
-            ValueError: both or neither of input_ids and inputs_embeds; a mask of another shape.
+            ValueError: both or neither of input_ids and inputs_embeds; a mask of another shape;
+                several texts packed into a row.
         """
+        refuse_packed(kwargs.get("position_ids"))
         outputs = self._features(
             input_ids, attention_mask, inputs_embeds, past_key_values, use_cache,
             output_hidden_states,

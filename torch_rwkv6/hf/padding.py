@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from torch_rwkv6.nn.fast_path import is_traced
 
-__all__ = ["Packing", "packing_of"]
+__all__ = ["Packing", "packing_of", "refuse_packed"]
 
 
 class Packing:
@@ -72,3 +72,18 @@ def packing_of(
         )
     mask = attention_mask[:, attention_mask.shape[1] - tokens :].to(x.device) != 0
     return None if not is_traced() and bool(mask.all()) else Packing(mask)
+
+
+def refuse_packed(position_ids: Tensor | None) -> None:
+    """Refuses rows of several texts, which trainers mark by positions that begin anew.
+
+    Raises:
+        ValueError: a row with more than one position 0.
+    """
+    if position_ids is None or is_traced():
+        return
+    if bool(((position_ids == 0).sum(-1) > 1).any()):
+        raise ValueError(
+            "position_ids: expected one text in each row, got several (packing, padding_free), "
+            "which would be read as one: pad them instead"
+        )
