@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
+import torch_rwkv6.hf  # noqa: E402
 from torch_rwkv6.hf import RWKV6Config, RWKV6ForCausalLM, RWKV6Model  # noqa: E402
 from torch_rwkv6.hf.cache import read_states  # noqa: E402
 from torch_rwkv6.models import generate, load, save  # noqa: E402
@@ -190,7 +193,16 @@ def test_our_folders_whole_and_in_shards(ours, model, tmp_path):
 
 FOREIGN = {
     # as the config.json of RWKV/v6-Finch-1B6-HF and fla-hub/rwkv6-1.6B-finch have them
-    "RWKV": (hugging_face, {"attention_hidden_size": D, "head_size": N, "rescale_every": 6}),
+    "RWKV": (
+        hugging_face,
+        {
+            "attention_hidden_size": D,
+            "auto_map": {"AutoConfig": "configuration_rwkv6.Rwkv6Config"},
+            "head_size": N,
+            "num_attention_heads": 64,
+            "rescale_every": 6,
+        },
+    ),
     "fla": (fla, {"num_heads": D // N, "norm_eps": 1e-5, "proj_low_rank_dim": 4}),
 }
 
@@ -216,6 +228,8 @@ def test_folders_of_other_namings(ours, tmp_path, naming):
     assert found.generation_config.max_new_tokens == 7
     assert found.name_or_path == str(tmp_path)
     found.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert found.config.num_attention_heads == D // N
     close(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens).logits, ours(tokens)[0])
 
 
@@ -295,3 +309,13 @@ def test_what_is_refused(model):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
         model.generate(tokens, assistant_model=model, max_new_tokens=2)
+
+
+def test_without_a_transformers_that_fits(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers, "__version__", "4.57.0")
+        with pytest.raises(ImportError, match=r"needs transformers 5\.6 or newer, below 6, got 4"):
+            importlib.reload(torch_rwkv6.hf)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install torch_rwkv6\[hf\]"):
+        importlib.reload(torch_rwkv6.hf)

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import __version__ as _version
 except ImportError as error:
     raise ImportError(
         "torch_rwkv6.hf needs the package transformers: pip install torch_rwkv6[hf]"
     ) from error
+
+if not (5, 6) <= tuple(map(int, _version.split(".")[:2])) < (6, 0):
+    raise ImportError(
+        f"torch_rwkv6.hf needs transformers 5.6 or newer, below 6, got {_version}: "
+        "pip install torch_rwkv6[hf]"
+    )
 
 from torch_rwkv6.hf.config import RWKV6Config
 from torch_rwkv6.hf.model import RWKV6ForCausalLM, RWKV6Model, RWKV6PreTrainedModel

@@ -49,6 +49,7 @@ class RWKV6Config(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # What follows from other settings is not kept, and neither are fla's names for them.
         kwargs.pop("num_attention_heads", None)
+        kwargs.pop("auto_map", None)  # a repository's own code, which is not saved with it
         if kwargs.get("num_heads"):
             self.head_size = self.hidden_size // kwargs.pop("num_heads")
         self.lora_mix = kwargs.pop("proj_low_rank_dim", self.lora_mix)
