@@ -123,6 +123,30 @@ def test_padding_changes_no_gradient(model):
         close(found[name], gradient, 1e-4)
 
 
+def test_texts_packed_into_rows_do_not_see_each_other(ours, model):
+    tokens = random_tokens(2, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [3, 4, 0, 0, 1, 0, 1, 2]])
+    texts = [
+        tokens[0, :3],
+        tokens[0, 3:],
+        *(tokens[1, a:b] for a, b in ((0, 2), (2, 3), (3, 5), (5, 8))),
+    ]
+    found = model(tokens, position_ids=positions)
+    alone = [ours(text[None]) for text in texts]
+    expected = torch.cat([logits for logits, _ in alone], 1).view(2, 8, V)
+    close(found.logits, expected)
+    for layer in range(L):
+        wkv = read_states(found.past_key_values, layer)[1]
+        close(wkv, torch.cat([alone[1][1].wkv[layer], alone[5][1].wkv[layer]]))
+    gradient = gradients(model, found.logits.square().mean())
+    ours.zero_grad()
+    expected.square().mean().backward()
+    for name, p in ours.named_parameters():
+        close(gradient[name], p.grad, 1e-4)
+    ours.zero_grad()
+    close(model(tokens, position_ids=torch.arange(8)[None]).logits, ours(tokens)[0])
+
+
 def test_generate_writes_what_ours_does(ours, model):
     rows = [random_tokens(1, n)[0] for n in (3, 7)]
     expected = list(zip(*generate(ours, rows, 6, temperature=0), strict=True))
@@ -301,10 +325,14 @@ def test_what_is_refused(model):
         model(tokens, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="attention_mask: expected a column for each of 4 tokens"):
         model(tokens, attention_mask=torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"position_ids: expected \[B, T\] with T = 4, got \(1, 3"):
+        model(tokens, position_ids=torch.zeros(1, 3))
     positions = torch.tensor([[0, 1, 0, 1]])
-    with pytest.raises(ValueError, match="position_ids: expected one text in each row, got sev"):
-        model(tokens, position_ids=positions)
-    model(tokens, position_ids=positions.cumsum(1))
+    with pytest.raises(ValueError, match="position_ids: expected one text in each row that has pa"):
+        model(tokens, position_ids=positions, attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    cache = model(tokens).past_key_values
+    with pytest.raises(ValueError, match="position_ids: expected one text in each row beside past"):
+        model(tokens, position_ids=positions, past_key_values=cache)
     with pytest.raises(TypeError, match="past_key_values: expected a cache for linear attention"):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
@@ -313,7 +341,7 @@ def test_what_is_refused(model):
 
 def test_without_a_transformers_that_fits(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(transformers, "__version__", "4.57.0")
+        patch.setattr(sys.modules["transformers"], "__version__", "4.57.0")
         with pytest.raises(ImportError, match=r"needs transformers 5\.6 or newer, below 6, got 4"):
             importlib.reload(torch_rwkv6.hf)
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from torch_rwkv6.hf.cache import read_states, write_states
 from torch_rwkv6.hf.checkpoint import as_state_dict, needs_conversion
 from torch_rwkv6.hf.config import RWKV6Config
-from torch_rwkv6.hf.padding import Packing, packing_of, refuse_packed
+from torch_rwkv6.hf.padding import Packing, packing_of
 from torch_rwkv6.nn import RWKV6
 from torch_rwkv6.nn.carry import call
 
@@ -109,6 +109,7 @@ class RWKV6PreTrainedModel(PreTrainedModel):
         past_key_values: Cache | None,
         use_cache: bool | None,
         output_hidden_states: bool | None,
+        position_ids: Tensor | None,  # [B, T]
     ) -> BaseModelOutputWithPast:
         """The input of the head, [B, T, D]."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -119,7 +120,7 @@ class RWKV6PreTrainedModel(PreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache and not recomputed:
             past_key_values = DynamicCache(config=self.config)
-        packing = packing_of(attention_mask, x)
+        packing = packing_of(attention_mask, position_ids, x)
         run = functools.partial(_run, packing)
         if recomputed:
             run = functools.partial(self._gradient_checkpointing_func, run)
@@ -178,10 +179,9 @@ class RWKV6Model(RWKV6PreTrainedModel):
 
         Arguments and errors as for `RWKV6ForCausalLM.forward`.
         """
-        refuse_packed(kwargs.get("position_ids"))
         outputs = self._features(
             input_ids, attention_mask, inputs_embeds, past_key_values, use_cache,
-            output_hidden_states,
+            output_hidden_states, kwargs.get("position_ids"),
         )  # fmt: skip
         return outputs if _as_dict(self.config, return_dict) else outputs.to_tuple()
 
@@ -243,21 +243,21 @@ class RWKV6ForCausalLM(RWKV6PreTrainedModel, GenerationMixin):
             output_hidden_states: whether to return the input of every block and of the head.
             return_dict: False returns a tuple.
             logits_to_keep: how many of the last places to compute logits for, or which; 0 is all.
-            kwargs: of the loss. The model needs no position_ids; they only must not begin anew in
-                a row.
+            kwargs: of the loss; and position_ids, [B, T], which the model needs only where a row
+                is several texts (``packing`` of trainers): each begins at position 0, and nothing
+                of one reaches another. The states are those after the last text of a row.
 
         Returns:
             A ``CausalLMOutputWithPast``: loss, logits [B, T, V], past_key_values, hidden_states.
 
         Raises:
             TypeError: past_key_values is a cache of another kind.
-            ValueError: both or neither of input_ids and inputs_embeds; a mask of another shape;
-                several texts packed into a row.
+            ValueError: both or neither of input_ids and inputs_embeds; a mask or
+                positions of another shape; several texts in a row with padding or with a cache.
         """
-        refuse_packed(kwargs.get("position_ids"))
         outputs = self._features(
             input_ids, attention_mask, inputs_embeds, past_key_values, use_cache,
-            output_hidden_states,
+            output_hidden_states, kwargs.get("position_ids"),
         )  # fmt: skip
         x = outputs.last_hidden_state
         last = isinstance(logits_to_keep, int)

@@ -1,4 +1,4 @@
-"""Batches with padding, as packed sequences without any."""
+"""Batches with padding, and rows of several texts, as packed sequences without either."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from torch_rwkv6.nn.fast_path import is_traced
 
-__all__ = ["Packing", "packing_of", "refuse_packed"]
+__all__ = ["Packing", "packing_of"]
 
 
 class Packing:
@@ -50,15 +50,72 @@ class Packing:
         return state[:-1]
 
 
+class Texts(Packing):
+    """Rows of several texts, M in all, as M sequences in one row: nothing of one reaches another.
+
+    Args:
+        position_ids: 0 for the first token of a text, [B, T].
+
+    Attributes:
+        cu_seqlens: where the texts begin and end, [M + 1].
+    """
+
+    def __init__(self, position_ids: Tensor) -> None:
+        self.shape = position_ids.shape
+        first = position_ids == 0
+        first[:, 0] = True
+        begin = first.flatten().nonzero()[:, 0]  # [M]
+        self.cu_seqlens = pad(begin, (0, 1), value=first.numel())
+        self._last_text = first.sum(1).cumsum(0) - 1  # of each row, [B]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, D] as [1, B * T, D]."""
+        return x.flatten(0, 1).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, B * T, D] as [B, T, D]."""
+        return x[0].unflatten(0, self.shape)
+
+    def pack_state(self, state: Tensor | None) -> None:
+        """Refuses a state: texts start without one."""
+        if state is not None:
+            raise ValueError("position_ids: expected one text in each row beside past_key_values")
+
+    def unpack_state(self, state: Tensor) -> Tensor:
+        """[M, ...] as [B, ...]: that of the last text in each row."""
+        return state[self._last_text]
+
+
 def packing_of(
     attention_mask: Tensor | None,  # [B, S], S >= T
+    position_ids: Tensor | None,  # [B, T] or [1, T]
     x: Tensor,  # [B, T, D]
 ) -> Packing | None:
-    """How to pack the batch; None where no token is padding.
+    """How to pack the batch; None where every row is one text without padding.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask or positions of another shape; several texts in a row with padding.
     """
+    mask = _mask(attention_mask, x)
+    if position_ids is None or is_traced():
+        return None if mask is None else Packing(mask)
+    batch, tokens = x.shape[:2]
+    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+        shape = tuple(position_ids.shape)
+        raise ValueError(f"position_ids: expected [B, T] with T = {tokens}, got {shape}")
+    positions = position_ids.to(x.device).expand(batch, tokens)
+    if not bool(((positions == 0).sum(1) > 1).any()):
+        return None if mask is None else Packing(mask)
+    if mask is not None:
+        raise ValueError("position_ids: expected one text in each row that has padding")
+    return Texts(positions)
+
+
+def _mask(
+    attention_mask: Tensor | None,  # [B, S], S >= T
+    x: Tensor,  # [B, T, D]
+) -> Tensor | None:  # [B, T]
+    """Whether a token is one; None where all are."""
     if attention_mask is None:
         return None
     batch, tokens = x.shape[:2]
@@ -71,19 +128,4 @@ def packing_of(
             f"{attention_mask.shape[1]}"
         )
     mask = attention_mask[:, attention_mask.shape[1] - tokens :].to(x.device) != 0
-    return None if not is_traced() and bool(mask.all()) else Packing(mask)
-
-
-def refuse_packed(position_ids: Tensor | None) -> None:
-    """Refuses rows of several texts, which trainers mark by positions that begin anew.
-
-    Raises:
-        ValueError: a row with more than one position 0.
-    """
-    if position_ids is None or is_traced():
-        return
-    if bool(((position_ids == 0).sum(-1) > 1).any()):
-        raise ValueError(
-            "position_ids: expected one text in each row, got several (packing, padding_free), "
-            "which would be read as one: pad them instead"
-        )
+    return None if not is_traced() and bool(mask.all()) else mask
