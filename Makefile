@@ -127,7 +127,7 @@ wheel: export NVCC_APPEND_FLAGS :=
 wheel: export RWKV6_CUDA := 1
 wheel: export RWKV6_GLIBC := 2.28
 wheel: .venv/installed requirements-wheel.txt
-	$(PIP_INSTALL) -r requirements-wheel.txt
+	$(call INSTALL,requirements-wheel.txt)
 	rm -rf build/wheel build/lib.* dist/*.whl  # so that all is linked anew, and nothing stale packed
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) audit-wheel WHEEL="$$(echo build/wheel/*.whl)" OUT=dist
