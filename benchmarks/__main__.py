@@ -22,6 +22,7 @@ from benchmarks import (
     report_gpu,
     rivals,
     scaling,
+    serve,
 )
 
 # A sub-command is a module with a docstring, add_arguments(parser) and run(args).
@@ -36,6 +37,7 @@ COMMANDS = MEASURED | {
     "gpu": gpu,
     "keras": keras,
     "model": model,
+    "serve": serve,
     "report-gpu": report_gpu,
     "rivals": rivals,
     "readme": readme,

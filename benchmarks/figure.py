@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,33 @@ def growth(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{title} over tokens", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(_made(path.parent) / path.name, dpi=110)
+    pyplot.close(figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one axis: for each label the values of both axes."""
+
+    title: str
+    lines: dict[str, tuple[list[float], list[float]]]
+    marker: str = "o"
+
+
+def panels(drawn: list[Panel], path: Path) -> None:
+    """The panels side by side, their y axes from zero."""
+    if (pyplot := _pyplot()) is None:
+        return
+    figure, grid = pyplot.subplots(
+        1, len(drawn), figsize=(4.5 * len(drawn), 3.6), layout="constrained", squeeze=False
+    )
+    for panel, axes in zip(drawn, grid[0], strict=True):
+        for label, (x, y) in panel.lines.items():
+            axes.plot(x, y, marker=panel.marker, label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_title(panel.title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
     figure.savefig(_made(path.parent) / path.name, dpi=110)
     pyplot.close(figure)
 

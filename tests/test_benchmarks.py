@@ -335,6 +335,45 @@ def test_commands_write_table_json_and_picture(
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_serve_measures_speed_and_memory(tmp_path: Path, capsys) -> None:
+    for package in ("starlette", "uvicorn", "matplotlib"):
+        pytest.importorskip(package, reason="the server needs torch_rwkv6[serve], pictures more")
+    checkpoint = ROOT / "tests" / "data" / "rwkv6-kjv.pth"
+    sizes = ["--model", str(checkpoint), "--clients", "1", "2", "--prompt", "5", "--tokens", "3"]
+    watched = ["--minutes", "0.01"] if sys.platform == "linux" else []
+    options = ["--short", "--threads", "1", "--seconds", "0.01", "--out", str(tmp_path)]
+    command_line.main(["serve", *sizes, *watched, *options])
+    screen = capsys.readouterr().out
+    content = json.loads((tmp_path / "serve.json").read_text())
+    assert all(table["title"] in screen for table in content["tables"])
+    speed, *memory = content["tables"]
+    assert [row["contender"] for row in speed["rows"]] == [
+        "1 client, 1 thread",
+        "2 clients, 1 thread",
+    ]
+    assert speed["rows"][0]["ratio"] == 1
+    for row in speed["rows"]:
+        seconds = row["clients"] * 3 / row["best"]  # of the fastest turn: 3 tokens a client
+        assert 0 < row["first_ms"] <= row["last_first_ms"]
+        assert row["turns"] > 1 or row["last_first_ms"] <= seconds * 1e3
+    assert len(memory) == bool(watched)
+    for table in memory:
+        (row,) = table["rows"]
+        assert row["requests"] > 0
+        assert 50 < row["first_mb"] <= row["most_mb"] < 2000  # torch alone is more than 50
+        assert len(row["minutes"]) == len(row["megabytes"])
+        assert row["minutes"][-1] >= 0.01
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_serve_says_why_there_is_no_server(tmp_path: Path, monkeypatch) -> None:
+    server = tmp_path / "serve.py"
+    server.write_text("import sys\nsys.exit(f'no such file: {sys.argv[1]}')\n")
+    monkeypatch.setattr("benchmarks.serve.SERVER", server)
+    with pytest.raises(SystemExit, match=r"^serve: no such file: nowhere\.pth$"):
+        command_line.main(["serve", "--model", "nowhere.pth", "--threads", "1"])
+
+
 @pytest.mark.parametrize("peaks", [(None, None), (None, 3.0), (2.0, 3.0)])
 def test_growth_is_drawn_with_the_memory_that_was_measured(peaks, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
