@@ -1,23 +1,35 @@
-"""A language model against the package rwkv on the same weights: decoding and reading a prompt."""
+"""A language model against rwkv and llama.cpp on the same weights: decoding, reading a prompt.
+
+All take turns in one process. llama.cpp gets the weights as GGUF files (to_gguf.py) and is compared
+in float32, bfloat16 and, against our int8, q8_0; the package rwkv in float32.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.report import machine_line
-from benchmarks.timing import interleave
+import torch_rwkv6
+from benchmarks import figure, llama
+from benchmarks.report import Column, Report, Table, number, plural, times
+from benchmarks.timing import cpu_clock, interleave, wall_clock
+from benchmarks.to_gguf import write_gguf
 from torch_rwkv6.models import load, save
 from torch_rwkv6.nn import RWKV, RWKV6
 
 VOCAB, LAYERS, WIDTH = 65536, 12, 768
 PROMPT, TOKENS = 512, 4  # tokens of the prompt; tokens decoded in one turn
+CHECKED = 8  # tokens of the check
+# Ours, what llama.cpp calls it, and how far logits may be from ours in float32
+KINDS = {"fp32": ("F32", 1e-4), "bf16": ("BF16", 5e-2), "int8": ("Q8_0", 1e-1)}
 
 
 def peer(path: Path) -> Any:
@@ -46,63 +58,121 @@ def random_weights() -> RWKV6:
     return model
 
 
-def decoder(model: RWKV) -> Callable[[], torch.Tensor]:
-    state, token = model.initial_state(1), torch.tensor([[17]])
+@dataclass
+class Contender:
+    """A model that goes on from where its last call ended."""
 
-    def run() -> torch.Tensor:
+    name: str
+    kind: str  # of KINDS
+    forward: Callable[[list[int]], Any]  # logits after the last of some tokens, [V]
+    restart: Callable[[], None]  # begins a new sequence
+    set_threads: Callable[[int], None]
+    version: str
+
+    @property
+    def label(self) -> str:
+        kind = KINDS[self.kind][0].lower() if self.name == "llama.cpp" else self.kind
+        return f"{self.name}, {kind}"
+
+    def decode(self) -> None:
         for _ in range(TOKENS):
-            logits = model.forward_(token, state)
-        return logits
+            self.forward([17])
 
-    return run
+    def read(self, prompt: list[int]) -> None:
+        self.restart()
+        self.forward(prompt)
 
 
-def peer_decoder(model: Any) -> Callable[[], None]:
+def of_ours(model: RWKV, kind: str) -> Contender:
+    state = model.initial_state(1)
+
+    def forward(tokens: list[int]) -> Tensor:
+        return model.forward_(torch.tensor([tokens]), state)[0]
+
+    def restart() -> None:
+        for x in state:
+            x.zero_()
+
+    version = f"torch_rwkv6 {torch_rwkv6.__version__}"
+    return Contender("torch_rwkv6", kind, forward, restart, torch.set_num_threads, version)
+
+
+def of_rwkv(model: Any) -> Contender:
     state: Any = None
 
-    def run() -> None:
+    def forward(tokens: list[int]) -> Tensor:
         nonlocal state
-        for _ in range(TOKENS):
-            _, state = model.forward([17], state)
+        logits, state = model.forward(tokens, state)
+        return logits
 
-    return run
+    def restart() -> None:
+        nonlocal state
+        state = None
+
+    return Contender("rwkv", "fp32", forward, restart, torch.set_num_threads, "rwkv")
 
 
-def check(ours: RWKV, other: Any) -> None:
-    """Both give the same logits: what is timed is the same work."""
-    expected, _ = other.forward(list(range(8)), None)
-    found = ours.forward_(torch.arange(8)[None], ours.initial_state(1))[0]
+def of_llama(llama_cpp: Any, model: RWKV6, kind: str, folder: Path) -> Contender:
+    path = folder / f"{kind}.gguf"
+    write_gguf(model, path, KINDS[kind][0])
+    own = llama.Llama(llama_cpp, path)
+    version = f"llama-cpp-python {llama_cpp.__version__}"
+    return Contender("llama.cpp", kind, own.forward, own.restart, own.set_threads, version)
+
+
+def check(contender: Contender, expected: Tensor) -> float:
+    """The relative error of its logits.
+
+    Raises:
+        AssertionError: they are not ours, so that what is timed is not the same work.
+    """
+    contender.restart()
+    found = torch.as_tensor(contender.forward(list(range(CHECKED)))).float()
     error = ((found - expected).norm() / expected.norm()).item()
-    assert error < 1e-4, f"relative error {error:.1e}"
+    limit = KINDS[contender.kind][1]
+    assert error < limit, f"{contender.label}: relative error {error:.1e}, expected below {limit}"
+    return error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing beyond the common options."""
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="the processor's time instead of the clock's, for one thread on a busy machine",
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    print(machine_line())
     model = random_weights().requires_grad_(False)
     half = load(model.state_dict(), dtype=torch.bfloat16)
-    int8 = load(half.state_dict(), dtype="int8")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pth"
-        save(model, path)
-        other = peer(path)
-    if other is not None:
-        check(model, other)
-    print(
-        f"{LAYERS} layers, {WIDTH} wide, {VOCAB} tokens: {bytes_read(model) / 1e6:.0f} MB read a "
-        "token in fp32\n"
+    ours = {"fp32": model, "bf16": half, "int8": load(half.state_dict(), dtype="int8")}
+    read = {kind: bytes_read(own) for kind, own in ours.items()}
+    contenders = [of_ours(own, kind) for kind, own in ours.items()]
+    about = (
+        f"A model of {LAYERS} layers, {WIDTH} wide, {VOCAB:,} tokens: tokens per second. Of ours, "
+        "decoding a token reads "
+        + ", ".join(f"{count / 1e6:.0f} MB in {kind}" for kind, count in read.items())
+        + "."
     )
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        title = f"{threads} thread" + "s" * (threads > 1)
-        print(f"| {title}, tokens per second | best | median | to rwkv | GB/s |")
-        print("|---|---:|---:|---:|---:|")
-        race_decoding({"fp32": model, "bf16": half, "int8": int8}, other)
-        race_reading(model, other)
-        print()
+    report = Report("model", about)
+    print(f"{report.machine}\n{about}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save(model, folder / "model.pth")
+        if (other := peer(folder / "model.pth")) is not None:
+            contenders.append(of_rwkv(other))
+        if (llama_cpp := llama.find(args.rivals)) is not None:
+            contenders += [of_llama(llama_cpp, model, kind, folder) for kind in KINDS]
+        expected = model.forward_(torch.arange(CHECKED)[None], model.initial_state(1))[0].clone()
+        errors = {c.label: check(c, expected) for c in contenders}
+        for threads in args.threads:
+            for contender in contenders:
+                contender.set_threads(threads)
+            report.add(_race(args, "decoding", contenders, read, errors, threads))
+            report.add(_race(args, f"a prompt of {PROMPT}", contenders, read, errors, threads))
+    figure.bars(report, args.out, "ms", "ms a token")
+    report.save(args.out)
 
 
 def bytes_read(model: RWKV) -> int:
@@ -111,49 +181,52 @@ def bytes_read(model: RWKV) -> int:
     return sum(x.nbytes for x in weights) - model.emb.weight.nbytes
 
 
-def race_decoding(models: Mapping[str, RWKV], other: Any) -> None:
-    """Decoding, and its limit: the speed at which the largest weight can be read from memory."""
-    head, x = models["fp32"].head.weight, torch.randn(1, WIDTH)
-    contenders: dict[str, Callable[[], object]] = {
-        f"decoding, {name}": decoder(model) for name, model in models.items()
+def _race(
+    args: argparse.Namespace,
+    what: str,
+    contenders: list[Contender],
+    read: dict[str, int],
+    errors: dict[str, float],
+    threads: int,
+) -> Table:
+    """All contenders decode, or read a prompt in one call."""
+    decodes = what == "decoding"
+    prompt = torch.randint(VOCAB, (PROMPT,)).tolist()
+    calls: dict[str, Callable[[], object]] = {
+        c.label: c.decode if decodes else (lambda c=c: c.read(prompt)) for c in contenders
     }
-    read = {f"decoding, {name}": bytes_read(model) for name, model in models.items()}
-    if other is not None:
-        contenders["decoding, rwkv, fp32"] = peer_decoder(other)
-        read["decoding, rwkv, fp32"] = read["decoding, fp32"]
-    contenders["sum"] = head.sum
-    contenders["product"] = lambda: torch.ops.rwkv6.matvec(x, head)
-    seconds = interleave(contenders, 8)
-    limit = head.nbytes / min(seconds.pop("sum")[0], seconds.pop("product")[0])
-    for name, (least, median) in seconds.items():
-        speed = TOKENS * read[name] / least / 1e9
-        report(name, TOKENS, least, median, seconds, "decoding, rwkv, fp32", f"{speed:.1f}")
-    print(f"| reading the head's weight alone | | | | {limit / 1e9:.1f} |")
+    weight, x = torch.randn(VOCAB, WIDTH), torch.randn(1, WIDTH)
+    if decodes:  # the speed at which the largest weight can be read from memory
+        calls["sum"], calls["product"] = weight.sum, lambda: torch.ops.rwkv6.matvec(x, weight)
+    clock = cpu_clock if args.cpu_time else wall_clock
+    seconds = interleave(calls, args.rounds if decodes else max(1, args.rounds // 4), clock)
+    rows: list[dict[str, Any]] = []
+    for c in contenders:
+        least, median = (s / (TOKENS if decodes else PROMPT) for s in seconds[c.label])
+        row = {"contender": c.label, "version": c.version, "threads": threads, "ms": least * 1e3}
+        row |= {"best": 1 / least, "median": 1 / median, "error": errors[c.label]}
+        if c.name == "torch_rwkv6":
+            for key, rival in (("rwkv", "rwkv, fp32"), ("llama", _rival(c.kind))):
+                if rival in seconds:
+                    row[key] = seconds[rival][0] / seconds[c.label][0]
+            if decodes:
+                row["gb_per_s"] = read[c.kind] / least / 1e9
+        rows.append(row)
+    if decodes:
+        speed = weight.nbytes / min(seconds["sum"][0], seconds["product"][0]) / 1e9
+        rows.append({"contender": "reading the head's weight alone", "gb_per_s": speed})
+    columns = (
+        Column("contender", "", left=True),
+        Column("best", "tokens/s best", number),
+        Column("median", "median", number),
+        Column("rwkv", "to rwkv", times),
+        Column("llama", "to llama.cpp", times),
+        Column("gb_per_s", "GB/s", number),
+        Column("error", "error", "{:.0e}".format),
+    )
+    time = ", processor time" if args.cpu_time else ""
+    return Table(f"{what}, {plural(threads, 'thread')}{time}", columns, rows)
 
 
-def race_reading(model: RWKV, other: Any) -> None:
-    """A prompt, all its tokens in one call."""
-    prompt = torch.randint(VOCAB, (1, PROMPT))
-    contenders: dict[str, Callable[[], object]] = {
-        f"a prompt of {PROMPT}, fp32": lambda: model.forward_(prompt, model.initial_state(1)),
-    }
-    peer_name = f"a prompt of {PROMPT}, rwkv, fp32"
-    if other is not None:
-        contenders[peer_name] = lambda: other.forward(prompt[0].tolist(), None)
-    seconds = interleave(contenders, 2)
-    for name, (least, median) in seconds.items():
-        report(name, PROMPT, least, median, seconds, peer_name, "")
-
-
-def report(
-    name: str,
-    tokens: int,
-    least: float,
-    median: float,
-    seconds: Mapping[str, tuple[float, float]],
-    peer_name: str,
-    speed: str,
-) -> None:
-    """One row: tokens per second of the fastest turn and of the middle one."""
-    to = f"{seconds[peer_name][0] / least:.2f}x" if peer_name in seconds else ""
-    print(f"| {name} | {tokens / least:.1f} | {tokens / median:.1f} | {to} | {speed} |", flush=True)
+def _rival(kind: str) -> str:
+    return f"llama.cpp, {KINDS[kind][0].lower()}"

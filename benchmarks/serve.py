@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="checkpoint (12 layers, 768 wide, 65,536 tokens, random weights)"
     )
-    parser.add_argument("--dtype", default="bfloat16", help="of its parameters (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of its parameters (%(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="(1 8 32)")
     parser.add_argument("--prompt", type=int, default=32, help="its tokens (%(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer (%(default)s)")

@@ -20,6 +20,14 @@ def wall_clock(call: Call, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def cpu_clock(call: Call, repeats: int = 1) -> float:
+    """The same in the time that the processor worked for this process."""
+    start = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - start) / repeats
+
+
 def gpu_clock(call: Call, repeats: int = 1) -> float:
     """The same between two events of the GPU's current stream."""
     import torch

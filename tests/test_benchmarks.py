@@ -18,7 +18,7 @@ from samples import relative_rms
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is not installed
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import exact, figure, race, readme, report, work  # noqa: E402
+from benchmarks import exact, figure, model, race, readme, report, to_gguf, work  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
     C_INTERFACE,
     CHUNKED,
@@ -35,7 +35,7 @@ from benchmarks.contenders import (  # noqa: E402
     chunked,
     limits,
 )
-from torch_rwkv6 import reference  # noqa: E402
+from torch_rwkv6 import nn, reference  # noqa: E402
 
 FORWARD = work.Work("forward", 2, 40, 2, 16)
 EVERY_KIND = [replace(FORWARD, kind=kind) for kind in ("forward", "backward", "forward + backward")]
@@ -333,6 +333,60 @@ def test_commands_write_table_json_and_picture(
         assert table["rows"]
         assert table["markdown"] in (tmp_path / f"{name}.md").read_text()
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_is_checked_and_timed(tmp_path: Path, capsys, monkeypatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    for name, value in (("VOCAB", 64), ("LAYERS", 2), ("WIDTH", 64), ("PROMPT", 8)):
+        monkeypatch.setattr(f"benchmarks.model.{name}", value)
+    monkeypatch.setattr("benchmarks.model.peer", lambda path: None)  # TorchScript takes seconds
+    threads = torch.get_num_threads()
+    options = ["--threads", "1", "--rounds", "2", "--cpu-time", "--rivals", str(tmp_path)]
+    try:
+        command_line.main(["model", *options, "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    content = json.loads((tmp_path / "model.json").read_text())
+    decoding, reading = content["tables"]
+    assert decoding["title"] == "decoding, 1 thread, processor time"
+    assert reading["title"] == "a prompt of 8, 1 thread, processor time"
+    rows = {row["contender"]: row for row in decoding["rows"]}
+    assert list(rows)[:3] == ["torch_rwkv6, fp32", "torch_rwkv6, bf16", "torch_rwkv6, int8"]
+    assert rows["torch_rwkv6, fp32"]["error"] < 1e-6
+    assert 0 < rows["torch_rwkv6, bf16"]["error"] < 0.05
+    if "llama.cpp, f32" in rows:  # it is installed for everybody
+        assert rows["torch_rwkv6, fp32"]["llama"] > 0
+    else:
+        assert "(python -m benchmarks rivals llama.cpp)" in capsys.readouterr().out
+    assert (tmp_path / "model.png").exists()
+
+
+def test_a_model_with_other_logits_is_not_timed() -> None:
+    own = model.of_ours(nn.RWKV6(32, 1, 64).requires_grad_(False), "fp32")
+    with pytest.raises(AssertionError, match=r"torch_rwkv6, fp32: relative error .*below 0.0001"):
+        model.check(own, torch.ones(32))
+
+
+def test_gguf_has_the_tensors_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="GGUF files are written through gguf")
+    own = model.load(ROOT / "tests" / "data" / "rwkv6-kjv.pth", dtype=torch.float32)
+    expected = {"output", "output_norm", "token_embd", "token_embd_norm"}
+    optional = {f"TIME_MIX_LERP_{x}" for x in "WKVRG"}  # fused into one
+    for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.RWKV6]:
+        name = gguf.TENSOR_NAMES[tensor]
+        if "{bid}" in name and tensor.name not in optional:
+            expected |= {name.format(bid=i) for i in range(own.n_layer)}
+    for kind in to_gguf.KINDS:
+        to_gguf.write_gguf(own, tmp_path / kind, kind)
+        tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / kind).tensors}
+        assert {name.rpartition(".")[0] for name in tensors} == expected
+        head = tensors["output.weight"]
+        assert head.tensor_type.name == kind
+        found = torch.tensor(gguf.quants.dequantize(head.data, head.tensor_type))
+        limit = {"F32": 1e-9, "BF16": 1e-2, "Q8_0": 1e-2}[kind]
+        assert relative_rms(found.reshape(own.head.weight.shape), own.head.weight) < limit
+        fused = tensors["blk.1.time_mix_lerp_fused.weight"].data.reshape(5, -1)
+        torch.testing.assert_close(torch.tensor(fused[1]), own.blocks[1].att.time_maa_k[0, 0])
 
 
 def test_serve_measures_speed_and_memory(tmp_path: Path, capsys) -> None:

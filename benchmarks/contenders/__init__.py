@@ -23,12 +23,15 @@ class Contender:
         return self.label.startswith("torch_rwkv6")
 
 
-# What to install for the contenders that come from PyPI, each in a folder of its own.
+# What to install for the contenders that come from PyPI, each in a folder of its own; packages
+# are apart by spaces.
 REQUIREMENTS = {
     "jax": "jax>=0.5",
     "rwkv-ops": "rwkv-ops>=0.11.3",
     "ggml": "ggml-python>=0.0.45",
+    "llama.cpp": "llama-cpp-python>=0.3.36 gguf>=0.17",
 }
+SLOW = {"llama.cpp"}  # compiled for half an hour: installed only where it is asked for by name
 
 OURS = Contender("torch_rwkv6", "ours:prepare")
 C_INTERFACE = Contender("torch_rwkv6, C interface", "c_interface:prepare")
