@@ -2,7 +2,8 @@
 
 The clients run on the same machine, in one other process. Each sends a request, reads its answer
 token by token as it is streamed, and is done with its turn; no prompt is sent twice. A turn's speed
-counts everything from the first request sent to the last token read, prompts too.
+counts everything from the first request sent to the last token read, prompts too; by the clock, and
+by the processor time of the server, which other programs on the machine change less.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch_rwkv6.models import save
 SERVER = Path(__file__).parents[1] / "examples" / "serve.py"
 SAMPLES = 100  # of the memory
 LEAVES = 4  # one request in so many is given up after its first token, while memory is measured
-PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+LINUX = sys.platform == "linux"  # which alone tells of another process what is asked here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.minutes and not Path("/proc/self/statm").exists():
+    if args.minutes and not LINUX:
         sys.exit("serve: --minutes: Linux alone tells how much memory another process has")
     report = Report("serve", "examples/serve.py: tokens per second of all clients together.")
     with contextlib.ExitStack() as stack:
@@ -107,7 +108,16 @@ class Server:
     @property
     def resident_bytes(self) -> int:
         """The physical memory that the process has. Linux only."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * PAGE
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def processor_seconds(self) -> float:
+        """What it has computed so far, on all cores together; elsewhere than on Linux 0."""
+        if not LINUX:
+            return 0.0
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user, system
 
 
 @contextlib.contextmanager
@@ -187,6 +197,7 @@ def _speed(args: argparse.Namespace, servers: dict[int, Server]) -> Table:
     ]
     speeds: list[list[float]] = [[] for _ in rows]
     firsts: list[list[float]] = [[] for _ in rows]
+    tokens, worked = [0] * len(rows), [0.0] * len(rows)
     with ThreadPoolExecutor(max(args.clients)) as pool:
 
         def turn(server: Server, clients: int) -> tuple[float, list[Answer]]:
@@ -196,17 +207,23 @@ def _speed(args: argparse.Namespace, servers: dict[int, Server]) -> Table:
             return time.perf_counter() - start, answers
 
         for server in servers.values():
-            turn(server, max(args.clients))  # warms up
+            turn(server, 1)  # warms up
         end = time.perf_counter() + args.seconds * len(rows)
         while not speeds[-1] or time.perf_counter() < end:
             for i, row in enumerate(rows):
-                seconds, answers = turn(servers[row["threads"]], row["clients"])
-                speeds[i].append(sum(answer.tokens for answer in answers) / seconds)
+                server = servers[row["threads"]]
+                before = server.processor_seconds
+                seconds, answers = turn(server, row["clients"])
+                worked[i] += server.processor_seconds - before
+                count = sum(answer.tokens for answer in answers)
+                tokens[i] += count
+                speeds[i].append(count / seconds)
                 firsts[i] += [answer.first * 1e3 for answer in answers]
-    for row, speed, first in zip(rows, speeds, firsts, strict=True):
-        row["turns"] = len(speed)
-        row["best"], row["median"] = max(speed), statistics.median(speed)
-        row["first_ms"], row["last_first_ms"] = statistics.median(first), max(first)
+    for i, row in enumerate(rows):
+        row["turns"] = len(speeds[i])
+        row["best"], row["median"] = max(speeds[i]), statistics.median(speeds[i])
+        row["per_cpu_second"] = tokens[i] / worked[i] if worked[i] else None
+        row["first_ms"], row["last_first_ms"] = statistics.median(firsts[i]), max(firsts[i])
     for row in rows:
         alone = next(r for r in rows if r["threads"] == row["threads"])
         row["ratio"] = row["median"] / alone["median"]
@@ -215,6 +232,7 @@ def _speed(args: argparse.Namespace, servers: dict[int, Server]) -> Table:
         Column("best", "tokens/s best", number),
         Column("median", "median", number),
         Column("ratio", f"to {plural(args.clients[0], 'client')}", times),
+        Column("per_cpu_second", "tokens per processor second", number),
         Column("first_ms", "first token, ms median", number),
         Column("last_first_ms", "longest", number),
     )
