@@ -63,9 +63,8 @@ class Llama:
 
     def forward(self, tokens: Sequence[int]) -> Any:
         """Logits after the last token, [V]: a view of memory that the next call overwrites."""
-        batch = self.api.llama_batch_get_one(
-            (self.api.llama_token * len(tokens))(*tokens), len(tokens)
-        )
+        array = (self.api.llama_token * len(tokens))(*tokens)  # the batch points into it
+        batch = self.api.llama_batch_get_one(array, len(tokens))
         status = self.api.llama_decode(self._context, batch)
         if status != 0:
             raise RuntimeError(f"llama_decode: status {status}")

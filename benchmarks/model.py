@@ -26,7 +26,7 @@ from torch_rwkv6.models import load, save
 from torch_rwkv6.nn import RWKV, RWKV6
 
 VOCAB, LAYERS, WIDTH = 65536, 12, 768
-PROMPT, TOKENS = 512, 4  # tokens of the prompt; tokens decoded in one turn
+TOKENS = 4  # decoded in one turn
 CHECKED = 8  # tokens of the check
 # Ours, what llama.cpp calls it, and how far logits may be from ours in float32
 KINDS = {"fp32": ("F32", 1e-4), "bf16": ("BF16", 5e-2), "int8": ("Q8_0", 1e-1)}
@@ -140,6 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the processor's time instead of the clock's, for one thread on a busy machine",
     )
+    parser.add_argument("--prompt", type=int, default=512, help="its tokens (%(default)s)")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each (%(default)s)")
 
 
@@ -169,8 +170,9 @@ def run(args: argparse.Namespace) -> None:
         for threads in args.threads:
             for contender in contenders:
                 contender.set_threads(threads)
-            report.add(_race(args, "decoding", contenders, read, errors, threads))
-            report.add(_race(args, f"a prompt of {PROMPT}", contenders, read, errors, threads))
+            report.add(_race(args, [], contenders, read, errors, threads))
+            prompt = torch.randint(VOCAB, (args.prompt,)).tolist()
+            report.add(_race(args, prompt, contenders, read, errors, threads))
     figure.bars(report, args.out, "ms", "ms a token")
     report.save(args.out)
 
@@ -183,15 +185,14 @@ def bytes_read(model: RWKV) -> int:
 
 def _race(
     args: argparse.Namespace,
-    what: str,
+    prompt: list[int],
     contenders: list[Contender],
     read: dict[str, int],
     errors: dict[str, float],
     threads: int,
 ) -> Table:
-    """All contenders decode, or read a prompt in one call."""
-    decodes = what == "decoding"
-    prompt = torch.randint(VOCAB, (PROMPT,)).tolist()
+    """All contenders read the prompt in one call, or, where it is empty, decode."""
+    decodes = not prompt
     calls: dict[str, Callable[[], object]] = {
         c.label: c.decode if decodes else (lambda c=c: c.read(prompt)) for c in contenders
     }
@@ -202,7 +203,7 @@ def _race(
     seconds = interleave(calls, args.rounds if decodes else max(1, args.rounds // 4), clock)
     rows: list[dict[str, Any]] = []
     for c in contenders:
-        least, median = (s / (TOKENS if decodes else PROMPT) for s in seconds[c.label])
+        least, median = (s / (len(prompt) or TOKENS) for s in seconds[c.label])
         row = {"contender": c.label, "version": c.version, "threads": threads, "ms": least * 1e3}
         row |= {"best": 1 / least, "median": 1 / median, "error": errors[c.label]}
         if c.name == "torch_rwkv6":
@@ -225,6 +226,7 @@ def _race(
         Column("error", "error", "{:.0e}".format),
     )
     time = ", processor time" if args.cpu_time else ""
+    what = "decoding" if decodes else f"a prompt of {len(prompt)}"
     return Table(f"{what}, {plural(threads, 'thread')}{time}", columns, rows)
 
 

@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="how long to watch the server's memory (0)"
     )
+    parser.add_argument(
+        "--cache", type=int, default=64, help="MiB of the prefix cache, which fills (%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
             path = folder / "model.safetensors"
             save(random_weights(), path)
         threads = args.threads[:1] if args.short else args.threads
-        options = ["--dtype", args.dtype, "--rows", str(max(args.clients))]
+        options = ["--dtype", args.dtype, "--cache", str(args.cache)]
+        options += ["--rows", str(max(args.clients))]
         servers = {
             n: stack.enter_context(running([str(path), *options], n, folder)) for n in threads
         }

@@ -337,13 +337,13 @@ def test_commands_write_table_json_and_picture(
 
 def test_model_is_checked_and_timed(tmp_path: Path, capsys, monkeypatch) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    for name, value in (("VOCAB", 64), ("LAYERS", 2), ("WIDTH", 64), ("PROMPT", 8)):
+    for name, value in (("VOCAB", 64), ("LAYERS", 2), ("WIDTH", 64)):
         monkeypatch.setattr(f"benchmarks.model.{name}", value)
     monkeypatch.setattr("benchmarks.model.peer", lambda path: None)  # TorchScript takes seconds
     threads = torch.get_num_threads()
-    options = ["--threads", "1", "--rounds", "2", "--cpu-time", "--rivals", str(tmp_path)]
+    options = ["--threads", "1", "--rounds", "2", "--prompt", "8", "--rivals", str(tmp_path)]
     try:
-        command_line.main(["model", *options, "--out", str(tmp_path)])
+        command_line.main(["model", "--cpu-time", *options, "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     content = json.loads((tmp_path / "model.json").read_text())
