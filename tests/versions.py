@@ -52,8 +52,8 @@ def adapter(backend: str, *packages: str) -> Combination:
 
 
 def transformers(version: str) -> Combination:
-    packages = (f"transformers{version}", "rwkv", "safetensors")
-    return Combination(packages, ("test_sampling.py", "test_peers.py"), ("-k", "transformers"))
+    packages = (f"transformers{version}", "accelerate", "rwkv", "safetensors")
+    return Combination(packages, ("test_hf.py",))
 
 
 COMBINATIONS = {
@@ -65,7 +65,7 @@ COMBINATIONS = {
     "keras-oldest": adapter("torch", "keras==3.12.0"),
     "keras-newest": adapter("torch", "keras"),
     "tensorflow-newest": adapter("tensorflow", "tensorflow", "keras"),
-    "transformers-oldest": transformers("==5.0.0"),
+    "transformers-oldest": transformers("==5.6.0"),
     "transformers-newest": transformers(""),
 }
 

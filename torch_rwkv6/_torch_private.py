@@ -6,6 +6,7 @@ one lacks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "forward_mode_active",
     "global_forward_hooks",
     "has_kernel",
+    "has_products_of",
     "register_namedtuple",
     "transforms_active",
 ]
@@ -61,6 +63,22 @@ def global_forward_hooks() -> bool:
 def has_kernel(operator: str, key: str) -> bool:
     """Whether an operator, such as "rwkv6::wkv", has a kernel of its own for a dispatch key."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+@functools.cache
+def has_products_of(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype by instructions that this CPU has for it.
+
+    Where oneDNN does not, torch multiplies bfloat16 and float16 many times slower than float32.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    supported = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype is torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
+    return torch.backends.mkldnn.is_available() and bool(supported())
 
 
 def concrete(x: Any) -> Tensor | None:

@@ -76,15 +76,17 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
     }
     matvec_step<T, D, M, R>(x + whole, padded, p, 0, sum);
   }
+  const DType dtype = job.y.dtype;
   for (int a = 0; a < M; a++) {
     V total[R];
     RWKV6_UNROLLED (int r = 0; r < R; r++) total[r] = sum[a][r][0] + sum[a][r][1];
     T y[R + V::W];
     store_sums<R>(total, y);
-    for (int r = 0; r < R; r++) {
-      const T lanes[V::W] = {D == DType::i8 ? y[r] * T(job.scale[row + r * distance]) : y[r]};
-      char* const out = job.y.row(m + a, 0, 0) + (row + r * distance) * size_of(job.y.dtype);
-      store_row(lanes, 1, job.y.dtype, out);
+    char* const out = job.y.row(m + a, 0, 0);
+    RWKV6_UNROLLED (int r = 0; r < R; r++) {
+      const int64_t n = row + r * distance;
+      if (D == DType::i8) y[r] *= T(job.scale[n]);
+      store_value(y[r], dtype, out + n * size_of(dtype));
     }
   }
 }

@@ -159,6 +159,26 @@ RWKV6_INLINE void store_row(const double* in, int64_t n, DType dtype, void* row)
   for (int64_t i = 0; i < n; i++) static_cast<float*>(row)[i] = float(in[i]);
 }
 
+// Writes one value, rounded as store_row() does.
+RWKV6_INLINE void store_value(float x, DType dtype, void* to) {
+  if (dtype == DType::f32) {
+    *static_cast<float*>(to) = x;
+  } else if (dtype == DType::bf16) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+    static_cast<BF16*>(to)->bits = uint16_t(x == x ? rounded : 0x7fc0);
+  } else {
+    static_cast<F16*>(to)->bits = f16_of_f32(x);
+  }
+}
+RWKV6_INLINE void store_value(double x, DType dtype, void* to) {
+  if (dtype == DType::f64)
+    *static_cast<double*>(to) = x;
+  else
+    *static_cast<float*>(to) = float(x);
+}
+
 // Copies whole cache lines of 64 bytes with stores that bypass the caches, where the CPU has them:
 // the old contents of the memory need not be read first. For memory that is not read again soon;
 // finish_streams() must be called after the last copy.

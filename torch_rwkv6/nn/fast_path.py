@@ -19,6 +19,7 @@ from torch_rwkv6._torch_private import (
     dispatch_modes,
     forward_mode_active,
     global_forward_hooks,
+    has_products_of,
     transforms_active,
 )
 from torch_rwkv6.nn.int8 import Int8Linear
@@ -29,11 +30,13 @@ __all__ = [
     "eager_inference",
     "is_traced",
     "linear",
+    "product",
     "register",
     "unchanged",
 ]
 
 MOST_ROWS = 8  # with more tokens at once a matrix product is faster
+BLOCK = 2**19  # numbers of a weight that are converted at a time: what stays in cache
 
 # The classes whose modules a fast path may replace, with the forward that it replaces.
 _FORWARDS: dict[type[nn.Module], Any] = {}
@@ -108,24 +111,63 @@ def linear(
     module: nn.Module,  # an nn.Linear without bias, an Int8Linear, or what has taken its place
     x: Tensor,  # [..., K]
 ) -> Tensor:  # [..., N]
-    """``module(x)``; for a few tokens by an operator that runs at memory bandwidth."""
+    """``module(x)``: for a few tokens by an operator that runs at memory bandwidth, for many by
+    products of float32 where the CPU has none of the weight's dtype."""
     kind = type(module)
     if (
         not eager_inference(x)
-        or x.numel() > MOST_ROWS * x.shape[-1]
         or (kind is not nn.Linear and kind is not Int8Linear)
         or not unchanged(module)
     ):
         return module(x)
+    few = x.numel() <= MOST_ROWS * x.shape[-1]
+    weight: Any  # a tensor, if it is plain
+    scale: Any
     # Not by attribute access, which costs a microsecond each on an nn.Module.
     if kind is Int8Linear:
         weight, scale = module._buffers.get("weight"), module._buffers.get("scale")
         if not are_plain((weight,), torch.int8) or not are_plain((scale,), torch.float32):
             return module(x)
-        rows = torch.ops.rwkv6.matvec_int8.default(x.reshape(-1, x.shape[-1]), weight, scale)
+        rows = x.reshape(-1, x.shape[-1])
+        if few:
+            y = torch.ops.rwkv6.matvec_int8.default(rows, weight, scale)
+        else:
+            y = _converted_product(rows, weight, scale)
     else:
         weight = module._parameters.get("weight")
         if not are_plain((weight,), x.dtype) or module._parameters.get("bias", x) is not None:
             return module(x)
-        rows = torch.ops.rwkv6.matvec.default(x.reshape(-1, x.shape[-1]), weight)
-    return rows.view(*x.shape[:-1], rows.shape[1])
+        rows = x.reshape(-1, x.shape[-1])
+        if few:
+            y = torch.ops.rwkv6.matvec.default(rows, weight)
+        elif has_products_of(x.dtype):
+            return module(x)
+        else:
+            y = _converted_product(rows, weight)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def product(
+    x: Tensor,  # [..., M, K]
+    weight: Tensor,  # [..., K, N]
+) -> Tensor:  # [..., M, N]
+    """``x @ weight`` for a small weight, in float32 where the CPU has no products of its dtype."""
+    if not eager_inference(x) or has_products_of(x.dtype) or not are_plain((weight,), x.dtype):
+        return x @ weight
+    return (x.float() @ weight.float()).to(x.dtype)
+
+
+def _converted_product(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    scale: Tensor | None = None,  # [N]
+) -> Tensor:  # [M, N], in the dtype of x
+    """``x W^T`` in at least float32, into which the weight is converted block by block."""
+    N, K = weight.shape
+    step = max(1, min(N, BLOCK // K))
+    rows = x.to(torch.promote_types(x.dtype, torch.float32))
+    y, block = rows.new_empty(len(rows), N), rows.new_empty(step, K)
+    for begin in range(0, N, step):
+        part = block[: N - begin].copy_(weight[begin : begin + step])
+        torch.mm(rows, part.T, out=y[:, begin : begin + step])
+    return (y if scale is None else y.mul_(scale)).to(x.dtype)

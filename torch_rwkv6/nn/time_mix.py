@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer
-from torch_rwkv6.nn.fast_path import linear
+from torch_rwkv6.nn.fast_path import linear, product
 from torch_rwkv6.nn.initial_values import channels, fill, initialise, position
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
 from torch_rwkv6.nn.token_shift import token_shift
@@ -109,9 +109,9 @@ class TimeMix(MultiHeadTimeMix):
         heads = (batch, tokens, self.n_head, self.head_size)
         xx, last = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
 
-        lora = torch.tanh(torch.addcmul(x, xx, self.time_maa_x) @ self.time_maa_w1)
+        lora = torch.tanh(product(torch.addcmul(x, xx, self.time_maa_x), self.time_maa_w1))
         lora = lora.view(batch * tokens, 5, lora.shape[2] // 5).transpose(0, 1)  # [5, B * T, rank]
-        lora = torch.bmm(lora, self.time_maa_w2).view(5, batch, tokens, n_embd)
+        lora = product(lora, self.time_maa_w2).view(5, batch, tokens, n_embd)
         maa = torch.stack(
             (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         )  # [5, 1, 1, D]
@@ -119,7 +119,7 @@ class TimeMix(MultiHeadTimeMix):
 
         # w goes through two exponentials, so it is computed in at least float32, whatever x is.
         at_least_f32 = torch.promote_types(self.time_decay.dtype, torch.float32)
-        w = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        w = product(torch.tanh(product(xw, self.time_decay_w1)), self.time_decay_w2)
         w = self.time_decay.to(at_least_f32) + w  # [B, T, D]
         return (
             linear(self.receptance, xr).view(heads),
