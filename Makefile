@@ -127,7 +127,7 @@ wheel: export NVCC_APPEND_FLAGS :=
 wheel: export RWKV6_CUDA := 1
 wheel: export RWKV6_GLIBC := 2.28
 wheel: .venv/installed requirements-wheel.txt
-	$(call INSTALL,requirements-wheel.txt)
+	$(PIP_INSTALL) -r requirements-wheel.txt
 	rm -rf build/wheel build/lib.* dist/*.whl  # so that all is linked anew, and nothing stale packed
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) audit-wheel WHEEL="$$(echo build/wheel/*.whl)" OUT=dist
@@ -171,15 +171,11 @@ HEADERS_ALONE := import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob("build
 
 # Four stages share .venv and build/objects. Those of the demo come first: while its kernels are
 # compiled, what the tests need besides is downloaded and unpacked.
-# uv does in a third of the time what pip does. It does not read pip's configuration: where that
-# names the only index there is, pip takes over. --no-compile: most of some thousand Python files are
-# never imported.
-INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python -r $(1) || \
-	$(BIN)/python -m pip install -q --no-compile -r $(1)
+# --no-compile: most of some thousand Python files are never imported.
+PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 .venv/demo-installed: requirements-demo.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c requirements-demo.txt uv
-	$(call INSTALL,requirements-demo.txt)
+	$(PIP_INSTALL) -r requirements-demo.txt
 	touch $@
 
 .venv/demo-built: .venv/demo-installed setup.py $(CSRC)
@@ -189,7 +185,7 @@ INSTALL = $(BIN)/uv pip install -q --python $(BIN)/python -r $(1) || \
 	@touch $@
 
 .venv/installed: .venv/demo-installed requirements-dev.txt
-	$(call INSTALL,requirements-dev.txt)
+	$(PIP_INSTALL) -r requirements-dev.txt
 	$(BIN)/python -m pip download -q --no-deps -d build/jaxlib jaxlib==$(OLDEST_JAXLIB)
 	$(BIN)/python -c '$(HEADERS_ALONE)'
 	rm -r build/jaxlib
