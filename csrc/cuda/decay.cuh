@@ -42,22 +42,4 @@ __device__ inline float change_of_rate(float rate) {
 }
 __device__ inline double change_of_rate(double rate) { return expm1(-rate); }
 
-// The change of two decays one after the other, of changes a and b.
-template <class T>
-__device__ T change_of_both(T a, T b) {
-  const T change = a * b + (a + b);
-  return change < T(-0.5) ? (1 + a) * (1 + b) - 1 : change;  // a decay of 0 stays exactly that
-}
-
-// What a decay leaves of s, plus `added`. Where it takes most of s, a difference would be rounded to
-// the size of the old s, and a small `added` lost in it: s is multiplied by the decay then.
-template <class T>
-struct Decay {
-  T kept, change;  // the decay is kept + change
-
-  __device__ explicit Decay(T change)
-      : kept(change < T(-0.5) ? 0 : 1), change(change < T(-0.5) ? 1 + change : change) {}
-  __device__ T apply(T s, T added) const { return kept * s + (change * s + added); }
-};
-
 }  // namespace rwkv6::cuda

@@ -21,7 +21,7 @@ __device__ void apply_decays(Backward<T, P>& back) {
     d[t] = decay_of_rate(elements(back.w[t])[i]);
     elements(back.fr[t])[i] = product * elements(back.r[t])[i];
     product *= d[t];
-    change = change_of_both(m, change);
+    change = m * change + (m + change);
   }
   elements(back.change)[i] = change;
   product = 1;
@@ -121,14 +121,12 @@ __device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::St
   T sums[Shape::kKeys] = {};
   const Pack<T> change = back.change[lane.key_pack];
 #pragma unroll
-  for (int a = 0; a < Shape::kKeys; a++) {
-    const Decay<T> decay(change.x[a]);
+  for (int a = 0; a < Shape::kKeys; a++)
 #pragma unroll
     for (int j = 0; j < Shape::kColumns; j++) {
       sums[a] += S[a][j] * G[a][j];
-      G[a][j] = decay.apply(G[a][j], 0);
+      G[a][j] += change.x[a] * G[a][j];
     }
-  }
   lane.sum_columns(sums, back.meeting);
 #pragma unroll 1
   for (int t = 0; t < Shape::kChunk; t++) {

@@ -58,14 +58,12 @@ __device__ void recompute_states(const BackwardJob& job, const VectorAccess& vec
       for (int p = 0; p < Shape::kColumnPacks; p++) {
         const Pack<T> v = rows.v[t][lane.column_pack(p)];
 #pragma unroll
-        for (int a = 0; a < Shape::kKeys; a++) {
-          const Decay<T> decay(change.x[a]);
+        for (int a = 0; a < Shape::kKeys; a++)
 #pragma unroll
           for (int c = 0; c < Shape::kPack; c++) {
             T& s = S[a][p * Shape::kPack + c];
-            s = decay.apply(s, k.x[a] * v.x[c]);
+            s += change.x[a] * s + k.x[a] * v.x[c];
           }
-        }
       }
     }
     store_checkpoint<T, P>(workspace, place, chunk + 1, S);

@@ -217,12 +217,11 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
             const T m_0 = m[0].x[e], m_1 = m[kLast].x[e];
             T change = m_0;
             if (C == 2) {
-              change = change_of_both(m_0, m_1);
+              change = m_0 * m_1 + (m_0 + m_1);
               pair += r[kLast].x[e] * k[0].x[e];
               r[kLast].x[e] *= 1 + m_0;
               k[0].x[e] *= 1 + m_1;
             }
-            const Decay<T> decay(change);
 #pragma unroll
             for (int c = 0; c < kPack; c++) {
               T& s = state[p][e][c];
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
               if (C == 2) added += k[0].x[e] * v[0].x[c];
 #pragma unroll
               for (int q = 0; q < C; q++) y[q][c] += r[q].x[e] * s;
-              s = decay.apply(s, added);
+              s += change * s + added;
             }
           }
         }

@@ -227,13 +227,6 @@ MUTATIONS = [
         RECURRENT_17,
     ),
     Mutation(
-        "recurrent: a vanished decay leaves its rounding",
-        "decay.cuh",
-        "  return change < T(-0.5) ? (1 + a) * (1 + b) - 1 : change;",
-        "  return change;",
-        "test_a_decay_that_vanishes and recurrent-float32",
-    ),
-    Mutation(
         "recurrent: elements beyond the head size not zero",
         "load.cuh",
         "kSize; e++) pack.x[e] = T(0);",

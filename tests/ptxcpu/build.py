@@ -129,7 +129,7 @@ def library() -> Path:
 
     def link(folder: Path) -> None:
         run(["g++", "-shared", *interpreter, "-o", folder / "libptxcpu.so"])
-        script = f"-Wl,--version-script={exports},-soname,libcudart.so.13"
+        script = f"-Wl,--version-script={exports},-soname,libptxcpu-cudart.so"
         run(["g++", "-shared", *runtime, script, "-o", folder / "libcudart.so.13"])
         (folder / "libcudart.so").symlink_to("libcudart.so.13")
 

@@ -56,7 +56,8 @@ class Launch:
 class Runtime:
     def __init__(self) -> None:
         path = build.library() / "libcudart.so.13"
-        # libraries that need libcudart.so.13 get this one, because it is there already
+        # Libraries that were linked with it find it there already, also beside a real libcudart.so.13,
+        # which a torch for CUDA loads: its name, and the version of its symbols, are its own.
         self.cuda = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.cuda.ptxcpu_configure.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self.cuda.ptxcpu_stats_json.restype = ctypes.c_char_p
