@@ -56,8 +56,8 @@ class Launch:
 class Runtime:
     def __init__(self) -> None:
         path = build.library() / "libcudart.so.13"
-        # Libraries that were linked with it find it there already, also beside a real libcudart.so.13,
-        # which a torch for CUDA loads: its name, and the version of its symbols, are its own.
+        # Libraries that were linked with it find it there already, also beside a real
+        # libcudart.so.13, which a torch for CUDA loads: its name and symbol versions are its own.
         self.cuda = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.cuda.ptxcpu_configure.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self.cuda.ptxcpu_stats_json.restype = ctypes.c_char_p
