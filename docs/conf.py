@@ -59,6 +59,7 @@ docs/operator
 docs/numerics
 docs/models
 docs/transformers
+docs/export
 docs/parallel
 docs/keras
 docs/coming-from

@@ -1,7 +1,8 @@
 """README.md and docs/: their examples run, and the files that they name are there.
 
-Those of docs/keras.md run with the tests of the adapter, on every backend, and those of
-docs/parallel.md on two processes, in tests/test_parallel.py.
+Those of docs/keras.md run with the tests of the adapter, on every backend, those of
+docs/parallel.md on two processes, in tests/test_parallel.py, and those of docs/export.md in
+tests/test_export.py and tests/test_onnx.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def blocks(page: str) -> list[str]:
 
 def test_every_page_with_examples_is_run() -> None:
     with_examples = [page for page in PAGES if blocks(page)]
-    assert with_examples == sorted(["README.md", "docs/keras.md", "docs/parallel.md", *RUN])
+    elsewhere = ["README.md", "docs/export.md", "docs/keras.md", "docs/parallel.md"]
+    assert with_examples == sorted([*elsewhere, *RUN])
 
 
 @pytest.mark.parametrize("page", ["README.md", *RUN])

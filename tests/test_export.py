@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from checkpoints import random_model, random_tokens
+from test_compile import assert_runs_elsewhere
+from test_docs import CHECKPOINT, blocks
 from test_one_door import with_int8_weights
 from torch import Tensor, nn
 from torch.export import Dim
 
+from torch_rwkv6.models import save
 from torch_rwkv6.nn import RWKV, RWKVState
 
 VERSIONS = ("4", "6")
@@ -155,6 +159,44 @@ for a, b in zip(own, state, strict=True):
 """
     files = [str(tmp_path / name) for name in ("model.pt2", "data.pt")]
     subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=120)
+
+
+def test_an_aotinductor_package_needs_only_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of the documentation: prompts and single tokens, with a state."""
+    monkeypatch.chdir(tmp_path)
+    model = random_model("6", n_layer=1)
+    save(model, CHECKPOINT)
+    program, _, package = blocks("docs/export.md")
+    exec(program + package, {})
+    calls = []
+    with torch.no_grad():
+        for rows in (1, 3):
+            state = model.initial_state(rows)
+            for tokens in random_tokens(rows, 6).split([5, 1], 1):
+                logits, new = model(tokens, state)
+                calls.append(((tokens, *state), (logits, *new)))
+                state = new
+    assert_runs_elsewhere("model-aoti.pt2", calls, tmp_path)
+
+
+def test_training_makes_no_graph_after_the_second_length() -> None:
+    torch._dynamo.reset()
+    model = random_model("6", n_layer=2)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(tokens: Tensor) -> Tensor:
+        logits, _ = model(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    parameters = list(model.parameters())
+    for count, length in enumerate((9, 5, 7, 140, 2), 1):
+        tokens = random_tokens(2, length)
+        found = torch.autograd.grad(compiled(tokens), parameters)
+        assert_same(found, torch.autograd.grad(loss(tokens), parameters))
+        assert counter.frame_count == min(count, 2)
 
 
 def test_saved_states_load_as_they_are(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
     {"nn", "compat"},
     {"models", "parallel"},
     {FACE},
-    {"__main__", "hf"},
+    {"__main__", "hf", "onnx"},
 )
 
 Graph = Mapping[str, set[str]]
