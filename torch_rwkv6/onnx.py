@@ -55,6 +55,7 @@ def _recurrence(
     row = op.Constant(value_ints=[-2])
     column = op.Constant(value_ints=[-1])
 
+    # Without a return type, which onnxscript would take for that of the whole function.
     @graph()
     def token(  # type: ignore[no-untyped-def]
         state: TensorType,  # [B, H, N, N]
