@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad
+import torch.distributed.device_mesh
 import torch.nn.modules.module
 import torch.utils._pytree
 from torch import Tensor
@@ -21,10 +22,12 @@ __all__ = [
     "below_inplace_or_view",
     "concrete",
     "dispatch_modes",
+    "flat_mesh",
     "forward_mode_active",
     "global_forward_hooks",
     "has_kernel",
     "has_products_of",
+    "joined_mesh",
     "register_namedtuple",
     "transforms_active",
 ]
@@ -45,6 +48,12 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # A namedtuple's name for torch.export.save.
 register_namedtuple = torch.utils._pytree._register_namedtuple
+
+
+# The dimensions of a mesh as one of a new name; meshes cut from one, side by side. Both None where
+# torch was built without torch.distributed.
+flat_mesh: Any = getattr(torch.distributed.device_mesh.DeviceMesh, "_flatten", None)
+joined_mesh: Any = getattr(torch.distributed.device_mesh.DeviceMesh, "_concatenate", None)
 
 
 def forward_mode_active() -> bool:

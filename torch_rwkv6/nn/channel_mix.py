@@ -9,6 +9,7 @@ from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.carry import packed
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position, with_initial_weight
+from torch_rwkv6.nn.sharded import own
 from torch_rwkv6.nn.token_shift import token_shift
 
 __all__ = ["ChannelMix", "ChannelMix4", "ChannelMix5"]
@@ -33,6 +34,9 @@ class ChannelMix(nn.Module):
     time_maa_k: Tensor  # [1, 1, D]
     time_maa_r: Tensor  # [1, 1, D]
     mixes = ("time_maa_k", "time_maa_r")  # how much of the previous token k and r see
+
+    # Another one takes its place where a sequence is cut over processes.
+    token_shift = staticmethod(token_shift)
 
     def __init__(self, n_embd: int, layer_id: int, n_layer: int, n_ffn: int | None = None) -> None:
         super().__init__()
@@ -69,7 +73,8 @@ class ChannelMix(nn.Module):
 
     def _mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, D] each
         """The inputs of k and r, from a token and the previous one minus it."""
-        return torch.addcmul(x, xx, self.time_maa_k), torch.addcmul(x, xx, self.time_maa_r)
+        maa_k, maa_r = own(self.time_maa_k), own(self.time_maa_r)
+        return torch.addcmul(x, xx, maa_k), torch.addcmul(x, xx, maa_r)
 
     @packed
     def forward(
@@ -91,7 +96,7 @@ class ChannelMix(nn.Module):
             The output, [B, T, D], and the last token of x, [B, D], which is the ``shift`` of the
             next piece.
         """
-        xx, shift = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
+        xx, shift = self.token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
         xk, xr = self._mixed(x, xx)
         k = torch.relu(linear(self.key, xk)).square()  # [B, T, F]
         return torch.sigmoid(linear(self.receptance, xr)) * linear(self.value, k), shift
@@ -121,7 +126,8 @@ class ChannelMix5(ChannelMix):
 
     def _mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:  # [B, T, D] each
         before = x + xx
-        return torch.lerp(before, x, self.time_mix_k), torch.lerp(before, x, self.time_mix_r)
+        mix_k, mix_r = own(self.time_mix_k), own(self.time_mix_r)
+        return torch.lerp(before, x, mix_k), torch.lerp(before, x, mix_r)
 
 
 class ChannelMix4(ChannelMix5):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch_rwkv6.contract import MAX_HEAD_SIZE
 from torch_rwkv6.nn.carry import packed, stateful, to_update
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, position, with_initial_weight
-from torch_rwkv6.nn.sharded import device_of, whole
+from torch_rwkv6.nn.sharded import device_of, own
+from torch_rwkv6.nn.token_shift import token_shift
 from torch_rwkv6.ops import wkv, wkv_update
 
 __all__ = ["MultiHeadTimeMix"]
@@ -22,10 +23,22 @@ __all__ = ["MultiHeadTimeMix"]
 class MultiHeadTimeMix(nn.Module):
     """Time mixing over H matrix states: projections, WKV6, GroupNorm over heads, gate, output.
 
-    A subclass adds its token shift, decay and bonus, and computes the inputs of WKV6 in `_inputs`.
+    A subclass adds its mixes, decay and bonus, and computes the inputs of WKV6 in `_inputs`.
+
+    Attributes:
+        n_head, head_size: H and N, of the whole layer. Where several processes share its heads
+            (`torch_rwkv6.parallel.parallelize`), a process has some of H.
+        state_shape: of one sequence, on this process: (H, N, N) as [key, value].
+        heads_along: the dimension that goes over heads, or over the channels of all heads, of each
+            parameter that has one.
     """
 
     time_decay: Tensor  # of the subclass
+    heads_along: ClassVar[dict[str, int]] = {"time_faaaa": 0, "time_state": 0}
+
+    # Another pair takes their place where a sequence is cut over processes.
+    token_shift = staticmethod(token_shift)
+    wkv = staticmethod(wkv)
 
     def __init__(
         self,
@@ -92,6 +105,10 @@ class MultiHeadTimeMix(nn.Module):
         """r, k, v, w [B, T, H, N] and u [H, N] of WKV6; the gate [B, T, D] or None; the last x."""
         raise NotImplementedError
 
+    def _heads(self, x: Tensor) -> Tensor:  # [B, T, H, N]
+        """[B, T, D] by heads: those of this process."""
+        return x.unflatten(2, (-1, self.head_size))
+
     def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """y [B, T, H, N] normed, gated and projected: [B, T, D]."""
         batch, tokens, n_head, head_size = y.shape
@@ -133,7 +150,9 @@ class MultiHeadTimeMix(nn.Module):
             return self._output(y, gate), shift.copy_(last), state
         if state is None and self.time_state is not None:
             state = self.initial_state()
-        y, state = wkv(r, k, v, w, u, state, cu_seqlens=cu_seqlens)  # [B, T, H, N], [B, H, N, N]
+        y, state = self.wkv(
+            r, k, v, w, u, state, cu_seqlens=cu_seqlens
+        )  # [B, T, H, N], [B, H, N, N]
         return self._output(y, gate), last, state
 
     def initial_state(self) -> Tensor:
@@ -143,6 +162,6 @@ class MultiHeadTimeMix(nn.Module):
         """
         dtype = torch.promote_types(self.time_decay.dtype, torch.float32)
         if self.time_state is not None:
-            return whole(self.time_state).to(dtype).transpose(1, 2).unsqueeze(0)
+            return own(self.time_state).to(dtype).transpose(1, 2).unsqueeze(0)
         device = device_of(self.time_decay)
         return torch.zeros((1, *self.state_shape), dtype=dtype, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from torch_rwkv6.arguments import integer
 from torch_rwkv6.nn.fast_path import linear, product
 from torch_rwkv6.nn.initial_values import channels, fill, initialise, position
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
-from torch_rwkv6.nn.token_shift import token_shift
+from torch_rwkv6.nn.sharded import entering, own
 
 __all__ = ["TimeMix"]
 
@@ -34,6 +36,12 @@ class TimeMix(MultiHeadTimeMix):
     Raises:
         ValueError: a size below 1, head_size not dividing n_embd, or layer_id not below n_layer.
     """
+
+    heads_along: ClassVar = {
+        "time_decay": 2,
+        "time_decay_w2": 1,
+        **MultiHeadTimeMix.heads_along,
+    }
 
     def __init__(
         self,
@@ -106,27 +114,27 @@ class TimeMix(MultiHeadTimeMix):
         cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         batch, tokens, n_embd = x.shape
-        heads = (batch, tokens, self.n_head, self.head_size)
-        xx, last = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
+        xx, last = self.token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
 
-        lora = torch.tanh(product(torch.addcmul(x, xx, self.time_maa_x), self.time_maa_w1))
+        lora = torch.addcmul(x, xx, own(self.time_maa_x))  # [B, T, D]
+        lora = torch.tanh(product(lora, own(self.time_maa_w1)))
         lora = lora.view(batch * tokens, 5, lora.shape[2] // 5).transpose(0, 1)  # [5, B * T, rank]
-        lora = product(lora, self.time_maa_w2).view(5, batch, tokens, n_embd)
-        maa = torch.stack(
-            (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        )  # [5, 1, 1, D]
+        lora = product(lora, own(self.time_maa_w2)).view(5, batch, tokens, n_embd)
+        mixes = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r)
+        maa = torch.stack([own(mix) for mix in (*mixes, self.time_maa_g)])  # [5, 1, 1, D]
         xw, xk, xv, xr, xg = torch.addcmul(x, xx, maa + lora).unbind()  # [B, T, D] each
 
         # w goes through two exponentials, so it is computed in at least float32, whatever x is.
         at_least_f32 = torch.promote_types(self.time_decay.dtype, torch.float32)
-        w = product(torch.tanh(product(xw, self.time_decay_w1)), self.time_decay_w2)
-        w = self.time_decay.to(at_least_f32) + w  # [B, T, D]
+        w = torch.tanh(product(xw, own(self.time_decay_w1)))  # [B, T, rank]
+        w = product(entering(w, self.time_decay_w2), own(self.time_decay_w2))
+        w = own(self.time_decay).to(at_least_f32) + w  # [B, T, D]
         return (
-            linear(self.receptance, xr).view(heads),
-            linear(self.key, xk).view(heads),
-            linear(self.value, xv).view(heads),
-            w.view(heads),
-            self.time_faaaa,
+            self._heads(linear(self.receptance, xr)),
+            self._heads(linear(self.key, xk)),
+            self._heads(linear(self.value, xv)),
+            self._heads(w),
+            own(self.time_faaaa),
             linear(self.gate, xg),
             last,
         )

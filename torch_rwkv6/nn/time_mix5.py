@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_rwkv6.nn.fast_path import linear
 from torch_rwkv6.nn.initial_values import channels, fill, position
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
-from torch_rwkv6.nn.token_shift import token_shift
+from torch_rwkv6.nn.sharded import own
 
 __all__ = ["TimeMix5"]
 
@@ -32,6 +32,12 @@ class TimeMix5(MultiHeadTimeMix):
     Raises:
         ValueError: as for `TimeMix`.
     """
+
+    heads_along: ClassVar = {
+        "time_decay": 0,
+        "time_first": 0,
+        **MultiHeadTimeMix.heads_along,
+    }
 
     def __init__(
         self,
@@ -92,24 +98,26 @@ class TimeMix5(MultiHeadTimeMix):
         shift: Tensor | None,  # [B, D]
         cu_seqlens: Tensor | None = None,  # [M + 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, self.n_head, self.head_size)
-        xx, last = token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
+        xx, last = self.token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
         before = x + xx
-        xk, xv, xr, *xg = (torch.lerp(before, x, self.get_parameter(n)) for n in self.mixes)
+        xk, xv, xr, *xg = (torch.lerp(before, x, own(self.get_parameter(n))) for n in self.mixes)
 
-        decay: Any = self.time_decay  # [H, N] or [H], as the bonus
-        bonus: Any = self.time_faaaa
+        r = self._heads(linear(self.receptance, xr))
+        decay: Any = own(self.time_decay)  # [H, N] or [H], as the bonus
+        bonus: Any
         if self.time_first is not None:
             at_least_f32 = torch.promote_types(decay.dtype, torch.float32)
-            bonus = torch.exp(self.time_first.to(at_least_f32))
+            bonus = torch.exp(own(self.time_first).to(at_least_f32))
+        else:
+            assert self.time_faaaa is not None  # there is one of the two
+            bonus = own(self.time_faaaa)
         if self.per_head:
-            decay, bonus = (p.unsqueeze(1).expand(heads[2:]).contiguous() for p in (decay, bonus))
+            decay, bonus = (p.unsqueeze(1).expand(r.shape[2:]).contiguous() for p in (decay, bonus))
         return (
-            linear(self.receptance, xr).view(heads),
-            linear(self.key, xk).view(heads),
-            linear(self.value, xv).view(heads),
-            decay.expand(heads),  # a view: one row of memory for all tokens
+            r,
+            self._heads(linear(self.key, xk)),
+            self._heads(linear(self.value, xv)),
+            decay.expand(r.shape),  # a view: one row of memory for all tokens
             bonus,
             None if self.gate is None else linear(self.gate, xg[0]),
             last,
