@@ -155,6 +155,7 @@ def learns_what_one_process_does(version: str, dtype: torch.dtype, mesh: DeviceM
     expected = Run(tuned_model(version, dtype), share, cut=False)
     model = tuned_model(version, dtype)
     assert parallel.parallelize(model, mesh) is model
+    model.gradient_checkpointing = dtype == torch.float32
     found = Run(model, share, cut=True)
     for x, y in zip(found.logits, expected.logits, strict=True):
         close(x, share.tokens(y), "logits")

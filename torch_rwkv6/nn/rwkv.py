@@ -17,6 +17,7 @@ from torch_rwkv6.nn.decode import decode_
 from torch_rwkv6.nn.fast_path import is_traced, linear
 from torch_rwkv6.nn.initial_values import with_initial_weight
 from torch_rwkv6.nn.optim import parameter_groups
+from torch_rwkv6.nn.recomputed import recomputed
 from torch_rwkv6.nn.sharded import device_of, is_sharded
 from torch_rwkv6.nn.state import RWKVState
 
@@ -101,9 +102,12 @@ class RWKV(nn.Module):
         version: "4", "5.0", "5.1", "5.2" or "6".
         vocab_size, n_layer, n_embd: V, L and D.
         state_shape: of one layer and sequence of ``RWKVState.wkv``: (H, N, N), RWKV-4: (3, D).
+        gradient_checkpointing: set it to True to train with less memory in more time: the backward
+            pass computes every block again from its input, but for WKV, whose results are kept.
     """
 
     version: str
+    gradient_checkpointing = False
     blocks: Any  # an nn.ModuleList of Block
 
     def __init__(
@@ -199,8 +203,9 @@ class RWKV(nn.Module):
             layers = list(zip(*(s.unbind() for s in state), strict=True))
         x = self.emb(tokens)  # [B, T, D]
         new = []
+        run = recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else call
         for block, layer in zip(self.blocks, layers, strict=True):
-            x, *layer = call(block, x, *layer, update=update, cu_seqlens=cu_seqlens)
+            x, *layer = run(block, x, *layer, update=update, cu_seqlens=cu_seqlens)
             new.append(layer)
         if update:
             x = x[:, -1:] if cu_seqlens is None else x[:, cu_seqlens[1:].long() - 1]
