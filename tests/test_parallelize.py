@@ -299,6 +299,13 @@ def a_checkpoint_is_read_by_any_number_of_processes() -> None:
 
 
 @case()
+def a_compiled_block_is_given_a_plain_tensor() -> None:
+    """And none of torch's that waits for the other processes, for which compiled code fails."""
+    model = parallel.parallelize(small(), mesh_of({"tp": 2}))
+    assert type(model.emb(random_tokens(2, 3))) is Tensor
+
+
+@case()
 def refused() -> None:
     def raises(error: type[Exception], match: str, model: Any, mesh: Any, **options: Any) -> None:
         with pytest.raises(error, match=match):

@@ -51,6 +51,9 @@ def share_heads(model: RWKV, mesh: DeviceMesh) -> None:
     }
     ends = {"emb": RowwiseParallel(input_layouts=Replicate()), "head": gathered}
     parallelize_module(model, mesh, ends)
+    # A plain tensor, as a compiled block needs: what comes from the processes is one that waits
+    # for them when it is used.
+    model.emb.register_forward_hook(lambda module, given, x: x.clone())
     for block in model.blocks:
         there = {name for name, _ in block.named_modules()}  # the gate need not be
         plan = {name: style for name, style in layer.items() if name in there}
