@@ -3,6 +3,9 @@
 // Included by isa.inc inside the namespace of one instruction set.
 
 #define RWKV6_INLINE inline __attribute__((always_inline))
+// For what handles whole rows: a call costs nothing beside them, and copies of it in every caller
+// would double the code and the time to compile it.
+#define RWKV6_OUTLINE __attribute__((noinline))
 #define RWKV6_UNROLLED(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
 
 typedef float FloatLanes __attribute__((vector_size(RWKV6_VECTOR_BYTES)));

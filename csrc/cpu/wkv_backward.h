@@ -72,8 +72,8 @@ struct SequenceBackward {
   }
 
   // The chunk's rows in the accumulator's dtype, zeros after its last token.
-  void load(const Tokens& x, int64_t h, int64_t chunk, Columns columns,
-            typename BackwardChunk<T>::Rows& rows) const {
+  RWKV6_OUTLINE void load(const Tokens& x, int64_t h, int64_t chunk, Columns columns,
+                          typename BackwardChunk<T>::Rows& rows) const {
     const char* from = row(x, h, chunk);
     if (from) from += columns.first * size_of(x.dtype);
     const int64_t count = tokens(chunk);
@@ -83,8 +83,8 @@ struct SequenceBackward {
     }
   }
 
-  void store(const typename BackwardChunk<T>::Rows& rows, const Tokens& x, int64_t h, int64_t chunk,
-             Columns columns, int64_t offset) const {
+  RWKV6_OUTLINE void store(const typename BackwardChunk<T>::Rows& rows, const Tokens& x, int64_t h,
+                           int64_t chunk, Columns columns, int64_t offset) const {
     char* to = row(x, h, chunk) + (columns.first + offset) * size_of(x.dtype);
     for (int64_t t = 0; t < tokens(chunk); t++, to += x.distance(1, 0)) {
       if (!streamed) {
@@ -108,7 +108,7 @@ struct SequenceBackward {
   }
 
   // From the state S before a chunk to that after it.
-  void recompute_state(int64_t h, int64_t chunk, const T* S, T* to) const {
+  RWKV6_OUTLINE void recompute_state(int64_t h, int64_t chunk, const T* S, T* to) const {
     typedef Vec<T> V;
     BackwardChunk<T>& c = scratch.chunk;
     load(job.w, h, chunk, {0, job.N}, c.all);
@@ -152,7 +152,7 @@ struct SequenceBackward {
   }
 
   // The part's columns of a [key][value] matrix, transposed: out [values, keys].
-  void load_state(const char* matrix, const States& states, T* out) const {
+  RWKV6_OUTLINE void load_state(const char* matrix, const States& states, T* out) const {
     T* rows = scratch.G_rows;
     memset(rows, 0, sizeof(T) * size_t(keys * values));
     for (int64_t i = 0; matrix && i < job.N; i++)
@@ -161,7 +161,7 @@ struct SequenceBackward {
     transpose(keys, values, rows, out);
   }
 
-  void store_state(const T* transposed, const States& states, char* matrix) const {
+  RWKV6_OUTLINE void store_state(const T* transposed, const States& states, char* matrix) const {
     T* rows = scratch.G_rows;
     transpose(values, keys, transposed, rows);
     for (int64_t i = 0; i < job.N; i++)
