@@ -141,6 +141,23 @@ def test_slow_decays(sm_80, force, decays):
         check_backward(sm_80, slow_call(decays))
 
 
+@pytest.mark.parametrize("forgetting", [0, 1])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=kernel_id)
+def test_a_decay_that_vanishes_forgets_any_state(gpu, dtype, forgetting):
+    """Of a large state, or its gradient, nothing is left, and what is added is not lost in it."""
+    call = random_call(B=1, T=40, H=1, N=32, dtype=dtype, states=1)
+    call.w[:, forgetting] = call.w[:, -1 - forgetting] = torch.tensor([5.0, 20.0, 88.0, 90.0] * 8)
+    call.initial_state.fill_(1e30)
+    call.r[:, : forgetting + 1] = 0  # these tokens would read the old state
+    check_forward(gpu, call)
+    grad_y, grad_state = call.grad_outputs()[0], torch.full_like(call.initial_state, 1e30)
+    found = gpu.backward(call, grad_y, grad_state)
+    expected = reference.wkv_backward(grad_y.double(), grad_state.double(), *call.double().args())
+    between = slice(forgetting + 1, -1 - forgetting)  # gradients of the others are as large
+    for name, a, b in zip("rkvw", found, expected):
+        assert relative_rms(a[:, between], b[:, between]) <= BACKWARD[dtype], name
+
+
 @pytest.mark.parametrize("name", list(sample_inputs()))
 @pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
 def test_options(gpu, force, family, dtype, N, name):

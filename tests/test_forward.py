@@ -154,7 +154,6 @@ def test_large_states_and_long_memory(dtype):
     check(call, tolerance=10.0 if dtype == torch.float64 else 1.0)
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("T", [1, 3, 40])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_a_decay_that_vanishes_forgets_any_state(dtype, T):

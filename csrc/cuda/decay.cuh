@@ -9,7 +9,7 @@ __device__ inline float exp2_approx(float x) {  // 2 ulp, no denormals
   return y;
 }
 
-constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 // In base 2, two roundings of the exponent: enough beside the 11 bits of the chunked kernels.
 __device__ inline float decay(float w) { return exp2_approx(-kLog2E * exp2_approx(kLog2E * w)); }
@@ -18,7 +18,7 @@ __device__ inline float decay(float w) { return exp2_approx(-kLog2E * exp2_appro
 __device__ inline float decay_rate(float w) {
   w = w > 88 ? 88 : w;
   w = w < -104 ? -104 : w;
-  constexpr float kLog2ELow = 1.92596303e-8f, kLn2 = 0.693147181f;
+  constexpr float kLog2ELow = 1.92596303e-8f;
   const float x = w * kLog2E;
   const float lost = fmaf(w, kLog2E, -x) + w * kLog2ELow;  // of the exponent by rounding
   const float y = exp2_approx(x);
@@ -30,9 +30,14 @@ __device__ inline double decay_rate(double w) { return exp(w > 709 ? 709 : w); }
 __device__ inline float decay_of_rate(float rate) { return exp2_approx(rate * -kLog2E); }
 __device__ inline double decay_of_rate(double rate) { return exp(-rate); }
 
-// The decay minus 1, to all digits. A decay near 1 has few left for what it takes from the state,
-// and its rounding is the same at every token: S + change S + k v does not add that up.
+// d S + k v is computed as kept S + (change S + k v), which loses digits at neither end of the
+// decays. From 1/2 on kept is 1, and change = d - 1 has all its digits: d itself, near 1, has few left
+// for what it takes from the state, and its rounding is the same at every token. Below kept is 0, so
+// that nothing is rounded to the size of a state that is forgotten, and change = d.
+//
+// The sign bit of change, set also where it is -0, tells which of both it is.
 __device__ inline float change_of_rate(float rate) {
+  if (rate >= kLn2) return decay_of_rate(rate);
   if (!(rate < 0.25f)) return decay_of_rate(rate) - 1;
   float series = fmaf(rate, -1 / 720.f, 1 / 120.f);
   series = fmaf(-rate, series, 1 / 24.f);
@@ -40,6 +45,11 @@ __device__ inline float change_of_rate(float rate) {
   series = fmaf(-rate, series, 1 / 2.f);
   return -rate * fmaf(-rate, series, 1.f);
 }
-__device__ inline double change_of_rate(double rate) { return expm1(-rate); }
+__device__ inline double change_of_rate(double rate) {
+  return rate >= kLn2 ? decay_of_rate(rate) : expm1(-rate);
+}
+
+__device__ inline float kept_of(float change) { return __float_as_int(change) < 0 ? 1 : 0; }
+__device__ inline double kept_of(double change) { return __double2hiint(change) < 0 ? 1 : 0; }
 
 }  // namespace rwkv6::cuda

@@ -14,16 +14,16 @@ __device__ void apply_decays(Backward<T, P>& back) {
   const Lane<T, P> lane;
   const int i = lane.own_key;
   if (!lane.owns) return;
-  T d[C], product = 1, change = 0;  // of the product, from 1
+  T d[C], product = 1, change = 0;  // as long as it is large, the product - 1
 #pragma unroll
   for (int t = 0; t < C; t++) {
     const T m = change_of_rate(elements(back.w[t])[i]);
-    d[t] = decay_of_rate(elements(back.w[t])[i]);
+    d[t] = kept_of(m) + m;
     elements(back.fr[t])[i] = product * elements(back.r[t])[i];
     product *= d[t];
     change = m * change + (m + change);
   }
-  elements(back.change)[i] = change;
+  elements(back.change)[i] = product < T(0.5) ? product : -fabs(change);  // see decay.cuh
   product = 1;
 #pragma unroll
   for (int t = C - 1; t >= 0; t--) {
@@ -125,7 +125,7 @@ __device__ void apply_state(Backward<T, P>& back, const typename Shape<T, P>::St
 #pragma unroll
     for (int j = 0; j < Shape::kColumns; j++) {
       sums[a] += S[a][j] * G[a][j];
-      G[a][j] += change.x[a] * G[a][j];
+      G[a][j] = kept_of(change.x[a]) * G[a][j] + change.x[a] * G[a][j];
     }
   lane.sum_columns(sums, back.meeting);
 #pragma unroll 1

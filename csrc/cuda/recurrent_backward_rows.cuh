@@ -55,7 +55,7 @@ struct Backward {
   Pack<T> w[C][Shape::kKeyPacks];     // then the decay's rate, then dw
   Pack<T> fr[C][Shape::kKeyPacks];    // F_t r_t, then S dy_t
   Pack<T> bk[C][Shape::kKeyPacks];    // B_t k_t, then G v_t
-  Pack<T> change[Shape::kKeyPacks];   // product of the chunk's decays, minus 1
+  Pack<T> change[Shape::kKeyPacks];   // by the product of the chunk's decays
   Pack<T> meeting[Shape::kKeyPacks];  // sum_j S G
   Pack<T> u[Shape::kKeyPacks];
   Pack<T> grad_u[Shape::kKeyPacks];

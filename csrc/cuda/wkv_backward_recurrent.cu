@@ -62,7 +62,7 @@ __device__ void recompute_states(const BackwardJob& job, const VectorAccess& vec
 #pragma unroll
           for (int c = 0; c < Shape::kPack; c++) {
             T& s = S[a][p * Shape::kPack + c];
-            s += change.x[a] * s + k.x[a] * v.x[c];
+            s = kept_of(change.x[a]) * s + (change.x[a] * s + k.x[a] * v.x[c]);
           }
       }
     }

@@ -31,7 +31,8 @@ struct Shape {
   static constexpr int kRowLanes = kRowPacks < 32 ? kRowPacks : 32;  // that share a token's row
   static constexpr int kTile = 4096 / (P * sizeof(T)) < 8 ? 4096 / (P * sizeof(T)) : 8;  // tokens
   static constexpr int kMaxWarps = P / kWarpColumns < 4 ? P / kWarpColumns : 4;  // of a block
-  static constexpr int kBlocks = 12 / kMaxWarps;  // of a multiprocessor: registers for 12 warps
+  // Of a multiprocessor: registers for 12 warps, or 16 of the smallest.
+  static constexpr int kBlocks = (P == 32 ? 16 : 12) / kMaxWarps;
 };
 
 // The rows of a tile: as fetched, then unpacked in place.
@@ -40,7 +41,7 @@ struct Tile {
   static constexpr int kTokens = Shape<T, P>::kTile;
   Pack<T> r[kTokens][P / Pack<T>::kSize];
   Pack<T> k[kTokens][P / Pack<T>::kSize];
-  Pack<T> w[kTokens][P / Pack<T>::kSize];  // then the decay minus 1
+  Pack<T> w[kTokens][P / Pack<T>::kSize];  // then the change by the decay
   Pack<T> v[kTokens][P / Pack<T>::kSize];
   T bonus[kTokens];  // sum_i r u k
 };
@@ -195,8 +196,10 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     __syncthreads();  // the tile is there, and nobody needs the one before
     if (tile + 1 < tile_count) fetch(tile + 1);
 
-    // One token, or two at once: with d = 1 + m, half as many sums are rounded to the state's size.
-    //   y_0 = r_0 S, y_1 = r_1 d_0 S + (r_1 . k_0) v_0, S += (d_0 d_1 - 1) S + d_1 k_0 v_0 + k_1 v_1
+    // One token, or two at once: half as many sums are rounded to the state's size. With the decays
+    // kept_q + m_q, as decay.cuh has them:
+    //   y_0 = r_0 S, y_1 = r_1 d_0 S + (r_1 . k_0) v_0, S = d_0 d_1 S + d_1 k_0 v_0 + k_1 v_1
+    //   d_0 d_1 = kept_0 kept_1 + (kept_0 m_1 + kept_1 m_0 + m_0 m_1)
     const auto walk = [&](int t, auto count) {
       constexpr int C = decltype(count)::value, kLast = C - 1;
       T y[C][kPack] = {};
@@ -215,12 +218,14 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
           for (int e = 0; e < kPack; e++) {
             const T m_0 = m[0].x[e], m_1 = m[kLast].x[e];
-            T change = m_0;
+            T kept = kept_of(m_0), change = m_0;
             if (C == 2) {
-              change = m_0 * m_1 + (m_0 + m_1);
+              const T kept_1 = kept_of(m_1);
               pair += r[kLast].x[e] * k[0].x[e];
-              r[kLast].x[e] *= 1 + m_0;
-              k[0].x[e] *= 1 + m_1;
+              r[kLast].x[e] *= kept + m_0;
+              k[0].x[e] *= kept_1 + m_1;
+              change = m_0 * m_1 + (kept * m_1 + kept_1 * m_0);
+              kept *= kept_1;
             }
 #pragma unroll
             for (int c = 0; c < kPack; c++) {
@@ -229,7 +234,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
               if (C == 2) added += k[0].x[e] * v[0].x[c];
 #pragma unroll
               for (int q = 0; q < C; q++) y[q][c] += r[q].x[e] * s;
-              s += change * s + added;
+              s = kept * s + (change * s + added);
             }
           }
         }
