@@ -19,6 +19,8 @@ export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 # interpreter, which reads it as text.
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
+# Of nvcc and of the C++ compiler beside it, each.
+export MAX_JOBS ?= $(shell nproc)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Images of Docker often set this. Python would then compile all of torch and TensorFlow again in every
 # process that a test starts: most of the time that an import takes.

@@ -168,7 +168,7 @@ class Build(BuildExtension):
         )
 
     def add_cuda(self, ext: Extension) -> None:
-        """nvcc compiles the CUDA kernels while the C++ compiler is at those of the CPU."""
+        """nvcc compiles the CUDA kernels while the C++ compiler is at everything else."""
         folder = ROOT / "build/cuda"
         found = cuda_toolkit(folder)
         if not found:
@@ -177,7 +177,8 @@ class Build(BuildExtension):
         toolkit, options = found
         with ThreadPoolExecutor(1) as beside:
             objects = beside.submit(toolkit.compile, sources("cuda/*.cu"), options, folder)
-            self.compile(ext)
+            for each in self.extensions:
+                self.compile(each)
         ext.extra_objects += objects.result()
         ext.library_dirs.append(str(toolkit.libraries))
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]

@@ -76,6 +76,7 @@ class Toolkit:
     def compile(self, sources: Sequence[str], options: Sequence[str], folder: Path) -> list[str]:
         """Compiles what has changed, MAX_JOBS files at a time. Returns the object files."""
         folder.mkdir(parents=True, exist_ok=True)
+        sources = sorted(sources, key=os.path.getsize, reverse=True)  # the longest take most time
         objects = [str(folder / f"{Path(source).name}.o") for source in sources]
 
         def path(text: str | Path) -> str:
