@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_model, random_tokens
+from samples import relative_rms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +59,19 @@ def test_the_same_gradients_from_blocks_computed_twice(version: str) -> None:
         elif name in ("sigmoid", "relu", "native_layer_norm"):  # that of ln_out is not in a block
             outside = 2 * (name == "native_layer_norm")
             assert (forward[name], again[name]) == (once[name], once[name] - outside)
+
+
+def test_pieces_of_one_sequence_under_autocast() -> None:
+    """Whose cache of cast weights is empty when the backward pass begins."""
+    model, tokens, found = random_model("6", n_layer=2), random_tokens(2, 7), []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            first, state = model(tokens[:, :4])
+            second, _ = model(tokens[:, 4:], state)
+        (first.float().square().mean() + second.float().square().mean()).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(relative_rms(y, x) < 0.02 for x, y in zip(*found, strict=True))
 
 
 def test_inference_is_as_it_was() -> None:

@@ -103,7 +103,8 @@ class RWKV(nn.Module):
         vocab_size, n_layer, n_embd: V, L and D.
         state_shape: of one layer and sequence of ``RWKVState.wkv``: (H, N, N), RWKV-4: (3, D).
         gradient_checkpointing: set it to True to train with less memory in more time: the backward
-            pass computes every block again from its input, but for WKV, whose results are kept.
+            pass computes every block again from its input, but for WKV, whose results are kept. A
+            graph has one backward pass then: no ``retain_graph``, no second derivatives.
     """
 
     version: str
