@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 import torch_rwkv6
 import torch_rwkv6.parallel.heads  # before the processes are forked
 from torch_rwkv6 import parallel
-from torch_rwkv6.nn import RWKV, RWKV4, RWKV6, RWKVState
+from torch_rwkv6.nn import RWKV, RWKV4, RWKV6, RWKVState, quantize_int8_
 
 SECONDS = 240  # for all cases of one launch
 PROCESSES = 4
@@ -325,6 +325,13 @@ def refused() -> None:
     three = RWKV6(V, 1, 24, 8)
     raises(ValueError, "mesh: tp = 2 processes do not share 3 heads", three, tp)
     raises(ValueError, "mesh: tp = 2 processes do not share 33 n_ffn", small(n_ffn=33), tp)
+    tied = small()
+    tied.head.weight = tied.emb.weight
+    raises(ValueError, "model: .*tp, got one parameter that is both", tied, tp)
+    int8 = quantize_int8_(small())
+    raises(TypeError, r"model: expected torch.nn.Linear .*Int8Linear as head", int8, tp)
+    for model in (tied, int8):  # nothing was changed
+        assert all(type(p) is torch.nn.Parameter for p in model.parameters())
     raises(ValueError, "reshard_after_forward: .*tp", small(), tp, reshard_after_forward=True)
     for mesh in (tp, cp):
         raises(TypeError, "model: expected an RWKV6 or RWKV5 .*RWKV-4", RWKV4(V, 1, D), mesh)

@@ -22,41 +22,38 @@ from torch.distributed.tensor.parallel import (
 from torch_rwkv6.nn import RWKV
 from torch_rwkv6.nn.sharded import TENSOR_PARALLEL, own
 
+_COLUMNS, _ROWS = ColwiseParallel(), RowwiseParallel()
+_GATHERED = ColwiseParallel(output_layouts=Replicate())
+_ENDS = {"emb": RowwiseParallel(input_layouts=Replicate()), "head": _GATHERED}
+_LAYER = {
+    "att.receptance": _COLUMNS,
+    "att.key": _COLUMNS,
+    "att.value": _COLUMNS,
+    "att.gate": _COLUMNS,
+    "att.output": _ROWS,
+    "ffn.key": _COLUMNS,
+    "ffn.receptance": _GATHERED,
+    "ffn.value": _ROWS,
+}
+
 
 def share_heads(model: RWKV, mesh: DeviceMesh) -> None:
     """Gives each process some heads of every layer and some hidden channels of its channel mixing.
 
     Raises:
-        ValueError: the processes do not divide the number of them.
+        TypeError: a matrix is held by another module than an nn.Linear.
+        ValueError: the processes do not divide the number of heads or hidden channels, or embedding
+            and head share one parameter.
     """
     size = mesh.size()
-    for block in model.blocks:
-        for what, number in (("heads", block.att.n_head), ("n_ffn", block.ffn.key.out_features)):
-            if number % size:
-                raise ValueError(
-                    f"mesh: {TENSOR_PARALLEL} = {size} processes do not share {number} {what} "
-                    f"evenly: expected a size that divides {number}"
-                )
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    gathered = ColwiseParallel(output_layouts=Replicate())
-    layer = {
-        "att.receptance": columns,
-        "att.key": columns,
-        "att.value": columns,
-        "att.gate": columns,
-        "att.output": rows,
-        "ffn.key": columns,
-        "ffn.receptance": gathered,
-        "ffn.value": rows,
-    }
-    ends = {"emb": RowwiseParallel(input_layouts=Replicate()), "head": gathered}
-    parallelize_module(model, mesh, ends)
+    _check(model, size)
+    parallelize_module(model, mesh, _ENDS)
     # A plain tensor, as a compiled block needs: what comes from the processes is one that waits
     # for them when it is used.
     model.emb.register_forward_hook(lambda module, given, x: x.clone())
     for block in model.blocks:
         there = {name for name, _ in block.named_modules()}  # the gate need not be
-        plan = {name: style for name, style in layer.items() if name in there}
+        plan = {name: style for name, style in _LAYER.items() if name in there}
         parallelize_module(block, mesh, plan)
         att = block.att
         att.state_shape = (att.n_head // size, *att.state_shape[1:])
@@ -68,6 +65,33 @@ def share_heads(model: RWKV, mesh: DeviceMesh) -> None:
             module.forward = MethodType(_layer_norm, module)  # type: ignore[method-assign]
         if isinstance(module, nn.GroupNorm):
             module.forward = MethodType(_group_norm, module)  # type: ignore[method-assign]
+
+
+def _check(model: RWKV, size: int) -> None:
+    """Raises what `share_heads` does, before anything is changed."""
+    if model.head.weight is model.emb.weight:
+        raise ValueError(
+            f"model: expected an emb.weight and a head.weight apart for the mesh's "
+            f"{TENSOR_PARALLEL}, got one parameter that is both"
+        )
+    matrices = ["head"]
+    for i, block in enumerate(model.blocks):
+        there = {name for name, _ in block.named_modules()}
+        matrices += [f"blocks.{i}.{name}" for name in _LAYER if name in there]
+    for name in matrices:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(
+                f"model: expected torch.nn.Linear for the mesh's {TENSOR_PARALLEL}, got "
+                f"{type(module).__module__}.{type(module).__name__} as {name}"
+            )
+    for block in model.blocks:
+        for what, number in (("heads", block.att.n_head), ("n_ffn", block.ffn.key.out_features)):
+            if number % size:
+                raise ValueError(
+                    f"mesh: {TENSOR_PARALLEL} = {size} processes do not share {number} {what} "
+                    f"evenly: expected a size that divides {number}"
+                )
 
 
 # What norms compute, of plain tensors: activations are no DTensors.

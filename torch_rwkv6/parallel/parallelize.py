@@ -48,10 +48,12 @@ def parallelize(model: RWKV, mesh: DeviceMesh, **options: Any) -> RWKV:
         process's heads; under ``cp`` those of whole sequences, the same on every process.
 
     Raises:
-        TypeError: no RWKV, no DeviceMesh, or an RWKV4 over ``tp`` or ``cp``.
+        TypeError: no RWKV, no DeviceMesh, an RWKV4 over ``tp`` or ``cp``, or, over ``tp``, a matrix
+            that is no nn.Linear, such as one with a LoRA or of int8.
         ValueError: a dimension of another name; ``dp_replicate`` without ``dp_shard`` or ``cp``;
-            heads or hidden channels that ``tp`` does not divide; options without any dimension
-            that ``fully_shard`` is for; or a model that is sharded already.
+            heads or hidden channels that ``tp`` does not divide; an embedding that is the head as
+            well, over ``tp``; options without any dimension that ``fully_shard`` is for; or a model
+            that is sharded already.
     """
     names = _checked(model, mesh, options)
     if TENSOR_PARALLEL in names:
