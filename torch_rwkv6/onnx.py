@@ -143,7 +143,9 @@ def _wkv(
     """`torch_rwkv6.wkv`."""
     for name, value in (("state_map", state_map), ("cu_seqlens", cu_seqlens)):
         if value is not None:
-            raise NotImplementedError(f"{name}: expected None where a model is written as ONNX")
+            raise NotImplementedError(
+                f"{name}: expected None where a model is written as ONNX, got a tensor"
+            )
     dtype = _state_dtype(r)
     B, H, N = (op.Shape(r, start=i, end=i + 1) for i in (0, 2, 3))
     state = op.Constant(value_float=0.0) if initial_state is None else initial_state
