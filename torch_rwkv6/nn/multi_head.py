@@ -150,9 +150,8 @@ class MultiHeadTimeMix(nn.Module):
             return self._output(y, gate), shift.copy_(last), state
         if state is None and self.time_state is not None:
             state = self.initial_state()
-        y, state = self.wkv(
-            r, k, v, w, u, state, cu_seqlens=cu_seqlens
-        )  # [B, T, H, N], [B, H, N, N]
+        # [B, T, H, N] and [B, H, N, N]
+        y, state = self.wkv(r, k, v, w, u, state, cu_seqlens=cu_seqlens)
         return self._output(y, gate), last, state
 
     def initial_state(self) -> Tensor:
