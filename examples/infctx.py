@@ -22,8 +22,9 @@ import cli
 import torch
 from cli import positive
 from corpus import read_text
+from memory import peak_memory
 from text_data import Lanes
-from text_model import TextModel, fit, loss_of, peak_memory, trainer, training_parser
+from text_model import TextModel, fit, loss_of, trainer, training_parser
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader

@@ -1,17 +1,12 @@
-"""What the training examples share: options, a Lightning module, a trainer, and measures."""
+"""What the training examples share: options, a Lightning module, and a trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of peak_memory writes to stderr
 import cli
 import lightning
 import torch
@@ -19,7 +14,6 @@ from cli import positive
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 from torch_rwkv6.nn import RWKVState
 
@@ -163,18 +157,3 @@ def trainer(steps: int, **options: Any) -> lightning.Trainer:
         enable_model_summary=False,
         **{"devices": 1} | options,
     )
-
-
-def peak_memory(call: Callable[[], object]) -> int:
-    """The most bytes that tensors made within the call had at one time, on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak

@@ -22,6 +22,7 @@ import corpus  # noqa: E402
 import ddp  # noqa: E402
 import generate  # noqa: E402
 import infctx  # noqa: E402
+import memory  # noqa: E402
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 import train  # noqa: E402
@@ -98,7 +99,7 @@ def test_peak_memory_is_that_of_what_lives_at_one_time() -> None:
         c = b + 1
         assert (c + 1).sum() > 0
 
-    assert text_model.peak_memory(three_at_a_time) == pytest.approx(12e6, rel=0.01)
+    assert memory.peak_memory(three_at_a_time) == pytest.approx(12e6, rel=0.01)
 
 
 def test_ddp_gives_the_losses_of_one_process(text: Path) -> None:

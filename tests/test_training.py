@@ -22,6 +22,7 @@ for package in ("datasets", "lightning", "peft"):
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # as running a script does
 import datasets  # noqa: E402
 import documents  # noqa: E402
+import memory  # noqa: E402
 import text_model  # noqa: E402
 import train  # noqa: E402
 from documents import IGNORED, DocumentData, Packs, Pieces, read_documents  # noqa: E402
@@ -451,7 +452,7 @@ def test_gradient_checkpointing(
         def step(model=model) -> None:
             model.features(tokens)[0].sum().backward()
 
-        peaks.append(text_model.peak_memory(step))
+        peaks.append(memory.peak_memory(step))
     assert peaks[1] < 0.7 * peaks[0]
 
 
