@@ -1,4 +1,4 @@
-"""Long documents and DDP, as a user runs them, in a small form; and what the examples share."""
+"""Long documents and several processes, as a user runs them; and what the examples share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CHECKPOINT = Path(__file__).parent / "data" / "rwkv6-kjv.pth"
 sys.path.insert(0, str(EXAMPLES))  # as running a script does
 import corpus  # noqa: E402
-import ddp  # noqa: E402
 import generate  # noqa: E402
 import infctx  # noqa: E402
 import memory  # noqa: E402
+import strategies  # noqa: E402
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 import train  # noqa: E402
@@ -102,21 +102,23 @@ def test_peak_memory_is_that_of_what_lives_at_one_time() -> None:
     assert memory.peak_memory(three_at_a_time) == pytest.approx(12e6, rel=0.01)
 
 
-def test_ddp_gives_the_losses_of_one_process(text: Path) -> None:
+def test_several_processes_have_the_losses_of_one(text: Path) -> None:
     environment = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     arguments = ["--data", str(text), "--steps", "8", "--batch-size", "4"]
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "ddp.py"), *arguments],
+        [sys.executable, str(EXAMPLES / "strategies.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=600,  # a hang, however busy the machine
         env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
-    losses = re.findall(r"^  \d+: ([\d.]+) ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert "step: loss of one process, DDP, FSDP2 x TP" in done.stdout
+    losses = re.findall(r"^  \d+: ([\d.]+) ([\d.]+) ([\d.]+)$", done.stdout, re.MULTILINE)
     assert len(losses) == 8
-    for single, several in losses:
-        assert float(several) == pytest.approx(float(single), rel=2e-5)
+    for single, *several in losses:
+        for loss in several:
+            assert float(loss) == pytest.approx(float(single), rel=2e-5)
     assert float(losses[-1][0]) < float(losses[0][0]) - 1
     assert "MEMBER: 2/2" in done.stderr + done.stdout
 
@@ -126,10 +128,23 @@ def test_ddp_gives_the_losses_of_one_process(text: Path) -> None:
     [
         (infctx.main, ["--lr", "-1"], "--lr: expected a finite number > 0, got '-1'"),
         (infctx.main, ["--data", "five"], "the text has 5 bytes: too few for 4 lanes"),
-        (ddp.main, ["--data", "five"], "the text has 5 bytes: too few for 16 lanes"),
-        (ddp.main, ["--seed", "4294967296"], "--seed: expected an integer of at most 4294967295"),
+        (strategies.main, ["--data", "five"], "the text has 5 bytes: too few for 16 lanes"),
+        (
+            strategies.main,
+            ["--seed", "4294967296"],
+            "--seed: expected an integer of at most 4294967295",
+        ),
         (infctx.main, ["--chunk", "-1"], "expected an integer of at least 1, got '-1'"),
-        (ddp.main, ["--batch-size", "3"], "--batch-size: expected a multiple of --processes 2"),
+        (
+            strategies.main,
+            ["--batch-size", "3"],
+            "--batch-size: expected a multiple of --processes 2",
+        ),
+        (
+            strategies.main,
+            ["--tensor-parallel", "3"],
+            "--tensor-parallel: expected a divisor of --processes 2, got 3",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
