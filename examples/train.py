@@ -18,7 +18,6 @@ the best of its size, which costs nothing when the model is used.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import sys
 from pathlib import Path
@@ -31,7 +30,6 @@ from corpus import WORLD, tokenizer_name
 from documents import IGNORED, DocumentData, Pack, format_of, read_documents, tokenizer_for
 from text_model import SCHEDULES, TextModel, loss_of, official_factor, scheduled
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from training import add_run_options, given, settings_of, train, trainer_of
 
 from torch_rwkv6.models import load, load_tokenizer, save
@@ -183,17 +181,6 @@ def vocabulary(tokenizer: str | None, model: RWKV6 | None) -> tuple[str, int]:
     return name, size
 
 
-def checkpointed(block: nn.Module) -> None:
-    """Keeps the input of the layer alone for the backward pass, which computes the rest again."""
-    forward = block.forward
-
-    @functools.wraps(forward)
-    def recomputing(*args: Any, **options: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options)
-
-    block.forward = recomputing
-
-
 def with_lora(model: RWKV6, rank: int, alpha: float) -> nn.Module:
     """The model with a LoRA beside every matrix of its layers; the LoRA alone is trained."""
     from peft import LoraConfig, get_peft_model  # seconds, as it imports transformers
@@ -229,9 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if model is None:
         model = RWKV6(vocab_size, *(settings[name] for name in SIZES))
-    if args.grad_cp:
-        for block in model.blocks:
-            checkpointed(block)
+    model.gradient_checkpointing = args.grad_cp
     if settings["train"] == "lora":
         model = with_lora(model, settings["rank"], settings["alpha"])
     if settings["train"] == "state":
