@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 4 examples/long_context.py --check    # and compared with one process
     python examples/long_context.py                                 # one process alone
 
-The first process has the first tokens. The layers send the states, and one token, on to the next
-piece, so that the whole sequence is seen and its gradient is exact. What a process keeps for the
-backward pass is what its own piece needs: sequences may be as long as all machines together can
-hold.
+The first process has the first tokens. In every layer the processes tell one another what their
+pieces do to the state, and their last token, so that the gradient is that of the whole sequence.
+What a process keeps for the backward pass is what its own piece needs: a sequence may be as long as
+all machines together can hold.
 """
 
 from __future__ import annotations
