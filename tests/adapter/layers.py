@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ KINDS = pytest.mark.parametrize("kind", LAYERS)
 
 def make(kind, *, seed=0, **options):
     """A layer with random weights: the official start has zeros that hide mistakes."""
+    keras.utils.set_random_seed(seed)
     layer = LAYERS[kind](1, 3, **OPTIONS[kind], **options)
     layer.build((None, None, D))
     g = np.random.default_rng(seed)

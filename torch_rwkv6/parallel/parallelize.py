@@ -36,8 +36,8 @@ def parallelize(model: RWKV, mesh: DeviceMesh, **options: Any) -> RWKV:
     where all have as many.
 
     Args:
-        model: an `RWKV6` or `RWKV5`; `RWKV4` over ``dp_replicate`` and ``dp_shard`` alone. It may
-            be on the meta device: see ``reset_parameters``.
+        model: a `torch_rwkv6.nn.RWKV6` or RWKV5; an RWKV4 over ``dp_replicate`` and ``dp_shard``
+            alone. It may be on the meta device: see ``reset_parameters``.
         mesh: a ``torch.distributed.device_mesh.DeviceMesh`` with these names, as torchtitan gives
             them; those that are not needed may be absent.
         options: of ``torch.distributed.fsdp.fully_shard``, for every block and the model, such as
