@@ -70,6 +70,20 @@ def _no_second_look():
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def errors(request, tmp_path_factory):
+    """Of the module's CASES, by number of processes and name: see run_cases of processes.py."""
+    from processes import run_cases
+
+    module = request.module
+    return {
+        size: run_cases(
+            module.__name__, size, tmp_path_factory.mktemp(f"of_{size}"), module.SECONDS
+        )
+        for size in module.CASES
+    }
+
+
 @pytest.fixture
 def two_threads():
     """Kernels cut their work even on a machine with one core."""

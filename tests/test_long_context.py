@@ -18,7 +18,6 @@ if not torch.distributed.is_available():
 
 import torch.distributed as dist
 import torch.distributed.fsdp  # before the processes are forked
-from processes import run_cases
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # as running a script does
@@ -77,13 +76,6 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By case."""
-    folder = tmp_path_factory.mktemp("long_context")
-    return run_cases("test_long_context", PROCESSES, folder, SECONDS)
-
-
 @pytest.mark.parametrize("name", CASES[PROCESSES])
-def test_over_processes(name: str, errors: dict[str, str]) -> None:
-    assert not errors[name], errors[name]
+def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
+    assert not errors[PROCESSES][name], errors[PROCESSES][name]

@@ -18,7 +18,6 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 import torch.distributed as dist
-from processes import run_cases
 from samples import Call, random_call, relative_rms
 from test_docs import blocks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -524,15 +523,6 @@ def refused_pieces() -> None:
 
 
 # ---- the launches
-
-
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
-    """By the number of processes and the case."""
-    return {
-        size: run_cases("test_parallel", size, tmp_path_factory.mktemp(f"of_{size}"), SECONDS)
-        for size in CASES
-    }
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ if not torch.distributed.is_available():
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoints import D, N, V, random_model, random_tokens
-from processes import run_cases
 from samples import relative_rms
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -347,13 +346,6 @@ def refused() -> None:
 # ---- the launch
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By case."""
-    folder = tmp_path_factory.mktemp("parallelize")
-    return run_cases("test_parallelize", PROCESSES, folder, SECONDS)
-
-
 @pytest.mark.parametrize("name", CASES[PROCESSES])
-def test_over_processes(name: str, errors: dict[str, str]) -> None:
-    assert not errors[name], errors[name]
+def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
+    assert not errors[PROCESSES][name], errors[PROCESSES][name]

@@ -17,7 +17,6 @@ if not torch.distributed.is_available():
 
 import torch.distributed as dist
 from checkpoints import random_model, random_tokens
-from processes import run_cases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -239,12 +238,6 @@ def built_on_the_meta_device() -> None:
     assert torch.equal(*gathered)
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By case."""
-    return run_cases("test_sharded", PROCESSES, tmp_path_factory.mktemp("sharded"), SECONDS)
-
-
 @pytest.mark.parametrize("name", CASES[PROCESSES])
-def test_sharded(name: str, errors: dict[str, str]) -> None:
-    assert not errors[name], errors[name]
+def test_sharded(name: str, errors: dict[int, dict[str, str]]) -> None:
+    assert not errors[PROCESSES][name], errors[PROCESSES][name]

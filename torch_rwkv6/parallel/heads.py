@@ -15,6 +15,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     RowwiseParallel,
     parallelize_module,
 )
@@ -52,9 +53,7 @@ def share_heads(model: RWKV, mesh: DeviceMesh) -> None:
     # for them when it is used.
     model.emb.register_forward_hook(lambda module, given, x: x.clone())
     for block in model.blocks:
-        there = {name for name, _ in block.named_modules()}  # the gate need not be
-        plan = {name: style for name, style in _LAYER.items() if name in there}
-        parallelize_module(block, mesh, plan)
+        parallelize_module(block, mesh, _plan(block))
         att = block.att
         att.state_shape = (att.n_head // size, *att.state_shape[1:])
         att.ln_x.num_groups = att.n_head // size
@@ -67,6 +66,12 @@ def share_heads(model: RWKV, mesh: DeviceMesh) -> None:
             module.forward = MethodType(_group_norm, module)  # type: ignore[method-assign]
 
 
+def _plan(block: nn.Module) -> dict[str, ParallelStyle]:
+    """How each matrix of a layer is cut, by its name."""
+    there = {name for name, _ in block.named_modules()}  # the gate need not be
+    return {name: style for name, style in _LAYER.items() if name in there}
+
+
 def _check(model: RWKV, size: int) -> None:
     """Raises what `share_heads` does, before anything is changed."""
     if model.head.weight is model.emb.weight:
@@ -76,8 +81,7 @@ def _check(model: RWKV, size: int) -> None:
         )
     matrices = ["head"]
     for i, block in enumerate(model.blocks):
-        there = {name for name, _ in block.named_modules()}
-        matrices += [f"blocks.{i}.{name}" for name in _LAYER if name in there]
+        matrices += [f"blocks.{i}.{name}" for name in _plan(block)]
     for name in matrices:
         module = model.get_submodule(name)
         if not isinstance(module, nn.Linear):
