@@ -1,5 +1,6 @@
 """Building the CUDA kernels: which nvcc, for which GPUs, and what is said where that cannot be."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +30,14 @@ def test_architectures_as_torch_writes_them():
 def test_architectures_without_what_the_kernels_need_are_left_out(capsys):
     assert codes("7.5 8.6") == ["arch=compute_86,code=sm_86"]
     assert "no CUDA kernels for 7.5: they need 8.0 or later" in capsys.readouterr().out
+
+
+def test_kernels_are_the_same_on_every_gpu():
+    """The tests run the PTX of one architecture, and look at machine code made from it."""
+    for source in Path(nvcc.__file__).parent.iterdir():
+        if source.is_file():
+            text = source.read_text()
+            assert not re.search(r"__CUDA_ARCH__|NV_IF|__bfloat162float\(", text), source.name
 
 
 @pytest.mark.parametrize("names", ["Hopper", "8.0,9.0", "sm_80", "80"])

@@ -1,6 +1,6 @@
 """The CUDA kernels, launch code included, executed without a GPU: see tests/cuda/gpu.py.
 
-What runs is the PTX that nvcc makes for sm_80 and sm_90, with every check of the interpreter on:
+What runs is the PTX that nvcc makes, with every check of the interpreter on:
 races, bounds, alignment, uninitialised memory, divergent barriers.
 """
 

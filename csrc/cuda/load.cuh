@@ -18,7 +18,10 @@ struct alignas(16) Pack {
   T x[kSize];
 };
 
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+// By its bits: __bfloat162float's PTX would depend on the architecture, which nothing else here does.
+__device__ inline float widen(__nv_bfloat16 x) {
+  return __uint_as_float(uint32_t(__bfloat16_as_ushort(x)) << 16);
+}
 __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }

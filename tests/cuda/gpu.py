@@ -30,14 +30,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc/cuda"))
 import nvcc  # noqa: E402
 
-ARCHITECTURES = (80, 90)
+# The kernels' PTX is the same for all architectures: no source asks which one it is compiled for.
+ARCHITECTURE = 80
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 CODES = {"f": 2, "i": 0, "b": 4}  # bfloat16
 
 
 def compiled_kernels(csrc: Path) -> list[str]:
     """setup.py's objects of the CUDA kernels, if they are those of the sources and have PTX for the
-    ARCHITECTURES in plain text (the Makefile asks for that: it spares the tests a minute).
+    ARCHITECTURE in plain text (the Makefile asks for that: it spares the tests a minute).
     """
     objects = [csrc.parent / f"build/cuda/{file.name}.o" for file in (csrc / "cuda").glob("*.cu")]
     sources = [file for name in ("*.h", "include/*", "cuda/*") for file in csrc.glob(name)]
@@ -46,20 +47,20 @@ def compiled_kernels(csrc: Path) -> list[str]:
         if not file.exists() or file.stat().st_mtime < newest:
             return []
         contents = file.read_bytes()
-        if not all(b".target sm_%d\n" % arch in contents for arch in ARCHITECTURES):
+        if b".target sm_%d\n" % ARCHITECTURE not in contents:
             return []
     return list(map(str, objects))
 
 
 def build_library(csrc: Path = ROOT / "csrc") -> Path:
-    """The kernel library with PTX for the ARCHITECTURES, and no kernels for the CPU."""
+    """The kernel library with PTX for the ARCHITECTURE, and no kernels for the CPU."""
     kernels = compiled_kernels(csrc)
     sources = [*csrc.glob("*.cpp"), *([] if kernels else (csrc / "cuda").glob("*.cu"))]
     sources.append(Path(__file__).with_name("no_cpu_kernels.cpp"))
     options = [
         "-std=c++20", "-O3", "--no-compress", "-Xcompiler=-fPIC", f"-I{csrc}",
         f"-I{csrc / 'include'}", *(arg for path in include_paths() for arg in ("-isystem", path)),
-        *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES),
+        f"-gencode=arch=compute_{ARCHITECTURE},code=compute_{ARCHITECTURE}",
     ]  # fmt: skip
     folder = csrc.parent / "build/cuda-tests"
     folder.mkdir(parents=True, exist_ok=True)

@@ -334,7 +334,6 @@ def failure(tests: str, library: Path) -> str | None:
 def main() -> None:
     words = sys.argv[1:]
     chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
-    gpu.ARCHITECTURES = (80,)
     shutil.rmtree(COPY.parent, ignore_errors=True)
     shutil.copytree(gpu.ROOT / "csrc", COPY / "csrc")
     for left_out in LEFT_OUT:
