@@ -171,13 +171,23 @@ OLDEST_JAXLIB := 0.5.3
 HEADERS_ALONE := import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob("build/jaxlib/*.whl")); \
 	wheel.extractall(".venv/oldest-jaxlib", [n for n in wheel.namelist() if "/include/" in n])
 
-# Four stages share .venv and build/objects. Those of the demo come first: while its kernels are
-# compiled, what the tests need besides is downloaded and unpacked.
+# These stages share .venv and build/objects. Those of the demo come first: beside them, what the
+# tests need besides is downloaded and unpacked.
 # --no-compile: most of some thousand Python files are never imported.
 PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
-.venv/demo-installed: requirements-demo.txt
+.venv/created:
 	$(PYTHON) -m venv .venv
-	$(PIP_INSTALL) -r requirements-demo.txt
+	touch $@
+
+.venv/demo-installed: .venv/created requirements-demo.txt
+	$(PIP_INSTALL) --no-warn-conflicts -r requirements-demo.txt
+	touch $@
+
+# The largest of the other packages come beside the demo's: alone, since what they depend on may be
+# the demo's too. With everything else, pip then sees to that.
+.venv/largest-installed: .venv/created requirements-dev.txt
+	@mkdir -p build && grep -E '^(tensorflow|onnx|transformers)' requirements-dev.txt > build/largest.txt
+	$(PIP_INSTALL) --no-deps -r build/largest.txt
 	touch $@
 
 .venv/demo-built: .venv/demo-installed setup.py $(CSRC)
@@ -186,7 +196,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 		> build/demo.log 2>&1 || { cat build/demo.log; exit 1; }
 	@touch $@
 
-.venv/installed: .venv/demo-installed requirements-dev.txt
+.venv/installed: .venv/demo-installed .venv/largest-installed requirements-dev.txt
 	$(PIP_INSTALL) -r requirements-dev.txt
 	$(BIN)/python -m pip download -q --no-deps -d build/jaxlib jaxlib==$(OLDEST_JAXLIB)
 	$(BIN)/python -c '$(HEADERS_ALONE)'

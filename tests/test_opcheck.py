@@ -33,7 +33,7 @@ def test_wkv_requires_grad_combinations(which):
     torch.library.opcheck(
         torch.ops.rwkv6.wkv.default,
         call.with_floats(floats).args(),
-        test_utils=["test_autograd_registration", "test_aot_dispatch_dynamic"],
+        test_utils=["test_autograd_registration", "test_aot_dispatch_static"],
     )
 
 

@@ -108,14 +108,15 @@ inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_
         const double* u = &p.u[p.u_of(span, h)];
         for (size_t i = 0; i < N; i++) {
           const double d = decay(w[i]);
-          double grad_decay = 0;
+          double grad_k = 0, grad_decay = 0;
           for (size_t j = 0; j < N && state_matters; j++) {
             double& G_ij = G[i * N + j];
-            g.k[x + i] += G_ij * v[j];
+            grad_k += G_ij * v[j];
             g.v[x + j] += G_ij * k[i];
             grad_decay += S[i * N + j] * G_ij;
             G_ij *= d;
           }
+          g.k[x + i] = grad_k;
           g.w[x + i] = decay_slope(w[i]) * grad_decay;
         }
         if (grad_y.empty()) continue;
@@ -123,12 +124,13 @@ inline Gradients wkv_backward(const Problem& p, const std::vector<double>& grad_
         double v_dy = 0;
         for (size_t j = 0; j < N; j++) v_dy += v[j] * dy[j];
         for (size_t i = 0; i < N; i++) {
+          double grad_r = u[i] * k[i] * v_dy;
           for (size_t j = 0; j < N; j++) {
-            g.r[x + i] += S[i * N + j] * dy[j];
+            grad_r += S[i * N + j] * dy[j];
             g.v[x + j] += r[i] * u[i] * k[i] * dy[j];
             G[i * N + j] += r[i] * dy[j];
           }
-          g.r[x + i] += u[i] * k[i] * v_dy;
+          g.r[x + i] = grad_r;
           g.k[x + i] += u[i] * r[i] * v_dy;
           g.u[p.u_of(span, h) + i] += r[i] * k[i] * v_dy;
         }
