@@ -2,6 +2,7 @@
 
 Eight virtual CPU devices unless XLA_FLAGS says otherwise. Both forms of input: the devices as a
 dimension of their own, (devices, batch, T, C), and merged into the batch, (devices * batch, T, C).
+Then sequences that are too long for one device: (batch, devices * T, C), cut along the tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from keras_adapter import RWKVKernelOperator
+from keras_adapter.ops import wkv
 
 
 @cli.command
@@ -46,6 +48,13 @@ def main(argv: list[str] | None = None) -> None:
             return y[None], state[None]
         return operator(r, k, v, w, u[0], with_state=True)
 
+    by_token, whole = P(None, "device_axis"), P()
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(*(by_token,) * 4, whole), out_specs=(by_token, whole))
+    def call_on_pieces(r, k, v, w, u):  # (batch, T, heads, head_size): each device its tokens
+        return wkv(r, k, v, w, u, axis_name="device_axis")
+
     keys = jax.random.split(jax.random.key(options.seed), 5)
     shape = (devices, options.batch_size, options.seq_length, hidden)
     r, k, v, w = (jax.random.normal(key, shape) for key in keys[:4])
@@ -64,7 +73,18 @@ def main(argv: list[str] | None = None) -> None:
         np.testing.assert_allclose(
             state.reshape(expected_state.shape), expected_state, rtol=1e-4, atol=1e-4
         )
-    print("both equal the result of one device")
+
+    def by_heads(x):  # (devices, batch, T, C) -> (batch, devices * T, heads, head_size)
+        return jnp.moveaxis(x, 0, 1).reshape(options.batch_size, -1, heads, head_size)
+
+    long = [*map(by_heads, (r, k, v, w)), u[0].reshape(heads, head_size)]
+    y, state = call_on_pieces(*long)
+    print("sequences in pieces:")
+    print("  y    ", y.shape, y.sharding)
+    print("  state", state.shape, state.sharding)
+    for found, expected in zip((y, state), wkv(*long)):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    print("all equal the results of one device")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def wkv(
     initial_state: Any | None = None,  # [S, H, N, N]
     *,
     state_map: Any | None = None,  # [B]
+    axis_name: Any | None = None,
     high_level: bool | None = None,
 ) -> tuple[Any, Any]:  # y [B, T, H, N], final_state [B, H, N, N]
     r"""RWKV-6 time mixing, WKV6, over whole sequences. Differentiable where the backend is.
@@ -46,6 +47,11 @@ def wkv(
             to one, any other S needs state_map.
         state_map: [B], int32 or int64: sequence b starts from ``initial_state[state_map[b]]``.
             Repeats are allowed, their gradients add up.
+        axis_name: JAX alone, inside `jax.shard_map`: the name of the mesh axis (or a tuple of
+            names) over which all sequences are cut into pieces of T tokens each, the first device
+            having the first ones. u and the initial state are the same on all devices of the axis;
+            the final state is that after the last token of all, on all of them. States are sent,
+            and no tokens. Derivatives are reverse-mode.
         high_level: True computes with keras.ops also where there is a native kernel, False by
             the native kernel where there is one, None as the environment variable ``OPS_KERNEL``
             says (1: as True). In JAX keras.ops has forward-mode derivatives (`jax.jvp`,
@@ -59,15 +65,17 @@ def wkv(
     Raises:
         TypeError: a dtype not named above, or an argument of another type: a state_map of floats
             or bools too.
-        ValueError: a shape that does not fit, state_map without initial_state, or values of
-            state_map out of range. Values that are not known yet, inside a compiled function, are
-            an error of the native kernels when it runs; where nothing can be raised (a GPU, the
-            high-level implementation) such a sequence gets NaN.
+        ValueError: a shape that does not fit, state_map without initial_state, an axis_name of no
+            axis or on another backend, or values of state_map out of range. Values that are not
+            known yet, inside a compiled function, are an error of the native kernels when it runs;
+            where nothing can be raised (a GPU, the high-level implementation) such a sequence gets
+            NaN.
     """
-    compute = backends.choose(high_level)
+    compute = backends.choose(high_level, axis_name)
     given = (r, k, v, w, u, initial_state, state_map)
     if any(isinstance(x, keras.KerasTensor) for x in given):
-        return WKV(high_level)(r, k, v, w, u, initial_state, state_map=state_map)
+        node = WKV(high_level, axis_name)
+        return node(r, k, v, w, u, initial_state, state_map=state_map)
     return compute(*prepare(*given))
 
 
@@ -75,12 +83,19 @@ def wkv(
 class WKV(keras.Operation):
     """`wkv` as a node of a Keras graph."""
 
-    def __init__(self, high_level: bool | None = None, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        high_level: bool | None = None,
+        axis_name: Any | None = None,
+        *,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name=name)
-        self.high_level = high_level
+        self.high_level, self.axis_name = high_level, axis_name
 
     def call(self, *args: Any, state_map: Any | None = None) -> tuple[Any, Any]:
-        return wkv(*args, state_map=state_map, high_level=self.high_level)
+        options = {"axis_name": self.axis_name, "high_level": self.high_level}
+        return wkv(*args, state_map=state_map, **options)
 
     def compute_output_spec(
         self,
@@ -99,4 +114,5 @@ class WKV(keras.Operation):
         return keras.KerasTensor(r.shape, dtype=r.dtype), state
 
     def get_config(self) -> dict[str, Any]:
-        return {"name": self.name, "high_level": self.high_level}
+        options = {"high_level": self.high_level, "axis_name": self.axis_name}
+        return {"name": self.name, **options}

@@ -22,13 +22,27 @@ if _SETTING not in ("0", "1"):
     raise ValueError(f"OPS_KERNEL: expected 0 or 1, got {_SETTING!r}")
 
 
-def choose(high_level: bool | None = None) -> Wkv:
-    """The implementation: keras.ops, or the backend's own; None follows OPS_KERNEL."""
+def choose(high_level: bool | None = None, axis_name: Any | None = None) -> Wkv:
+    """The implementation: keras.ops, or the backend's own; None follows OPS_KERNEL.
+
+    axis_name: that of pieces of sequences, see `keras_adapter.ops.wkv`.
+    """
     if high_level is not None:
         high_level = flag("high_level", high_level)
     elif _SETTING == "1":
         high_level = True
-    return _high_level() if high_level else (_found or _of_backend())[0]
+    compute = _high_level() if high_level else (_found or _of_backend())[0]
+    if axis_name is None:
+        return compute
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise ValueError(
+            f"axis_name: expected None on the {backend} backend, as it is for jax.shard_map, got "
+            f"{axis_name!r} (on torch, torch_rwkv6.parallel.wkv takes sequences in pieces)"
+        )
+    from keras_adapter.backends import jax_pieces
+
+    return jax_pieces.over_pieces(compute, axis_name)
 
 
 def _high_level() -> Wkv:

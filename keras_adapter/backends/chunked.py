@@ -45,7 +45,7 @@ def wkv(
     acc = wide if keras.backend.backend() == "tensorflow" else "float32"
     r, k, v, w, u = (ops.cast(x, acc) for x in (r, k, v, w, u))
     state = state_of_each(r, initial_state, state_map, acc)
-    log_decay = -ops.exp(_bounded(w))
+    log_decay = -ops.exp(bounded(w))
     # the token itself, through u
     bonus = ops.sum(r * u * k, axis=-1, keepdims=True) * v
     if r.shape[1] == 0 and keras.backend.backend() == "openvino":
@@ -57,7 +57,7 @@ def wkv(
     return ops.cast(y + bonus, dtype), ops.cast(state, wide)
 
 
-def _bounded(w: Any) -> Any:  # [B, T, H, N]
+def bounded(w: Any) -> Any:  # [B, T, H, N]
     """w, or _LARGEST_W where it is larger.
 
     There tanh is 1 and its derivative 0, which multiplies the incoming gradient: a NaN stays NaN.

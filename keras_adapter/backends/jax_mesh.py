@@ -81,9 +81,12 @@ def batch_and_head_axes(mesh: Any, tensors: tuple[tuple[str, Any], ...]) -> dict
     return axes
 
 
-def varying_alike(operands: Arrays) -> Arrays:
-    """Inside shard_map with varying-axes checks: all operands vary over the same mesh axes."""
-    every = frozenset[str]().union(*map(_varying_axes, operands))
+def varying_alike(operands: Arrays, axes: tuple[str, ...] = ()) -> Arrays:
+    """Inside shard_map with varying-axes checks: all operands vary over the same mesh axes.
+
+    axes: some that are among them.
+    """
+    every = frozenset(axes).union(*map(_varying_axes, operands))
     return tuple(_vary(x, every) for x in operands)
 
 
@@ -103,6 +106,6 @@ def _vary(x: Array, axes: frozenset[str]) -> Array:
     new = tuple(sorted(axes - _varying_axes(x)))
     if not new:
         return x
-    return (
-        jax.lax.pcast(x, new, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, new)
-    )
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, new, to="varying")
+    return jax.lax.pvary(x, new) if hasattr(jax.lax, "pvary") else x

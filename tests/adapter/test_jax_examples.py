@@ -13,7 +13,8 @@ def test_shard_map(capsys):
     out = capsys.readouterr().out
     assert "(8, 1, 8, 64)" in out
     assert "(8, 8, 64)" in out
-    assert "both equal the result of one device" in out
+    assert "(1, 64, 1, 64)" in out
+    assert "all equal the results of one device" in out
 
 
 def test_training_on_a_mesh(capsys):

@@ -5,11 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 import recurrence
+from backend import relative_rms
 from jax.sharding import NamedSharding, PartitionSpec
-from samples import flat, random_inputs
+from samples import flat, random_grads, random_inputs
 
 import keras_adapter
 from keras_adapter import RWKVKernelOperator
@@ -166,6 +168,74 @@ def test_shard_map(check):
     moved, local = collectives(forward)
     assert moved == {}
     assert local == (B // 4, T, H // 2, N)
+
+
+# ---- sequences in pieces, over the axis "data"
+
+IN_PIECES = (*(P(None, "data", "model"),) * 4, P("model"), P(None, "model"))
+OF_PIECES = (P(None, "data", "model"), P(None, "model"))
+
+
+def pieces(f, check=False):
+    """f over pieces of all sequences, and some of the heads."""
+    options = {"mesh": MESH, "in_specs": IN_PIECES, "out_specs": OF_PIECES}
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(f, **options, check_vma=check)
+    from jax.experimental.shard_map import shard_map
+
+    return shard_map(f, **options, check_rep=check)
+
+
+def sizes_sent(program):
+    """How many numbers come out of each gather, and whether all other collectives are sums."""
+    kinds = "|".join(COLLECTIVES)
+    found = re.findall(rf"= ([^=]*)\b({kinds})(?:-start)?\(", program.as_text())
+    gathered = [shape for shape, kind in found if kind == "all-gather"]
+    sizes = [
+        np.prod([int(n) for n in re.search(r"\[([\d,]+)\]", x)[1].split(",")]) for x in gathered
+    ]
+    return sorted(sizes), {kind for _, kind in found} == {"all-gather", "all-reduce"}
+
+
+@pytest.mark.parametrize(
+    ("high_level", "check", "state_map"),
+    [(False, True, None), (False, False, (1, 0)), (True, True, None)],
+)
+def test_pieces_are_one_sequence(high_level, check, state_map):
+    """Of any decays; gathered are a state, a decay and a state's gradient of each device."""
+    if check and not hasattr(jax, "shard_map"):
+        pytest.skip("this jax has no replication rule for custom calls: check_rep=False is needed")
+    x = random_inputs(2, T, H, N, states=2)
+    grads = random_grads(2, T, H, N)
+    index = None if state_map is None else jnp.asarray(state_map)
+
+    def of_a_piece(*x):
+        return wkv(*x, axis_name="data", state_map=index, high_level=high_level)
+
+    @jax.jit
+    def run(x, grads):
+        outputs, vjp = jax.vjp(pieces(of_a_piece, check), *x)
+        return outputs, vjp(tuple(grads))
+
+    program = run.lower(x, grads).compile()
+    outputs, found = program(x, grads)
+    expected = recurrence.wkv(*x, state_map=state_map)
+    expected_grads = recurrence.gradients(*grads, *x, state_map=state_map)
+    for a, b in zip((*outputs, *found), (*expected, *expected_grads), strict=True):
+        assert relative_rms(a, b) < 1e-6
+    devices, state = 4, 2 * (H // 2) * N * N
+    sizes, sums = sizes_sent(program)
+    assert sizes == [devices * state // N, devices * state, devices * state]
+    assert sums
+
+
+def test_pieces_in_a_keras_graph():
+    tokens, state = keras.KerasTensor((None, T, H, N)), keras.KerasTensor((None, H, N, N))
+    y, _ = wkv(*(tokens,) * 4, keras.KerasTensor((H, N)), state, axis_name="data")
+    node = y._keras_history.operation
+    again = type(node).from_config(node.get_config())
+    x = random_inputs(2, T, H, N, states=2)
+    assert_close(jax.jit(pieces(again))(*x), recurrence.wkv(*x))
 
 
 EXPLICIT = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no explicit sharding yet")

@@ -296,6 +296,7 @@ BAD = {
     "a mapping": ({"u": {}}, TypeError, r"u: expected a tensor, got \{\}"),
     "a string as state": ({"initial_state": "s"}, TypeError, "initial_state: expected a tensor"),
     "high_level": ({"high_level": 1}, TypeError, "high_level: expected True or False, got 1"),
+    "an axis of no mesh": ({"axis_name": "tokens"}, ValueError, "axis_name: expected .*'tokens'"),
     "a negative entry": (
         {"initial_state": float32(2, 2, 4, 4), "state_map": [-1, 0]},
         ValueError,
