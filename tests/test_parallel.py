@@ -453,19 +453,23 @@ def what_is_sent() -> None:
     assert backward.bytes == [2 * 4 * B * 48]
 
 
-def assert_shifts_as_one(lengths: list[int], *, given: bool) -> None:
+def assert_shifts_as_one(lengths: list[int], ends: list[int] | None, *, given: bool) -> None:
     own = dist.get_rank()
+    cu_seqlens = None if ends is None else torch.tensor(ends)
+    batch, rows = (2, 2) if ends is None else (1, len(ends) - 1)
     g = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(2, sum(lengths), 3, generator=g, dtype=torch.float64) for _ in range(2))
-    shift, grad_last = (torch.randn(2, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    x, grad, shift, grad_last = (
+        torch.randn(shape, generator=g, dtype=torch.float64)
+        for shape in ((batch, sum(lengths), 3),) * 2 + ((rows, 3),) * 2
+    )
     shift = shift.requires_grad_() if given else None
     x.requires_grad_()
-    expected = token_shift(x, shift)
+    expected = token_shift(x, shift, cu_seqlens)
     torch.autograd.backward(expected, (grad, len(lengths) * grad_last))
 
     part = piece(x.detach(), lengths, own).clone().requires_grad_()
     before = None if shift is None else shift.detach().clone().requires_grad_()
-    found = parallel.token_shift(part, before, None)
+    found = parallel.token_shift(part, before, None, cu_seqlens)
     assert torch.equal(found[0], piece(expected[0], lengths, own))
     assert torch.equal(found[1], expected[1])
     torch.autograd.backward(found, (piece(grad, lengths, own), grad_last))
@@ -478,11 +482,15 @@ def assert_shifts_as_one(lengths: list[int], *, given: bool) -> None:
 def token_shift_of_pieces() -> None:
     n = dist.get_world_size()
     for lengths in (*LENGTHS[n], [0] * n):
-        assert_shifts_as_one(lengths, given=True)
-        assert_shifts_as_one(lengths, given=False)
+        T = sum(lengths)
+        # sequences over the borders of pieces, of one token, and of none at either end
+        for ends in (None, [0, 0, T // 12, T // 12, 3 * T // 4, T, T]):
+            assert_shifts_as_one(lengths, ends, given=True)
+            assert_shifts_as_one(lengths, ends, given=False)
     x = torch.full((1, 1, 2), torch.inf if dist.get_rank() == 0 else 1.0)
-    _, last = parallel.token_shift(x, None, None)  # infinity stays with its neighbour
-    assert torch.equal(last, torch.ones(1, 2))
+    for cu_seqlens in (None, torch.tensor([0, n])):
+        _, last = parallel.token_shift(x, None, None, cu_seqlens)
+        assert torch.equal(last, torch.ones(1, 2))  # infinity stays with its neighbour
 
 
 @case(2)
@@ -517,6 +525,14 @@ def refused_pieces() -> None:
         parallel.token_shift(x[0], None, None)
     with pytest.raises(ValueError, match=r"shift: expected \[B, D\] = \(2, 4\)"):
         parallel.token_shift(x, shift[:1], None)
+    with pytest.raises(ValueError, match=r"shift: expected \[M, D\] = \(3, 4\)"):
+        parallel.token_shift(x[:1], shift, None, torch.tensor([0, 1, 2, 6]))
+    with pytest.raises(ValueError, match="x: packed sequences need B = 1"):
+        parallel.token_shift(x, shift, None, torch.tensor([0, 1, 6]))
+    with pytest.raises(TypeError, match="cu_seqlens: expected int64 or int32"):
+        parallel.token_shift(x[:1], None, None, torch.tensor([0.0, 6.0]))
+    with pytest.raises(RuntimeError, match="cu_seqlens: the last must be T = 6, got 3"):
+        parallel.token_shift(x[:1], None, None, torch.tensor([0, 3]))
     packed = [arguments[0][:1], *(x[:1] for x in arguments[1:4]), arguments[4]]
     with pytest.raises(RuntimeError, match="cu_seqlens: the last must be T = 6, got 3"):
         parallel.wkv(*packed, group=None, cu_seqlens=torch.tensor([0, 3]))

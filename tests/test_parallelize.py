@@ -146,7 +146,7 @@ class Run:
                 self.grads = {n: p.grad for n, p in model.named_parameters()}
             optimizer.zero_grad()
         self.state = state
-        self.parameters = dict(model.named_parameters())
+        self.model, self.parameters = model, dict(model.named_parameters())
 
 
 def learns_what_one_process_does(version: str, dtype: torch.dtype, mesh: DeviceMesh) -> None:
@@ -164,6 +164,51 @@ def learns_what_one_process_does(version: str, dtype: torch.dtype, mesh: DeviceM
     for name, y in expected.grads.items():
         close_shards(found.grads[name], y, f"the gradient of {name}")
         close_shards(found.parameters[name], expected.parameters[name], name)
+    if "cp" in mesh.mesh_dim_names:
+        packs_what_one_process_does(found.model, expected.model, share)
+
+
+def packs_what_one_process_does(model: RWKV, whole: RWKV, share: Share) -> None:
+    """Packed sequences over the processes' borders: logits, states and gradients."""
+    batches = share.size("dp_replicate", "dp_shard")  # of packed sequences, one a row
+    length = 6 * share.size("cp")
+    data = random_tokens(batches, length + 1)
+    cu_seqlens = torch.tensor([0, 1, 1, 4, length - 1, length])
+    sequences = cu_seqlens.numel() - 1
+    torch.manual_seed(1)
+    zeros = whole.initial_state(batches * sequences)
+    start_of_all = RWKVState(*(torch.randn_like(x).requires_grad_() for x in zeros))
+
+    def rows(state: RWKVState, row: int) -> RWKVState:
+        return RWKVState(*(x[:, row * sequences :][:, :sequences] for x in state))
+
+    def loss_of(logits: Tensor, targets: Tensor, state: RWKVState) -> Tensor:
+        return cross_entropy(logits[0], targets[0]) + sum(x.square().sum() for x in state) / 100
+
+    expected = []
+    for row in range(batches):
+        tokens, targets = data[row : row + 1, :-1], data[row : row + 1, 1:]
+        logits, state = whole(tokens, rows(start_of_all, row), cu_seqlens=cu_seqlens)
+        (loss_of(logits, targets, state) / batches).backward()
+        expected.append((logits, state))
+
+    row = share.rows(torch.arange(batches)).item()
+    start = share.heads(rows(start_of_all, row)).clone()
+    start = RWKVState(*(x.detach().requires_grad_() for x in start))
+    tokens, targets = share.tokens(data[:, :-1]), share.tokens(data[:, 1:])
+    logits, state = model(tokens, start, cu_seqlens=cu_seqlens)
+    close(logits, share.tokens(torch.cat([x for x, _ in expected])), "logits")
+    for name, x, y in zip(RWKVState._fields, state, share.heads(expected[row][1])):
+        close(x, y, name)
+    loss_of(logits, targets, RWKVState(*state)).backward()
+    for (name, x), y in zip(model.named_parameters(), whole.parameters(), strict=True):
+        if y.grad is not None:
+            close_shards(x.grad, y.grad, f"the gradient of {name}")
+    # Of the first process alone; and of a sum of losses, where it is a mean for parameters.
+    grads = RWKVState(*(x.grad for x in start_of_all))
+    for name, x, y in zip(RWKVState._fields, start, share.heads(rows(grads, row))):
+        share_of = batches * share.size("cp") if share.at["cp"][0] == 0 else 0
+        close(x.grad, share_of * y, f"the gradient of the initial {name}")
 
 
 @case("6", torch.float64, {"tp": 2}, "6", {"dp_shard": 2})
@@ -339,8 +384,10 @@ def refused() -> None:
     tokens = random_tokens(1, 3)
     with pytest.raises(RuntimeError, match=r"forward_ and generate .*cp.*model\(tokens, state\)"):
         model.forward_(tokens, model.initial_state(1))
-    with pytest.raises(RuntimeError, match=r"cu_seqlens: expected None, .*cp"):
+    with pytest.raises(RuntimeError, match=r"cu_seqlens: the last must be T = 6, got 3"):
         model(tokens, cu_seqlens=torch.tensor([0, 1, 3]))
+    with pytest.raises(TypeError, match=r"cu_seqlens: expected a torch\.Tensor, got list"):
+        model(tokens, cu_seqlens=[0, 6])
 
 
 # ---- the launch

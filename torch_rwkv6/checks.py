@@ -197,6 +197,29 @@ def _check_in_place(state: Tensor) -> None:
         )
 
 
+def check_offsets(cu_seqlens: Any, name: str, x: Tensor) -> None:
+    """Checks the cu_seqlens of sequences that are packed into the argument x, [B, T, ...].
+
+    Raises:
+        TypeError: no tensor of integers.
+        ValueError: a shape or device that does not fit, or B is not 1.
+    """
+    if tensor("cu_seqlens", cu_seqlens).dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"cu_seqlens: expected int64 or int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens: expected [M + 1] for M sequences, got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(
+            f"cu_seqlens: expected the device of {name}, {x.device}, got {cu_seqlens.device}"
+        )
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"{name}: packed sequences need B = 1 (all tokens in one row), got B = {x.shape[0]}"
+        )
+
+
 def check_values(
     tokens: int,
     rows: int,

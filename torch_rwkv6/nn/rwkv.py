@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rwkv6.arguments import integer
-from torch_rwkv6.checks import check_values
+from torch_rwkv6.checks import check_offsets, check_values
 from torch_rwkv6.nn.carry import box_for, call, packed, stateful, takes_update, to_update
 from torch_rwkv6.nn.decode import decode_
 from torch_rwkv6.nn.fast_path import is_traced, linear
@@ -327,24 +327,7 @@ class RWKV(nn.Module):
 
     def _check_packed(self, tokens: Tensor, cu_seqlens: Tensor, update: bool) -> int:
         """The number of packed sequences."""
-        if not isinstance(cu_seqlens, Tensor):
-            raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
-        if cu_seqlens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"cu_seqlens: expected int64 or int32, got {cu_seqlens.dtype}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(
-                f"cu_seqlens: expected [M + 1] for M sequences, got {tuple(cu_seqlens.shape)}"
-            )
-        if cu_seqlens.device != tokens.device:
-            raise ValueError(
-                f"cu_seqlens: expected the device of tokens, {tokens.device}, got "
-                f"{cu_seqlens.device}"
-            )
-        if tokens.shape[0] != 1:
-            raise ValueError(
-                "tokens: packed sequences need B = 1 (all tokens in one row), "
-                f"got B = {tokens.shape[0]}"
-            )
+        check_offsets(cu_seqlens, "tokens", tokens)
         if not is_traced():
             check_values(tokens.shape[1], 0, None, cu_seqlens)
             if update and cu_seqlens.is_cpu and bool((cu_seqlens.diff() == 0).any()):

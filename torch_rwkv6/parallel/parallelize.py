@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torch_rwkv6._torch_private import flat_mesh, joined_mesh
+from torch_rwkv6.checks import check_offsets
 from torch_rwkv6.nn import RWKV
 from torch_rwkv6.nn.multi_head import MultiHeadTimeMix
 from torch_rwkv6.nn.sharded import TENSOR_PARALLEL, is_dtensor
-from torch_rwkv6.parallel.token_shift import token_shift
-from torch_rwkv6.parallel.wkv import wkv
+from torch_rwkv6.parallel.ranks import Ranks
+from torch_rwkv6.parallel.token_shift import token_shift_of_piece
+from torch_rwkv6.parallel.wkv import wkv_of_piece
 
 REPLICATE, SHARD, CONTEXT = "dp_replicate", "dp_shard", "cp"
 DIMENSIONS = (REPLICATE, SHARD, CONTEXT, TENSOR_PARALLEL)
@@ -26,7 +27,8 @@ def parallelize(model: RWKV, mesh: DeviceMesh, **options: Any) -> RWKV:
     - ``tp``: the heads of every layer, the hidden channels of its channel mixing, and the
       vocabulary (tensor parallel). All processes of it are given the same tokens.
     - ``cp``: the tokens of every sequence (context parallel). Each process is given its own piece,
-      the first one the first tokens; pieces may have different lengths.
+      the first one the first tokens; pieces may have different lengths. ``cu_seqlens`` are those
+      of all pieces joined, the same on each process.
     - ``dp_shard``: the parameters, each block being a unit of ``fully_shard`` (FSDP2), and the
       sequences of a batch. Parameters are sharded over ``cp`` as well.
     - ``dp_replicate``: whole groups of the above (HSDP).
@@ -61,7 +63,7 @@ def parallelize(model: RWKV, mesh: DeviceMesh, **options: Any) -> RWKV:
 
         share_heads(model, mesh[TENSOR_PARALLEL])
     if CONTEXT in names:
-        _cut_sequences(model, mesh[CONTEXT].get_group())
+        _cut_sequences(model, Ranks(mesh[CONTEXT].get_group()))
     data = _data_mesh(mesh, names)
     if data is not None:
         from torch.distributed.fsdp import fully_shard
@@ -115,34 +117,34 @@ def _checked(model: RWKV, mesh: DeviceMesh, options: dict[str, Any]) -> tuple[st
 # ---- context parallel
 
 
-def _cut_sequences(model: RWKV, group: Any) -> None:
+def _cut_sequences(model: RWKV, ranks: Ranks) -> None:
     """Has the layers take the tokens that they are given as this process's piece."""
+    shift = partial(token_shift_of_piece, ranks=ranks)
     for block in model.blocks:
-        shift = partial(_token_shift, group=group)
         block.att.token_shift, block.ffn.token_shift = shift, shift
-        block.att.wkv = partial(wkv, group=group)
-    model.register_forward_pre_hook(_check_call, with_kwargs=True)
+        block.att.wkv = partial(wkv_of_piece, ranks=ranks)
+    model.register_forward_pre_hook(partial(_own_piece, ranks=ranks), with_kwargs=True)
 
 
-def _token_shift(
-    x: Tensor, shift: Tensor | None, cu_seqlens: None, *, group: Any
-) -> tuple[Tensor, Tensor]:
-    return token_shift(x, shift, group)
+def _own_piece(
+    model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], *, ranks: Ranks
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with cu_seqlens of this process's tokens in place of those of all.
 
-
-def _check_call(model: nn.Module, args: Sequence[Any], options: dict[str, Any]) -> None:
-    """Raises RuntimeError for a call that is not made for pieces."""
+    Raises RuntimeError for a call that is not made for pieces.
+    """
     if options.get("update"):
         raise RuntimeError(
             f"forward_ and generate continue a sequence on one process, got a model whose "
             f"sequences are cut over the mesh's {CONTEXT}: call it as model(tokens, state), and "
             "let a model that is not cut go on from the state that it returns"
         )
-    if options.get("cu_seqlens") is not None:
-        raise RuntimeError(
-            f"cu_seqlens: expected None, as the sequences are cut over the mesh's {CONTEXT}, got "
-            "packed sequences"
-        )
+    cu_seqlens = options.get("cu_seqlens")
+    tokens = args[0] if args else options.get("tokens")
+    if cu_seqlens is None or not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        return args, options  # what is wrong with tokens, the model says
+    check_offsets(cu_seqlens, "tokens", tokens)
+    return args, options | {"cu_seqlens": ranks.own_offsets(cu_seqlens, tokens.shape[1])}
 
 
 # ---- data parallel

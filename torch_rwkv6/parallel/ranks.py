@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_rwkv6.arguments import tensor
+from torch_rwkv6.checks import check_values
 
 
 class Ranks:
@@ -41,6 +42,18 @@ class Ranks:
             dist.all_gather(list(gathered), own, group=self.group)
         parts = gathered.split([x.numel() for x in tensors], 1)
         return [part.reshape(self.size, *x.shape) for part, x in zip(parts, tensors)]
+
+    def own_offsets(self, cu_seqlens: Tensor, tokens: int) -> Tensor:
+        """cu_seqlens of this rank's own piece: of the sequences elsewhere it has no token.
+
+        Args:
+            cu_seqlens: of all pieces joined, [M + 1], the same on all ranks.
+            tokens: how many this rank has.
+        """
+        (lengths,) = self.gather(cu_seqlens.new_full((1,), tokens))  # [ranks, 1]
+        if cu_seqlens.device.type == "cpu":
+            check_values(int(lengths.sum()), 1, None, cu_seqlens)
+        return (cu_seqlens - lengths[: self.own].sum()).clamp(0, tokens)
 
 
 def check_local(names: Sequence[str], values: Sequence[Any]) -> None:

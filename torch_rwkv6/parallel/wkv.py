@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_rwkv6.arguments import needs_grad, tensor
-from torch_rwkv6.checks import check, check_values
+from torch_rwkv6.checks import check
 from torch_rwkv6.contract import WKV, WKV_BACKWARD
 from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags
 from torch_rwkv6.registration.autocast import cast_all
@@ -70,6 +70,24 @@ def wkv(
         RuntimeError: torch.distributed is not initialised, or cu_seqlens hold values out of range.
     """
     ranks = Ranks(group)
+    return wkv_of_piece(
+        r, k, v, w, u, initial_state, cu_seqlens=cu_seqlens, ranks=ranks, joined=True
+    )
+
+
+def wkv_of_piece(
+    r: Tensor,  # [B, T, H, N]
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    u: Tensor,  # [H, N]
+    initial_state: Tensor | None = None,  # [1 or B or M, H, N, N]
+    *,
+    cu_seqlens: Tensor | None,  # [M + 1]
+    ranks: Ranks,
+    joined: bool = False,
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, N], final_state [B or M, H, N, N]
+    """`wkv` whose cu_seqlens are those of this rank's own piece or, `joined`, of all of them."""
     arguments: tuple[Any, ...] = (r, k, v, w, u, initial_state, None, cu_seqlens)
     check_local([a.name for a in WKV.arguments], arguments)
     device = tensor("r", r).device.type
@@ -77,17 +95,16 @@ def wkv(
         arguments = cast_all(WKV, arguments, torch.get_autocast_dtype(device))
     check(WKV, arguments)
     *floats, _, cu_seqlens = arguments
-    pieces = None if cu_seqlens is None else _pieces(cu_seqlens, r.shape[1], ranks)
+    if joined and cu_seqlens is not None:
+        cu_seqlens = ranks.own_offsets(cu_seqlens, r.shape[1])
     with torch.amp.autocast(device, enabled=False):
-        return _Wkv.apply(*floats, pieces, ranks, needs_grad(*floats))
+        return _Wkv.apply(*floats, cu_seqlens, ranks, needs_grad(*floats))
 
 
-def _pieces(cu_seqlens: Tensor, tokens: int, ranks: Ranks) -> Tensor:
-    """cu_seqlens of this rank's own piece: of the sequences elsewhere it has no token."""
-    (lengths,) = ranks.gather(cu_seqlens.new_full((1,), tokens))  # [ranks, 1]
-    if cu_seqlens.device.type == "cpu":
-        check_values(int(lengths.sum()), 1, None, cu_seqlens)
-    return (cu_seqlens - lengths[: ranks.own].sum()).clamp(0, tokens)
+def _from_zeros(k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The final state of tokens before which the state is zeros, [B or M, H, N, N]."""
+    state: Tensor = _wkv(k, k, v, w, u, None, None, cu_seqlens)[1]
+    return state
 
 
 def _decay(w: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -129,8 +146,11 @@ class _Wkv(torch.autograd.Function):
         ranks: Ranks,
         records: bool,
     ) -> tuple[Tensor, Tensor]:
-        state = initial_state if ranks.own == 0 else None
-        y, final = _wkv(r, k, v, w, u, state, None, cu_seqlens)
+        if ranks.own == 0:
+            state = initial_state
+            y, final = _wkv(r, k, v, w, u, state, None, cu_seqlens)
+        else:
+            final = _from_zeros(k, v, w, u, cu_seqlens)
         decay = _decay(w, cu_seqlens, final.dtype)
         agreed = flags(initial_state, records, final)
         finals, decays, agreed = ranks.gather(final, decay, agreed)
@@ -177,7 +197,6 @@ def _state_gradient(
     """What a piece's grad_y adds to the gradient of the state before it, [B or M, H, N, N]."""
     key, value, decay = r.flip(1), grad_y.flip(1), w.flip(1)
     if cu_seqlens is None:
-        return _wkv(key, key, value, decay, u)[1]
+        return _from_zeros(key, value, decay, u, None)
     # The sequences are in the opposite order too.
-    reversed_ = (r.shape[1] - cu_seqlens).flip(0)
-    return _wkv(key, key, value, decay, u, None, None, reversed_)[1].flip(0)
+    return _from_zeros(key, value, decay, u, (r.shape[1] - cu_seqlens).flip(0)).flip(0)
