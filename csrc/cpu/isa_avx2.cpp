@@ -4,6 +4,7 @@
 #define RWKV6_VECTOR_BYTES 32
 #define RWKV6_TILE_ROWS 4
 #define RWKV6_TILE_VECTORS 2
+#define RWKV6_TILE_PASSES 2
 #define RWKV6_FMA_F32 _mm256_fmadd_ps
 #define RWKV6_FMA_F64 _mm256_fmadd_pd
 #define RWKV6_MIN_F32 _mm256_min_ps

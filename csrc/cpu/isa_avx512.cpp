@@ -4,6 +4,7 @@
 #define RWKV6_VECTOR_BYTES 64
 #define RWKV6_TILE_ROWS 8
 #define RWKV6_TILE_VECTORS 4
+#define RWKV6_TILE_PASSES 1
 #define RWKV6_FMA_F32 _mm512_fmadd_ps
 #define RWKV6_FMA_F64 _mm512_fmadd_pd
 // the masked forms, because GCC 12 warns about the "undefined" third operand of the plain ones

@@ -4,6 +4,7 @@
 #define RWKV6_VECTOR_BYTES 16
 #define RWKV6_TILE_ROWS 4
 #define RWKV6_TILE_VECTORS 2
+#define RWKV6_TILE_PASSES 2
 #include "isa_includes.h"
 
 #include "isa.inc"

@@ -4,6 +4,7 @@
 #define RWKV6_VECTOR_BYTES 16
 #define RWKV6_TILE_ROWS 8
 #define RWKV6_TILE_VECTORS 2
+#define RWKV6_TILE_PASSES 1
 #define RWKV6_FMA_F32(a, b, c) vfmaq_f32(c, a, b)
 #define RWKV6_FMA_F64(a, b, c) vfmaq_f64(c, a, b)
 #define RWKV6_F16_LOAD(p) vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(p)))

@@ -140,54 +140,67 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
       RWKV6_UNROLLED (int q = 0; q < Q; q++) y[t][q] = fma(a, v[s][q], y[t][q]);
     }
   }
-  const T* from = state.from + j;
-  T* to = state.to + j;
   // Copied to registers, since for all the compiler knows the stores to the state might change
   // them.
+  const T* const from = state.from + j;
+  T* const to = state.to + j;
   const int64_t from_stride = state.from_stride, to_stride = state.to_stride;
   const T* const decay_low = chunk.decay_low;
-  const auto load = [&](int q) {
-    return Partial ? V::load_first(from, columns) : V::load(from + q * V::W);
-  };
-  const auto store = [&](V next, int q) {
-    Partial ? next.store_first(to, columns) : next.store(to + q * V::W);
-  };
-  for (int64_t i = 0; i < N; i++) {
-    if constexpr (C == 1) {
-      const V r(chunk.R.row[0][i]), k(chunk.K.row[0][i]);
-      const V decay(chunk.decay[i]), low(decay_low[i]);
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-        const V S = load(q);
-        y[0][q] = fma(r, S, y[0][q]);
-        store(fma(decay, S, fma(low, S, k * v[0][q])), q);
-      }
-    } else {
-      V S[Q], next[Q];
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) S[q] = load(q);
-      RWKV6_UNROLLED (int t = 0; t < C; t++) {
-        const V r(chunk.R.row[t][i]), k(chunk.K.row[t][i]);
-        RWKV6_UNROLLED (int q = 0; q < Q; q++) {
-          y[t][q] = fma(r, S[q], y[t][q]);
-          next[q] = t == 0 ? k * v[t][q] : fma(k, v[t][q], next[q]);
-        }
-      }
-      if constexpr (Settles) {
-        const V low(decay_low[i]);
-        RWKV6_UNROLLED (int q = 0; q < Q; q++) next[q] = fma(low, S[q], next[q]);
-      }
-      const V decay(chunk.decay[i]);
-      RWKV6_UNROLLED (int q = 0; q < Q; q++) store(fma(decay, S[q], next[q]), q);
-    }
-    if constexpr (C == 1)  // the state itself is what there is to read
-      RWKV6_UNROLLED (int64_t j = 0; j < Q * V::W; j += 64 / int64_t(sizeof(T)))
-        __builtin_prefetch(from + 16 * from_stride + j);
-    else
-      prefetcher.next_line();
-    from += from_stride, to += to_stride;
-  }
-  RWKV6_UNROLLED (int t = 0; t < C; t++)
+  // Row i of the state: [Q] vectors.
+  const auto load = [&](int64_t i, V* S) {
+    const T* const row = from + i * from_stride;
     RWKV6_UNROLLED (int q = 0; q < Q; q++)
-      store_as(y[t][q], static_cast<X*>(chunk.y[t]) + j + q * V::W);
+      S[q] = Partial ? V::load_first(row, columns) : V::load(row + q * V::W);
+  };
+  const auto add_to_y = [&](int64_t i, const V* S) {
+    RWKV6_UNROLLED (int t = 0; t < C; t++) {
+      const V r(chunk.R.row[t][i]);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) y[t][q] = fma(r, S[q], y[t][q]);
+    }
+  };
+  const auto update = [&](int64_t i, const V* S) {
+    V next[Q];
+    RWKV6_UNROLLED (int t = 0; t < C; t++) {
+      const V k(chunk.K.row[t][i]);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++)
+        next[q] = t == 0 ? k * v[t][q] : fma(k, v[t][q], next[q]);
+    }
+    if constexpr (Settles) {
+      const V low(decay_low[i]);
+      RWKV6_UNROLLED (int q = 0; q < Q; q++) next[q] = fma(low, S[q], next[q]);
+    }
+    const V decay(chunk.decay[i]);
+    T* const row = to + i * to_stride;
+    RWKV6_UNROLLED (int q = 0; q < Q; q++) {
+      const V S_next = fma(decay, S[q], next[q]);
+      Partial ? S_next.store_first(row, columns) : S_next.store(row + q * V::W);
+    }
+  };
+  const auto store_y = [&] {
+    RWKV6_UNROLLED (int t = 0; t < C; t++)
+      RWKV6_UNROLLED (int q = 0; q < Q; q++)
+        store_as(y[t][q], static_cast<X*>(chunk.y[t]) + j + q * V::W);
+  };
+  V S[Q];
+  if constexpr (C > 1 && RWKV6_TILE_PASSES == 2) {
+    // There are far more rows, in all tiles together, than lines to prefetch.
+    for (int64_t i = 0; i < N; i++) {
+      load(i, S), add_to_y(i, S);
+      if (i % 2 == 0) prefetcher.next_line();
+    }
+    store_y();
+    for (int64_t i = 0; i < N; i++) load(i, S), update(i, S);
+  } else {
+    for (int64_t i = 0; i < N; i++) {
+      load(i, S), add_to_y(i, S), update(i, S);
+      if constexpr (C > 1)
+        prefetcher.next_line();
+      else  // the state itself is what there is to read
+        RWKV6_UNROLLED (int64_t at = 0; at < Q * V::W; at += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(from + (i + 16) * from_stride + at);
+    }
+    store_y();
+  }
 }
 
 // Computes y and the next state of one chunk of one head, tile by tile of value columns.
