@@ -58,14 +58,14 @@ def wkv(
         initial = reference.initial_states(r, initial_state, state_map, cu_seqlens)
         uf, state = u.to(initial.dtype), initial[:B]
         packing, segments = _segments(r, k, v, w, initial, cu_seqlens)
-        outputs, ends = [], []
+        outputs, states = [], []  # states after each chunk
         for segment in segments:
-            y, end = _compute(segment, *segment.tokens(), uf, state, *segment.given())
-            state = end[-1]
+            y, after = _forward(segment, uf, state)
+            state = after[-1]
             outputs.append(y)
-            ends.append(end)
+            states += after
         if packing is not None:
-            state = torch.cat(ends).squeeze(1).index_select(0, packing.last)
+            state = torch.cat(states).index_select(0, packing.last)
         return _in_line(outputs, T, packing).to(r.dtype), state
 
 
@@ -81,12 +81,12 @@ def wkv_backward(
     state_map: Tensor | None = None,  # [B] or [M]
     cu_seqlens: Tensor | None = None,  # [M + 1]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`torch.ops.rwkv6.wkv_backward` by chunks: the derivative of `wkv`, the last segment first.
+    """`torch.ops.rwkv6.wkv_backward` by chunks: the gradients of `wkv`, the last segment first.
 
     So the intermediate results of no more than one segment are in memory.
     """
     B, T, _, _ = _sizes(r)
-    if T < SHORT:
+    if T < SHORT or (grad_y is None and grad_final_state is None):
         return reference.wkv_backward(
             grad_y, grad_final_state, r, k, v, w, u, initial_state, state_map, cu_seqlens
         )
@@ -97,34 +97,34 @@ def wkv_backward(
         states = [state]  # before each segment
         for segment in segments[:-1]:
             _, keys, values, log_decay = map(_by_chunk, segment.tokens())
-            *_, joined = _runs(keys, log_decay, _recorded(keys, log_decay))
-            state = _walk(segment, *joined, values, state, *segment.given())[1][-1]
-            states.append(state)
-        grads: list[tuple[Tensor, ...]] = []
-        grad_u = torch.zeros_like(uf)
-        carried: Any = None  # the gradient of the state at the end of the segment
-        sent = _sent(grad_y, grad_final_state, initial.dtype, packing, segments)
-        for segment, state, (g_y, g_end) in reversed(list(zip(segments, states, sent))):
-            closed = g_end is None and (carried is None or packing is not None)
-            if carried is not None:
-                carried = pad(carried[None], (0,) * 8 + (segment.ends - 1, 0))
-                g_end = carried if g_end is None else g_end + carried
-            primals = (*segment.tokens(), uf, state, *segment.given())
-            gr, gk, gv, gl, gu, carried, *given = _vjp(segment, closed, primals, (g_y, g_end))
-            # log_decay is its own derivative. Were w among the primals, a NaN would become 0 where
-            # w is clamped, which it is not in the recurrence.
-            grads.append((gr, gk, gv, gl * primals[3], *given))
+            *_, (keys, log_decay, _) = _runs(keys, log_decay, _recorded(keys, log_decay))
+            steps = _steps(keys, log_decay, values)
+            states.append(_walk(steps, states[-1], segment.begins())[1][-1])
+        sent: Any = [None] * len(segments)
+        if grad_y is not None:
+            _, size, chunk, _, _ = segments[0].r.shape
+            sent = _in_chunks(grad_y.to(initial.dtype), chunk, packing).split(size, 1)
+        closed = grad_final_state is None  # nothing depends on a state behind the last token
+        final = torch.zeros_like(initial) if closed else grad_final_state.to(initial.dtype)
+        grad_state, grad_states = final[:B], []  # before each chunk, the last one first
+        grads, grad_u = [], torch.zeros_like(uf)
+        for segment, state, grad in reversed(list(zip(segments, states, sent, strict=True))):
+            end = segment.end() if closed and (packing or segment is segments[-1]) else None
+            found, gu, before = _backward(segment, uf, state, grad, grad_state, final, end)
+            grad_state = before[-1]
+            grads.append(found)
             grad_u = grad_u + gu
-        whole_r, whole_k, whole_v, whole_w, *whole = zip(*reversed(grads), strict=True)
+            grad_states += before
         if packing is not None:
-            carried = torch.cat(whole[0]).squeeze(1).index_select(0, packing.first)
+            grad_state = torch.cat(grad_states[::-1]).index_select(0, packing.first)
+        gr, gk, gv, gw = (_in_line(x, T, packing) for x in zip(*reversed(grads), strict=True))
         return (
-            _in_line(whole_r, T, packing).to(r.dtype),
-            _in_line(whole_k, T, packing).to(k.dtype),
-            _in_line(whole_v, T, packing).to(v.dtype),
-            _in_line(whole_w, T, packing).to(w.dtype),
+            gr.to(r.dtype),
+            gk.to(k.dtype),
+            gv.to(v.dtype),
+            gw.to(w.dtype),
             grad_u.to(u.dtype),
-            reference.grad_initial_state(carried, initial_state, state_map),
+            reference.grad_initial_state(grad_state, initial_state, state_map),
         )
 
 
@@ -169,6 +169,10 @@ class _Border(NamedTuple):
     last: Tensor  # [n]
 
 
+_Step = tuple[Tensor, Tensor, Tensor]  # added [B, H, N, N]; decay and what it lost [B, H, N, 1]
+_Rows = tuple[tuple[Tensor, Tensor], ...]  # of each chunk a condition and [1, H, N, N]
+
+
 class _Segment(NamedTuple):
     """Chunks that are computed at a time: n of them, each of C tokens."""
 
@@ -184,11 +188,18 @@ class _Segment(NamedTuple):
         r, k, v, w = (x.to(self.initial.dtype) for x in self[:4])
         return r, k, v, reference.log_decay(w)
 
-    def given(self) -> tuple[Tensor, ...]:
-        """For packed sequences the initial state of each chunk's sequence, [n, 1, H, N, N]."""
-        if self.border is None:
-            return ()
-        return (self.initial.index_select(0, self.border.sequence).unsqueeze(1),)
+    def begins(self) -> _Rows:
+        """For packed sequences whether each chunk is the first of one, and its initial state."""
+        return self._rows(self.border.first, self.initial) if self.border else ()
+
+    def ends(self, final: Tensor) -> _Rows:
+        """Whether each is the last of one, and the row of `final`, [M, H, N, N], the last first."""
+        return self._rows(self.border.last, final)[::-1] if self.border else ()
+
+    def _rows(self, where: Tensor, rows: Tensor) -> _Rows:
+        assert self.border is not None
+        rows = rows.index_select(0, self.border.sequence).unsqueeze(1)
+        return tuple(zip(where.unbind(), rows.unbind(), strict=True))
 
     def end(self) -> Tensor:
         """Whether a token is the last of its sequence, [n, 1, 1, C, 1]."""
@@ -199,11 +210,6 @@ class _Segment(NamedTuple):
         else:
             end = (token % C == 0) & self.border.last[:, None]
         return end[:, None, None, :, None]
-
-    @property
-    def ends(self) -> int:
-        """The number of chunks behind which a sequence may end."""
-        return 1 if self.border is None else self.r.shape[1]
 
 
 def _segments(
@@ -259,96 +265,110 @@ def _in_line(
     return x[:, x.shape[1] - T :].contiguous()
 
 
-def _sent(
-    grad_y: Tensor | None,  # [B, T, H, N]
-    grad_final_state: Tensor | None,  # [B or M, H, N, N]
-    acc: torch.dtype,
-    packing: _Packing | None,
-    segments: Sequence[_Segment],
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """For each segment the gradients of what `_compute` returns, as far as they are given."""
-    ys: Any = [None] * len(segments)
-    ends: list[Tensor | None] = [None] * len(segments)
-    if grad_y is not None:
-        _, size, chunk, _, _ = segments[0].r.shape
-        ys = _in_chunks(grad_y.to(acc), chunk, packing).split(size, 1)
-    if grad_final_state is not None:
-        grad_final_state = grad_final_state.to(acc)
-        ends[-1] = grad_final_state[None]
-        for i, segment in enumerate(segments):
-            if segment.border is not None:
-                rows = grad_final_state.index_select(0, segment.border.sequence)
-                rows = torch.where(segment.border.last[:, None, None, None], rows, 0.0)
-                ends[i] = rows.unsqueeze(1)
-    return list(zip(ys, ends, strict=True))
-
-
-def _vjp(
+def _forward(
     segment: _Segment,
-    closed: bool,  # see `_compute`
-    primals: tuple[Tensor, ...],
-    grads: tuple[Tensor | None, ...],
-) -> tuple[Tensor, ...]:
-    """The gradients of `_compute`, without those results that have none themselves."""
-    given = tuple(g for g in grads if g is not None)
-    if not given:
-        return tuple(torch.zeros_like(x) for x in primals)
-
-    def results(*primals: Tensor) -> tuple[Tensor, ...]:
-        found = _compute(segment, *primals, closed=closed)
-        return tuple(x for x, g in zip(found, grads, strict=True) if g is not None)
-
-    # not autograd.grad, which cannot be called below autograd, where kernels run
-    vjp: Any = torch.func.vjp(results, *primals)[1]
-    found: tuple[Tensor, ...] = vjp(given)
-    return found
-
-
-def _compute(
-    segment: _Segment,
-    r: Tensor,  # [B, n, C, H, N]
-    k: Tensor,  # [B, n, C, H, N]
-    v: Tensor,  # [B, n, C, H, N]
-    log_decay: Tensor,  # [B, n, C, H, N]
     u: Tensor,  # [H, N]
     state: Tensor,  # [B, H, N, N]
-    *given: Tensor,  # [n, 1, H, N, N] of packed sequences
-    closed: bool = False,
-) -> tuple[Tensor, Tensor]:  # y [B, n, C, H, N], states at ends [1 or n, B, H, N, N]
-    """y, and the state after the last chunk, or after each chunk of packed sequences.
-
-    closed: nothing depends on a state behind the last token of a sequence, which is in the last
-    chunk or where packed sequences end. The token is kept out of the state then, because gradients
-    of zero would spread a NaN.
-    """
-    r, k, v, log_decay = map(_by_chunk, (r, k, v, log_decay))  # [n, B, H, C, N]
+) -> tuple[Tensor, list[Tensor]]:  # y [B, n, C, H, N], the state after each chunk [B, H, N, N]
+    r, k, v, log_decay = map(_by_chunk, segment.tokens())
     shape = r.shape
+    recorded = _recorded(r, k, v, log_decay, u, state, segment.initial)
     y = (r * u[:, None] * k).sum(-1, keepdim=True) * v  # the token itself
-    if closed:
-        end = segment.end()
-        k, v, log_decay = (torch.where(end, 0.0, x) for x in (k, v, log_decay))
-    recorded = _recorded(r, k, v, log_decay, u, state, *given)
     r, y = (x.reshape(-1, 1, shape[-1]) for x in (r, y))
-    for joined_k, joined_decay in _runs(k, log_decay, recorded):
-        if joined_k.shape[1] == shape[-2]:
+    for run_k, run_log_decay, decay in _runs(k, log_decay, recorded):
+        if run_k.shape[1] == shape[-2]:
             break
-        first_k, _ = _pairs(joined_k)
-        first_v, _ = _pairs(v.reshape(joined_k.shape))
-        first_decay, _ = _pairs(joined_decay)
         first_y, second_y = _pairs(y)
-        seen = _pairs(r)[1] @ first_k.mT  # [pairs, length, length]
-        second_y = _plus_product(second_y, seen, first_v, recorded)
+        seen = _pairs(r)[1] @ _pairs(run_k)[0].mT  # [pairs, length, length]
+        second_y = _plus_product(second_y, seen, _pairs(v.reshape(run_k.shape))[0], recorded)
         y = torch.cat((first_y, second_y), 1) if recorded else _twice_as_long(y)
-        r = _decayed(r, 1, torch.exp(first_decay), recorded)
-    starts, ends = _walk(segment, joined_k, joined_decay, v, state, *given)
+        r = _decayed(r, 1, _pairs(decay)[0], recorded)
+    starts, ends = _walk(_steps(run_k, run_log_decay, v), state, segment.begins())
     y = torch.baddbmm(y, r, torch.stack(starts).flatten(0, 2))
-    ends = ends if given else ends[-1:]
-    return y.reshape(shape).permute(1, 0, 3, 2, 4), torch.stack(ends)
+    return _in_order(y.reshape(shape)), ends
+
+
+def _backward(
+    segment: _Segment,
+    u: Tensor,  # [H, N]
+    state: Tensor,  # [B, H, N, N]
+    grad_y: Tensor | None,  # [B, n, C, H, N]
+    grad_state: Tensor,  # [B, H, N, N], of the state after it
+    final: Tensor,  # [M, H, N, N], of the states after packed sequences
+    closed: Tensor | None,  # [n, 1, 1, C, 1], tokens after which nothing depends on the state
+) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
+    """The gradients of r, k, v, w [B, n, C, H, N] and u, and those of the state [B, H, N, N].
+
+    The latter is carried backward from chunk to chunk as the state is forward: before each of them,
+    the last one first. Then the runs are parted again that `_forward` has joined. It is written
+    out because autograd, which may record it, takes twice as long.
+    """
+    r, k, v, log_decay = map(_by_chunk, segment.tokens())
+    shape = r.shape
+    g = None if grad_y is None else _by_chunk(grad_y)
+    kept = log_decay  # or a decay of 1, as a gradient of zero would spread a NaN
+    if closed is not None:
+        kept = torch.where(closed, 0.0, log_decay)
+    runs = list(_runs(k, kept, recorded=True))
+    run_r = [r.reshape(-1, 1, shape[-1])]
+    for _, _, decay in runs[:-1]:
+        run_r.append(_decayed(run_r[-1], 1, _pairs(decay)[0], recorded=True))
+    whole_r, (whole_k, whole_log_decay, whole_decay) = run_r.pop().reshape(shape), runs.pop()
+    steps = _steps(whole_k, whole_log_decay, v)
+    starts = torch.stack(_walk(steps, state, segment.begins())[0])
+    if g is None:
+        back = [state.new_zeros(())] * len(steps)
+    else:
+        back = (whole_r.mT @ g).unbind()
+    steps = [(x, decay, lost) for x, (_, decay, lost) in zip(back, steps, strict=True)]
+    after, before = _walk(steps[::-1], grad_state, segment.ends(final))
+    grad_ends = torch.stack(after[::-1])
+
+    gk = v @ grad_ends.mT
+    gv = whole_k.reshape(shape) @ grad_ends
+    gl = whole_decay * (starts * grad_ends).sum(-1).reshape(whole_decay.shape)
+    gr = torch.zeros_like(r) if g is None else g @ starts.mT
+    for one_r, (one_k, _, decay) in zip(reversed(run_r), reversed(runs), strict=True):
+        first_k, second_r = _pairs(one_k)[0], _pairs(one_r)[1]
+        first_decay, second_decay = _pairs(decay)
+        first_gr, second_gr = _pairs(gr.reshape(one_r.shape))
+        first_gk, second_gk = _pairs(gk.reshape(one_k.shape))
+        first_gk = first_gk * second_decay
+        first_gl, second_gl = gl, gl + (first_gk * first_k).sum(1, keepdim=True)
+        if g is not None:
+            second_gr = second_gr * first_decay
+            first_gl = gl + (second_gr * second_r).sum(1, keepdim=True)
+            first_v, second_g = _pairs(v.reshape(one_k.shape))[0], _pairs(g.reshape(one_r.shape))[1]
+            first_gv, second_gv = _pairs(gv.reshape(one_k.shape))
+            seen, sent = second_r @ first_k.mT, second_g @ first_v.mT
+            second_gr = _plus_product(second_gr, sent, first_k, True)
+            first_gk = _plus_product(first_gk, sent.mT, second_r, True)
+            first_gv = _plus_product(first_gv, seen.mT, second_g, True)
+            gr, gv = torch.cat((first_gr, second_gr), 1), torch.cat((first_gv, second_gv), 1)
+        gk = torch.cat((first_gk, second_gk), 1)
+        gl = torch.cat((first_gl, second_gl), 1).reshape(-1, 1, shape[-1])
+    gr, gk, gv, gl = (x.reshape(shape) for x in (gr, gk, gv, gl))
+    if closed is not None:
+        gk, gv, gl = (torch.where(closed, 0.0, x) for x in (gk, gv, gl))
+    gu = torch.zeros_like(u)
+    if g is not None:  # the token itself
+        vg = (v * g).sum(-1, keepdim=True)
+        ru, kg = r * u[:, None], k * vg
+        gr = torch.addcmul(gr, u[:, None], kg)
+        gk = torch.addcmul(gk, ru, vg)
+        gv = torch.addcmul(gv, (ru * k).sum(-1, keepdim=True), g)
+        gu = (r * kg).sum((0, 1, 3))
+    # log_decay is its own derivative
+    return tuple(map(_in_order, (gr, gk, gv, gl * log_decay))), gu, before
 
 
 def _by_chunk(x: Tensor) -> Tensor:  # [B, n, C, H, N] -> [n, B, H, C, N]
     # a copy even where a view would do: r and k are changed in place
     return x.permute(1, 0, 3, 2, 4).clone(memory_format=torch.contiguous_format)
+
+
+def _in_order(x: Tensor) -> Tensor:  # [n, B, H, C, N] -> [B, n, C, H, N]
+    return x.permute(1, 0, 3, 2, 4)
 
 
 def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # [2 * pairs, ...] -> two [pairs, ...]
@@ -402,42 +422,47 @@ def _runs(
     k: Tensor,  # [n, B, H, C, N]
     log_decay: Tensor,  # [n, B, H, C, N]
     recorded: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Runs of 1, 2, 4, ... C tokens.
 
-    Of each, k [runs, length, N], decayed up to the end of its run, and the sum of the run's log
-    decays [runs, 1, N]. If not recorded, the next runs are made in the memory of k.
+    Of each, k [runs, length, N], decayed up to the end of its run, the sum of the run's log decays
+    [runs, 1, N] and its exponential. If not recorded, the next runs are made in the memory of k.
     """
     C, N = k.shape[-2:]
     k, log_decay = (x.reshape(-1, 1, N) for x in (k, log_decay))
-    yield k, log_decay
-    while k.shape[1] < C:
-        first, second = _pairs(log_decay)
-        k = _decayed(k, 0, torch.exp(second), recorded)
-        log_decay = first + second
-        yield k, log_decay
+    while True:
+        decay = torch.exp(log_decay)
+        yield k, log_decay, decay
+        if k.shape[1] == C:
+            return
+        k = _decayed(k, 0, _pairs(decay)[1], recorded)
+        log_decay = torch.add(*_pairs(log_decay))
 
 
-def _walk(
-    segment: _Segment,
+def _steps(
     k: Tensor,  # [n * B * H, C, N], decayed up to the end of its chunk
     log_decay: Tensor,  # [n * B * H, 1, N], of the whole chunk
     v: Tensor,  # [n, B, H, C, N]
+) -> list[_Step]:
+    """What each chunk makes of the state."""
+    added = k.reshape(v.shape).mT @ v
+    log_decay = log_decay.reshape(*v.shape[:3], v.shape[-1], 1)
+    decay, lost = reference.decay_and_lost(log_decay)
+    return list(zip(added.unbind(), decay.unbind(), lost.unbind(), strict=True))
+
+
+def _walk(
+    steps: Sequence[_Step],  # n
     state: Tensor,  # [B, H, N, N]
-    *given: Tensor,  # [n, 1, H, N, N] of packed sequences
+    borders: _Rows,  # of packed sequences: where another state takes the place of this one
 ) -> tuple[list[Tensor], list[Tensor]]:  # n times [B, H, N, N]
-    """The state before each chunk, and after each."""
-    shape = v.shape[:3]
-    k = k.reshape(v.shape)
-    log_decay = log_decay.reshape(*shape, 1, v.shape[-1])
-    decay, lost = reference.decay_and_lost(log_decay.mT)
+    """The state before each step, and after each."""
     before, after = [], []
-    firsts = () if segment.border is None else segment.border.first.unbind()
-    for i, (added, d, e) in enumerate(zip((k.mT @ v).unbind(), decay.unbind(), lost.unbind())):
-        if firsts:
-            state = torch.where(firsts[i], given[0][i], state)
+    for i, (added, decay, lost) in enumerate(steps):
+        if borders:
+            state = torch.where(borders[i][0], borders[i][1], state)
         before.append(state)
-        state = torch.addcmul(torch.addcmul(added, e, state), d, state)
+        state = torch.addcmul(torch.addcmul(added, lost, state), decay, state)
         after.append(state)
     return before, after
 
