@@ -13,6 +13,9 @@ second run sees each of its first, by a product of r, decayed from the border be
 decayed up to it. In the end r is decayed from the start of the chunk, where it meets the state, and
 k up to its end, where it is added to the state.
 
+The gradients are products of the same kind: that of the state is carried backward over the chunks,
+then each run of tokens is parted into the two that it was joined from, the longest runs first.
+
 Every exponent is a sum of log decays and never a difference of running sums, so none is positive
 and none cancels: nothing overflows, whatever w is. Nothing is masked by a product with zero, so a
 NaN or an infinity reaches what it reaches in the recurrence. Padding lies before the tokens of a
@@ -58,14 +61,15 @@ def wkv(
         initial = reference.initial_states(r, initial_state, state_map, cu_seqlens)
         uf, state = u.to(initial.dtype), initial[:B]
         packing, segments = _segments(r, k, v, w, initial, cu_seqlens)
-        outputs, states = [], []  # states after each chunk
+        outputs, ends = [], []
         for segment in segments:
             y, after = _forward(segment, uf, state)
             state = after[-1]
             outputs.append(y)
-            states += after
+            if packing is not None:
+                ends += after
         if packing is not None:
-            state = torch.cat(states).index_select(0, packing.last)
+            state = torch.cat(ends).index_select(0, packing.last)
         return _in_line(outputs, T, packing).to(r.dtype), state
 
 
@@ -96,27 +100,31 @@ def wkv_backward(
         packing, segments = _segments(r, k, v, w, initial, cu_seqlens)
         states = [state]  # before each segment
         for segment in segments[:-1]:
-            _, keys, values, log_decay = map(_by_chunk, segment.tokens())
-            *_, (keys, log_decay, _) = _runs(keys, log_decay, _recorded(keys, log_decay))
-            steps = _steps(keys, log_decay, values)
-            states.append(_walk(steps, states[-1], segment.begins())[1][-1])
+            keys, values, log_decay = map(_by_chunk, segment.tokens()[1:])
+            *_, whole = _runs(keys, log_decay, _recorded(keys, log_decay))
+            states.append(_walk(_steps(whole, values), states[-1], segment.begins())[1][-1])
         sent: Any = [None] * len(segments)
         if grad_y is not None:
             _, size, chunk, _, _ = segments[0].r.shape
             sent = _in_chunks(grad_y.to(initial.dtype), chunk, packing).split(size, 1)
-        closed = grad_final_state is None  # nothing depends on a state behind the last token
-        final = torch.zeros_like(initial) if closed else grad_final_state.to(initial.dtype)
-        grad_state, grad_states = final[:B], []  # before each chunk, the last one first
+        if grad_final_state is None:
+            final = torch.zeros_like(initial)
+        else:
+            final = grad_final_state.to(initial.dtype)
+        grad_state, begins = final[:B], []
         grads, grad_u = [], torch.zeros_like(uf)
         for segment, state, grad in reversed(list(zip(segments, states, sent, strict=True))):
-            end = segment.end() if closed and (packing or segment is segments[-1]) else None
-            found, gu, before = _backward(segment, uf, state, grad, grad_state, final, end)
+            closed = None
+            if grad_final_state is None and (packing or segment is segments[-1]):
+                closed = segment.end()
+            found, gu, before = _backward(segment, uf, state, grad, grad_state, final, closed)
             grad_state = before[-1]
             grads.append(found)
             grad_u = grad_u + gu
-            grad_states += before
+            if packing is not None:
+                begins += before
         if packing is not None:
-            grad_state = torch.cat(grad_states[::-1]).index_select(0, packing.first)
+            grad_state = torch.cat(begins[::-1]).index_select(0, packing.first)
         gr, gk, gv, gw = (_in_line(x, T, packing) for x in zip(*reversed(grads), strict=True))
         return (
             gr.to(r.dtype),
@@ -169,6 +177,8 @@ class _Border(NamedTuple):
     last: Tensor  # [n]
 
 
+# k, log decay and decay of runs, as `_runs` makes them
+_Runs = tuple[Tensor, Tensor, Tensor]
 _Step = tuple[Tensor, Tensor, Tensor]  # added [B, H, N, N]; decay and what it lost [B, H, N, 1]
 _Rows = tuple[tuple[Tensor, Tensor], ...]  # of each chunk a condition and [1, H, N, N]
 
@@ -179,14 +189,14 @@ class _Segment(NamedTuple):
     r: Tensor  # [B, n, C, H, N]
     k: Tensor  # [B, n, C, H, N]
     v: Tensor  # [B, n, C, H, N]
-    w: Tensor  # [B, n, C, H, N]
+    log_decay: Tensor  # [B, n, C, H, N]
     initial: Tensor  # [B or M, H, N, N]
     border: _Border | None  # of packed sequences
 
     def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """r, k, v and the log decay, in the dtype that is computed in."""
-        r, k, v, w = (x.to(self.initial.dtype) for x in self[:4])
-        return r, k, v, reference.log_decay(w)
+        r, k, v, log_decay = (x.to(self.initial.dtype) for x in self[:4])
+        return r, k, v, log_decay
 
     def begins(self) -> _Rows:
         """For packed sequences whether each chunk is the first of one, and its initial state."""
@@ -226,9 +236,9 @@ def _segments(
     while chunk >= 2 * max(1, T // sequences):
         chunk //= 2
     packing = None if cu_seqlens is None else _pack(T, chunk, cu_seqlens)
-    # a decay of 1 leaves the state as it is
-    tokens = [_in_chunks(x, chunk, packing, 0.0) for x in (r, k, v)]
-    tokens.append(_in_chunks(w, chunk, packing, -torch.inf))
+    log_decay = reference.log_decay(w.to(initial.dtype))
+    # Padding is zeros: log decays of 0 leave the state as it is.
+    tokens = [_in_chunks(x, chunk, packing) for x in (r, k, v, log_decay)]
     size = max(1, SEGMENT // max(1, B * chunk * H * N))
     borders: list[_Border | None] = [None] * -(-tokens[0].shape[1] // size)
     if packing is not None:
@@ -237,20 +247,19 @@ def _segments(
         whole = (packing.sequence, torch.cat((always, edge)), torch.cat((edge, always)))
         borders = [_Border(*x) for x in zip(*(x.split(size) for x in whole), strict=True)]
     parts: Any = zip(*(x.split(size, 1) for x in tokens), borders, strict=True)
-    return packing, [_Segment(r, k, v, w, initial, border) for r, k, v, w, border in parts]
+    return packing, [_Segment(r, k, v, d, initial, border) for r, k, v, d, border in parts]
 
 
 def _in_chunks(
     x: Tensor,  # [B, T, H, N]
     chunk: int,
     packing: _Packing | None,
-    padding: float = 0.0,
 ) -> Tensor:  # [B, count, C, H, N]
     if packing is not None:
         x = x.index_select(1, packing.token)
-        x = torch.where(packing.padding[:, None, None], padding, x)
+        x = torch.where(packing.padding[:, None, None], 0.0, x)
     elif missing := -x.shape[1] % chunk:
-        x = pad(x, (0, 0, 0, 0, missing, 0), value=padding)
+        x = pad(x, (0, 0, 0, 0, missing, 0))
     return x.unflatten(1, (-1, chunk))
 
 
@@ -270,20 +279,20 @@ def _forward(
     u: Tensor,  # [H, N]
     state: Tensor,  # [B, H, N, N]
 ) -> tuple[Tensor, list[Tensor]]:  # y [B, n, C, H, N], the state after each chunk [B, H, N, N]
+    recorded = _recorded(*segment[:5], u, state)
     r, k, v, log_decay = map(_by_chunk, segment.tokens())
     shape = r.shape
-    recorded = _recorded(r, k, v, log_decay, u, state, segment.initial)
     y = (r * u[:, None] * k).sum(-1, keepdim=True) * v  # the token itself
     r, y = (x.reshape(-1, 1, shape[-1]) for x in (r, y))
-    for run_k, run_log_decay, decay in _runs(k, log_decay, recorded):
+    for whole in _runs(k, log_decay, recorded):
+        run_k, _, decay = whole
         if run_k.shape[1] == shape[-2]:
             break
-        first_y, second_y = _pairs(y)
         seen = _pairs(r)[1] @ _pairs(run_k)[0].mT  # [pairs, length, length]
-        second_y = _plus_product(second_y, seen, _pairs(v.reshape(run_k.shape))[0], recorded)
-        y = torch.cat((first_y, second_y), 1) if recorded else _twice_as_long(y)
+        y = _plus_product(y, 1, seen, _pairs(v.reshape(run_k.shape))[0], recorded)
         r = _decayed(r, 1, _pairs(decay)[0], recorded)
-    starts, ends = _walk(_steps(run_k, run_log_decay, v), state, segment.begins())
+        y, r = _twice_as_long(y), _twice_as_long(r)
+    starts, ends = _walk(_steps(whole, v), state, segment.begins())
     y = torch.baddbmm(y, r, torch.stack(starts).flatten(0, 2))
     return _in_order(y.reshape(shape)), ends
 
@@ -303,61 +312,59 @@ def _backward(
     the last one first. Then the runs are parted again that `_forward` has joined. It is written
     out because autograd, which may record it, takes twice as long.
     """
+    recorded = _recorded(*segment[:5], u, state, grad_y, grad_state, final)
     r, k, v, log_decay = map(_by_chunk, segment.tokens())
-    shape = r.shape
     g = None if grad_y is None else _by_chunk(grad_y)
+    shape = r.shape
     kept = log_decay  # or a decay of 1, as a gradient of zero would spread a NaN
     if closed is not None:
         kept = torch.where(closed, 0.0, log_decay)
-    runs = list(_runs(k, kept, recorded=True))
-    run_r = [r.reshape(-1, 1, shape[-1])]
-    for _, _, decay in runs[:-1]:
-        run_r.append(_decayed(run_r[-1], 1, _pairs(decay)[0], recorded=True))
-    whole_r, (whole_k, whole_log_decay, whole_decay) = run_r.pop().reshape(shape), runs.pop()
-    steps = _steps(whole_k, whole_log_decay, v)
+    pairs = []  # of the runs of each length: r of the second, k of the first, and their decays
+    run_r = r.clone().reshape(-1, 1, shape[-1])
+    for whole in _runs(k.clone(), kept, recorded):
+        run_k, _, decay = whole
+        if run_k.shape[1] == shape[-2]:
+            break
+        r2, k1 = _pairs(run_r)[1], _pairs(run_k)[0]
+        if not recorded:  # they will change
+            r2, k1 = r2.clone(), k1.clone()
+        pairs.append((r2, k1, *_pairs(decay)))
+        run_r = _twice_as_long(_decayed(run_r, 1, _pairs(decay)[0], recorded))
+    run_r, run_k = run_r.reshape(shape), run_k.reshape(shape)
+    steps = _steps(whole, v)
     starts = torch.stack(_walk(steps, state, segment.begins())[0])
-    if g is None:
-        back = [state.new_zeros(())] * len(steps)
-    else:
-        back = (whole_r.mT @ g).unbind()
-    steps = [(x, decay, lost) for x, (_, decay, lost) in zip(back, steps, strict=True)]
+    added = [state.new_zeros(())] * len(steps) if g is None else list((run_r.mT @ g).unbind())
+    steps = [(x, d, lost) for x, (_, d, lost) in zip(added, steps, strict=True)]
     after, before = _walk(steps[::-1], grad_state, segment.ends(final))
     grad_ends = torch.stack(after[::-1])
 
-    gk = v @ grad_ends.mT
-    gv = whole_k.reshape(shape) @ grad_ends
-    gl = whole_decay * (starts * grad_ends).sum(-1).reshape(whole_decay.shape)
     gr = torch.zeros_like(r) if g is None else g @ starts.mT
-    for one_r, (one_k, _, decay) in zip(reversed(run_r), reversed(runs), strict=True):
-        first_k, second_r = _pairs(one_k)[0], _pairs(one_r)[1]
-        first_decay, second_decay = _pairs(decay)
-        first_gr, second_gr = _pairs(gr.reshape(one_r.shape))
-        first_gk, second_gk = _pairs(gk.reshape(one_k.shape))
-        first_gk = first_gk * second_decay
-        first_gl, second_gl = gl, gl + (first_gk * first_k).sum(1, keepdim=True)
+    gk = v @ grad_ends.mT
+    gv = run_k @ grad_ends
+    gl = decay * (starts * grad_ends).sum(-1).reshape(decay.shape)
+    for r2, k1, first_decay, second_decay in reversed(pairs):
+        gr, gk, gv = (x.reshape(-1, *r2.shape[1:]) for x in (gr, gk, gv))
+        gk = _decayed(gk, 0, second_decay, recorded)
+        gl1, gl2 = gl, gl + (_pairs(gk)[0] * k1).sum(1, keepdim=True)
         if g is not None:
-            second_gr = second_gr * first_decay
-            first_gl = gl + (second_gr * second_r).sum(1, keepdim=True)
-            first_v, second_g = _pairs(v.reshape(one_k.shape))[0], _pairs(g.reshape(one_r.shape))[1]
-            first_gv, second_gv = _pairs(gv.reshape(one_k.shape))
-            seen, sent = second_r @ first_k.mT, second_g @ first_v.mT
-            second_gr = _plus_product(second_gr, sent, first_k, True)
-            first_gk = _plus_product(first_gk, sent.mT, second_r, True)
-            first_gv = _plus_product(first_gv, seen.mT, second_g, True)
-            gr, gv = torch.cat((first_gr, second_gr), 1), torch.cat((first_gv, second_gv), 1)
-        gk = torch.cat((first_gk, second_gk), 1)
-        gl = torch.cat((first_gl, second_gl), 1).reshape(-1, 1, shape[-1])
+            gr = _decayed(gr, 1, first_decay, recorded)
+            gl1 = gl + (_pairs(gr)[1] * r2).sum(1, keepdim=True)
+            v1, g2 = _pairs(v.reshape(gv.shape))[0], _pairs(g.reshape(gv.shape))[1]
+            seen, sent = r2 @ k1.mT, g2 @ v1.mT  # [pairs, length, length]
+            gr = _plus_product(gr, 1, sent, k1, recorded)
+            gk = _plus_product(gk, 0, sent.mT, r2, recorded)
+            gv = _plus_product(gv, 0, seen.mT, g2, recorded)
+        gl = torch.stack((gl1, gl2), 1).reshape(-1, 1, shape[-1])
     gr, gk, gv, gl = (x.reshape(shape) for x in (gr, gk, gv, gl))
     if closed is not None:
         gk, gv, gl = (torch.where(closed, 0.0, x) for x in (gk, gv, gl))
     gu = torch.zeros_like(u)
     if g is not None:  # the token itself
-        vg = (v * g).sum(-1, keepdim=True)
-        ru, kg = r * u[:, None], k * vg
-        gr = torch.addcmul(gr, u[:, None], kg)
+        ru, vg = r * u[:, None], (v * g).sum(-1, keepdim=True)
+        gr = torch.addcmul(gr, k * u[:, None], vg)
         gk = torch.addcmul(gk, ru, vg)
         gv = torch.addcmul(gv, (ru * k).sum(-1, keepdim=True), g)
-        gu = (r * kg).sum((0, 1, 3))
+        gu = (r * k * vg).sum((0, 1, 3))
     # log_decay is its own derivative
     return tuple(map(_in_order, (gr, gk, gv, gl * log_decay))), gu, before
 
@@ -385,33 +392,40 @@ def _decayed(
     i: int,
     decay: Tensor,  # [pairs, 1, N]
     recorded: bool,
-) -> Tensor:  # [pairs, 2 * length, N]
-    """Pairs of runs joined, the first (i = 0) or second ones decayed: in place if not recorded."""
-    runs = list(_pairs(x))
+) -> Tensor:
+    """x, the first (i = 0) or second (i = 1) runs of pairs decayed: in place if not recorded."""
+    runs = _pairs(x)
     if recorded:
-        runs[i] = runs[i] * decay
-        return torch.cat(runs, 1)
+        return _replaced(runs, i, runs[i] * decay)
     runs[i].mul_(decay)
-    return _twice_as_long(x)
+    return x
 
 
 def _plus_product(
-    y: Tensor,  # [pairs, length, N]
+    y: Tensor,  # [2 * pairs, length, N]
+    i: int,
     seen: Tensor,  # [pairs, length, length]
     v: Tensor,  # [pairs, length, N]
     recorded: bool,
 ) -> Tensor:
-    """y + seen @ v, in place if not recorded."""
-    length = seen.shape[-1]
+    """y, plus seen @ v in the runs i of pairs: in place if not recorded."""
+    runs = _pairs(y)
+    run, length = runs[i], seen.shape[-1]
     if length > 2:
-        return torch.baddbmm(y, seen, v) if recorded else y.add_(seen @ v)
-    add = torch.addcmul if recorded else Tensor.addcmul_
-    for i in range(length):  # too small for a matrix product
-        y = add(y, seen[:, :, i, None], v[:, None, i])
-    return y
+        run = torch.baddbmm(run, seen, v) if recorded else run.add_(seen @ v)
+    else:  # too small for a matrix product
+        add = torch.addcmul if recorded else Tensor.addcmul_
+        for j in range(length):
+            run = add(run, seen[:, :, j, None], v[:, None, j])
+    return _replaced(runs, i, run) if recorded else y
 
 
-def _recorded(*tensors: Tensor) -> bool:
+def _replaced(runs: tuple[Tensor, Tensor], i: int, run: Tensor) -> Tensor:
+    pair = (run, runs[1]) if i == 0 else (runs[0], run)
+    return torch.stack(pair, 1).flatten(0, 1)
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
     """Whether a derivative or a transform needs every intermediate result as it was."""
     if transforms_active() or forward_mode_active():
         return True
@@ -422,7 +436,7 @@ def _runs(
     k: Tensor,  # [n, B, H, C, N]
     log_decay: Tensor,  # [n, B, H, C, N]
     recorded: bool,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[_Runs]:
     """Runs of 1, 2, 4, ... C tokens.
 
     Of each, k [runs, length, N], decayed up to the end of its run, the sum of the run's log decays
@@ -435,16 +449,16 @@ def _runs(
         yield k, log_decay, decay
         if k.shape[1] == C:
             return
-        k = _decayed(k, 0, _pairs(decay)[1], recorded)
+        k = _twice_as_long(_decayed(k, 0, _pairs(decay)[1], recorded))
         log_decay = torch.add(*_pairs(log_decay))
 
 
 def _steps(
-    k: Tensor,  # [n * B * H, C, N], decayed up to the end of its chunk
-    log_decay: Tensor,  # [n * B * H, 1, N], of the whole chunk
+    whole: _Runs,  # the chunks
     v: Tensor,  # [n, B, H, C, N]
 ) -> list[_Step]:
     """What each chunk makes of the state."""
+    k, log_decay, _ = whole
     added = k.reshape(v.shape).mT @ v
     log_decay = log_decay.reshape(*v.shape[:3], v.shape[-1], 1)
     decay, lost = reference.decay_and_lost(log_decay)
