@@ -364,7 +364,7 @@ def _backward(
         gr = torch.addcmul(gr, k * u[:, None], vg)
         gk = torch.addcmul(gk, ru, vg)
         gv = torch.addcmul(gv, (ru * k).sum(-1, keepdim=True), g)
-        gu = (r * k * vg).sum((0, 1, 3))
+        gu = (r * k * vg).sum(3).sum((0, 1))
     # log_decay is its own derivative
     return tuple(map(_in_order, (gr, gk, gv, gl * log_decay))), gu, before
 
