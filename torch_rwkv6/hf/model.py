@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch_rwkv6.hf.config import RWKV6Config
 from torch_rwkv6.hf.padding import Packing, packing_of
 from torch_rwkv6.nn import RWKV6
 from torch_rwkv6.nn.carry import call
+from torch_rwkv6.nn.recomputed import recomputed
 
 __all__ = ["RWKV6ForCausalLM", "RWKV6Model", "RWKV6PreTrainedModel"]
 
@@ -115,19 +117,18 @@ class RWKV6PreTrainedModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected either these or inputs_embeds, got both or none")
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
-        recomputed = self.gradient_checkpointing and self.training
+        # transformers' own function for this would compute WKV twice
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if past_key_values is None and use_cache and not recomputed:
+        if past_key_values is None and use_cache and not recompute:
             past_key_values = DynamicCache(config=self.config)
         packing = packing_of(attention_mask, position_ids, x)
-        run = functools.partial(_run, packing)
-        if recomputed:
-            run = functools.partial(self._gradient_checkpointing_func, run)
+        run = recomputed if recompute else call
         streams = []
         for i, block in enumerate(self.blocks):
             streams.append(x)
-            x, *states = run(block, x, *read_states(past_key_values, i))
+            x, *states = _run(run, packing, block, x, *read_states(past_key_values, i))
             if past_key_values is not None:
                 write_states(past_key_values, i, *states)
         streams.append(self.ln_out(x))
@@ -141,18 +142,19 @@ class RWKV6PreTrainedModel(PreTrainedModel):
 
 
 def _run(
+    run: Callable[..., list[Any]],  # call or recomputed
     packing: Packing | None,
     block: nn.Module,
     x: Tensor,  # [B, T, D]
     *states: Tensor | None,  # att_shift, wkv, ffn_shift
-) -> tuple[Any, ...]:
+) -> list[Any]:
     """What a block makes of x, and its new states."""
     if packing is not None:
         states = tuple(packing.pack_state(state) for state in states)
-        y, *new = call(block, packing.pack(x), *states, update=False, cu_seqlens=packing.cu_seqlens)
-        return packing.unpack(y), *(packing.unpack_state(state) for state in new)
+        y, *new = run(block, packing.pack(x), *states, update=False, cu_seqlens=packing.cu_seqlens)
+        return [packing.unpack(y), *(packing.unpack_state(state) for state in new)]
     update = states[0] is not None and not torch.is_grad_enabled()
-    return tuple(call(block, x, *states, update=update))
+    return run(block, x, *states, update=update)
 
 
 class RWKV6Model(RWKV6PreTrainedModel):
@@ -255,9 +257,9 @@ class RWKV6ForCausalLM(RWKV6PreTrainedModel, GenerationMixin):
             ValueError: both or neither of input_ids and inputs_embeds; a mask or
                 positions of another shape; several texts in a row with padding or with a cache.
         """
-        outputs = self._features(
+        outputs = self.base_model(
             input_ids, attention_mask, inputs_embeds, past_key_values, use_cache,
-            output_hidden_states, kwargs.get("position_ids"),
+            output_hidden_states, True, **kwargs,
         )  # fmt: skip
         x = outputs.last_hidden_state
         last = isinstance(logits_to_keep, int)
