@@ -262,6 +262,55 @@ def test_folders_of_other_namings(ours, tmp_path, naming):
     close(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens).logits, ours(tokens)[0])
 
 
+KEYS = {  # what the code that reads each naming has no right default for
+    "RWKV": {"attention_hidden_size": D, "head_size": N, "head_size_divisor": 8},
+    "fla-hub": {
+        "expand_k": 1.0,
+        "gate_low_rank_dim": 6,
+        "norm_eps": 64e-5,
+        "num_heads": D // N,
+        "proj_low_rank_dim": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("naming", KEYS)
+def test_folders_are_written_in_other_namings(ours, model, tmp_path, naming):
+    from safetensors.torch import load_file
+
+    model.save_pretrained(tmp_path, naming=naming, max_shard_size="20KB")
+    found = {}
+    for file in tmp_path.glob("*.safetensors"):
+        found |= load_file(file)
+    expected = (hugging_face if naming == "RWKV" else fla)(ours.state_dict())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    shared = {"model_type": "rwkv6", "vocab_size": V, "hidden_size": D, "num_hidden_layers": L}
+    shared |= {"intermediate_size": 96, "bos_token_id": 0, "tie_word_embeddings": False}
+    for name, value in (shared | KEYS[naming]).items():
+        assert settings[name] == value, name
+    assert not {"lora_mix", "ln_x_eps", "train_state"} & settings.keys()
+    tokens = random_tokens(2, 6)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_what_other_namings_lack(ours, tmp_path):
+    tied = RWKV6ForCausalLM(RWKV6Config(**SIZES, tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path, naming="fla-hub")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.emb.weight, tied.emb.weight)
+    assert again.head.weight is again.emb.weight
+    for naming, settings, message in (
+        ("fla", {}, "naming: expected RWKV or fla-hub, got fla"),
+        ("RWKV", {"train_state": True}, "naming: RWKV has no name for tuned states"),
+        ("fla-hub", {"ln_x_eps": 1e-5}, "naming: fla-hub has ln_x_eps 64e-5, the model 1e-05"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RWKV6Model(RWKV6Config(**SIZES, **settings)).save_pretrained(tmp_path, naming=naming)
+
+
 def test_single_files_and_wrong_versions(ours, tmp_path):
     save(ours, tmp_path / "finch.pth")
     found = RWKV6ForCausalLM.from_pretrained(tmp_path / "finch.pth")

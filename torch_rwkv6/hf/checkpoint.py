@@ -1,4 +1,4 @@
-"""Checkpoints that transformers does not read itself: other namings, and other files."""
+"""Checkpoints that transformers does not read and write itself: other namings, and other files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_rwkv6.models import load
 from torch_rwkv6.models.names import unofficial
 from torch_rwkv6.nn import RWKV6
 
-__all__ = ["as_state_dict", "needs_conversion"]
+__all__ = ["as_state_dict", "needs_conversion", "write_config"]
 
 
 def needs_conversion(source: Any, options: dict[str, Any]) -> bool:
@@ -67,6 +67,44 @@ def as_state_dict(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     if (folder / "generation_config.json").is_file():
         options.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
     return {**options, "config": config, "state_dict": model.state_dict()}
+
+
+def write_config(config: RWKV6Config, naming: str, folder: str | os.PathLike[str]) -> None:
+    """Rewrites a folder's config.json for the code that reads the naming.
+
+    Args:
+        config: of the model in the folder, with all sizes.
+        naming: as for `torch_rwkv6.models.names.foreign_names`.
+        folder: what ``save_pretrained`` wrote.
+    """
+    path = Path(folder, "config.json")
+    settings = json.loads(path.read_text("utf-8"))
+    for name in ("lora_mix", "lora_decay", "ln_x_eps", "train_state"):
+        settings.pop(name)
+    settings["intermediate_size"] = config.intermediate_size
+    if naming == "RWKV":  # configuration_rwkv6.py and modeling_rwkv6.py of its repositories
+        settings |= {
+            "architectures": ["Rwkv6ForCausalLM"],
+            "attention_hidden_size": config.hidden_size,
+            "head_size_divisor": 8,
+            "layer_norm_epsilon": 1e-5,
+        }
+    else:  # fla/models/rwkv6
+        for name in ("head_size", "num_attention_heads"):
+            settings.pop(name)
+        settings |= {
+            "architectures": ["RWKV6ForCausalLM"],
+            "expand_k": 1.0,
+            "expand_v": 1.0,
+            "gate_low_rank_dim": config.lora_decay,
+            "hidden_act": "sqrelu",
+            "norm_bias": True,
+            "norm_eps": config.ln_x_eps,
+            "norm_first": True,
+            "num_heads": config.num_attention_heads,
+            "proj_low_rank_dim": config.lora_mix,
+        }
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _path(source: str | os.PathLike[str], options: dict[str, Any]) -> Path:

@@ -87,11 +87,11 @@ class RWKV6Config(PreTrainedConfig):
             train_state=self.train_state,
         )
 
-    def take_sizes(self, model: RWKV6) -> None:
+    def take_sizes(self, model: Any) -> None:
         """Sets the sizes to those of a model, and train_state if it has ``time_state``."""
         att, ffn = model.blocks[0].att, model.blocks[0].ffn
-        self.vocab_size, self.hidden_size = model.vocab_size, model.n_embd
-        self.num_hidden_layers, self.head_size = model.n_layer, model.head_size
+        self.vocab_size, self.hidden_size = model.emb.weight.shape
+        self.num_hidden_layers, self.head_size = len(model.blocks), att.time_faaaa.shape[1]
         self.intermediate_size = ffn.key.out_features
         self.lora_mix = att.time_maa_w2.shape[1]
         self.lora_decay = att.time_decay_w2.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,10 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from torch_rwkv6.hf.cache import read_states, write_states
-from torch_rwkv6.hf.checkpoint import as_state_dict, needs_conversion
+from torch_rwkv6.hf.checkpoint import as_state_dict, needs_conversion, write_config
 from torch_rwkv6.hf.config import RWKV6Config
 from torch_rwkv6.hf.padding import Packing, packing_of
+from torch_rwkv6.models.names import foreign_names
 from torch_rwkv6.nn import RWKV6
 from torch_rwkv6.nn.carry import call
 from torch_rwkv6.nn.recomputed import recomputed
@@ -72,6 +74,36 @@ class RWKV6PreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         model.name_or_path = model.config.name_or_path = str(source)
         return loaded
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, naming: str | None = None, **kwargs: Any
+    ) -> None:
+        """Writes the model to a folder, as transformers' ``save_pretrained``.
+
+        Args:
+            save_directory: the folder.
+            naming: None is the official names, which `torch_rwkv6.models.load` and
+                ``from_pretrained`` read. For other programs, ``"RWKV"`` writes tensors and
+                config.json as the ``modeling_rwkv6.py`` of ``RWKV/v6-Finch-*-HF`` wants them, and
+                ``"fla-hub"`` as fla does. ``from_pretrained`` reads these as well.
+            args, kwargs: of transformers.
+
+        Raises:
+            ValueError: another naming; or one that lacks what the model has: tuned states,
+                ``ln_x_eps`` other than 64e-5.
+        """
+        if naming is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        config = copy.deepcopy(self.config)
+        config.take_sizes(self)
+        tensors = foreign_names(kwargs.pop("state_dict", None) or self.state_dict(), naming)
+        if config.ln_x_eps != RWKV6Config.ln_x_eps:
+            raise ValueError(f"naming: {naming} has ln_x_eps 64e-5, the model {config.ln_x_eps}")
+        if config.tie_word_embeddings:  # transformers would look for the official names
+            tensors = {name: x.clone() for name, x in tensors.items()}
+        super().save_pretrained(save_directory, *args, state_dict=tensors, **kwargs)
+        write_config(config, naming, save_directory)
 
     def init_weights(self) -> None:
         """Ties weights; `torch_rwkv6.nn.RWKV6` has given them their initial values already."""

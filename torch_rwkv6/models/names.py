@@ -1,4 +1,4 @@
-"""Renames RWKV weights from other naming schemes to the official names.
+"""Renames RWKV weights from other naming schemes to the official names, and RWKV-6's back.
 
 Wrappers (torch.compile, DDP, FSDP, activation checkpointing, Lightning) insert a word into every
 name. Hugging Face and fla have conventions of their own: ``RWKV/rwkv-4-*`` (transformers'
@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
-__all__ = ["official_names", "unofficial"]
+__all__ = ["foreign_names", "official_names", "unofficial"]
 
 # Words that wrappers insert into names: torch.compile, DDP and DataParallel, FSDP, activation
 # checkpointing, and what Lightning's strategies put around those.
@@ -35,39 +36,44 @@ _OFFICIAL = re.compile(
     r"ffn\.(?:receptance|key|value)\.weight$)"
 )
 
+# The beginnings of names, theirs and the official ones, the longer first; # is a number. Those of
+# Hugging Face write out the letters of RWKV-4's and RWKV-5's time_mix as well.
 _HUGGING_FACE = (
-    (r"rwkv\.embeddings\.", "emb."),
-    (r"rwkv\.(ln_out\.|blocks\.)", r"\1"),
-    (r"(blocks\.0)\.pre_ln\.", r"\1.ln0."),
-    (r"(blocks\.\d+)\.attention\.", r"\1.att."),
-    (r"(blocks\.\d+)\.feed_forward\.", r"\1.ffn."),
-    (r"(.*\.time_mix_)(k|v|r|g)(?:ey|alue|eceptance|ate)$", r"\1\2"),
+    ("rwkv.embeddings.", "emb."),
+    ("rwkv.ln_out.", "ln_out."),
+    ("rwkv.blocks.#.pre_ln.", "blocks.#.ln0."),
+    ("rwkv.blocks.#.attention.", "blocks.#.att."),
+    ("rwkv.blocks.#.feed_forward.", "blocks.#.ffn."),
+    ("rwkv.blocks.", "blocks."),
 )
+_TIME_MIX = (r"(.*\.time_mix_)(k|v|r|g)(?:ey|alue|eceptance|ate)$", r"\1\2")
 _FLA = (
-    (r"model\.embeddings\.", "emb."),
-    (r"model\.norm\.", "ln_out."),
-    (r"lm_head\.", "head."),
-    (r"model\.layers\.", "blocks."),
-    (r"(blocks\.0)\.pre_norm\.", r"\1.ln0."),
-    (r"(blocks\.\d+)\.attn_norm\.", r"\1.ln1."),
-    (r"(blocks\.\d+)\.ffn_norm\.", r"\1.ln2."),
-    (r"(blocks\.\d+)\.attn\.g_norm\.", r"\1.att.ln_x."),
-    (r"(blocks\.\d+)\.attn\.r_proj\.linear\.", r"\1.att.receptance."),
-    (r"(blocks\.\d+)\.attn\.k_proj\.linear\.", r"\1.att.key."),
-    (r"(blocks\.\d+)\.attn\.v_proj\.linear\.", r"\1.att.value."),
-    (r"(blocks\.\d+)\.attn\.g_proj\.linear\.", r"\1.att.gate."),
-    (r"(blocks\.\d+)\.attn\.o_proj\.", r"\1.att.output."),
-    (r"(blocks\.\d+)\.attn\.bonus$", r"\1.att.time_faaaa"),
-    (r"(blocks\.\d+)\.attn\.w_proj\.linear\.lora\.2\.bias$", r"\1.att.time_decay"),
-    (r"(blocks\.\d+)\.attn\.w_proj\.linear\.lora\.0\.weight$", r"\1.att.time_decay_w1"),
-    (r"(blocks\.\d+)\.attn\.w_proj\.linear\.lora\.2\.weight$", r"\1.att.time_decay_w2"),
-    (r"(blocks\.\d+)\.attn\.x_proj\.0\.mu$", r"\1.att.time_maa_x"),
-    (r"(blocks\.\d+)\.attn\.x_proj\.0\.linear\.weight$", r"\1.att.time_maa_w1"),
-    (r"(blocks\.\d+)\.attn\.x_proj\.2\.weight$", r"\1.att.time_maa_w2"),
-    (r"(blocks\.\d+)\.attn\.x_bias$", r"\1.att.x_bias"),
-    (r"(blocks\.\d+)\.ffn\.key\.mu$", r"\1.ffn.time_maa_k"),
-    (r"(blocks\.\d+)\.ffn\.receptance\.mu$", r"\1.ffn.time_maa_r"),
-    (r"(blocks\.\d+\.ffn\.(?:key|value|receptance))\.linear\.", r"\1."),
+    ("model.embeddings.", "emb."),
+    ("model.norm.", "ln_out."),
+    ("lm_head.", "head."),
+    ("model.layers.#.pre_norm.", "blocks.#.ln0."),
+    ("model.layers.#.attn_norm.", "blocks.#.ln1."),
+    ("model.layers.#.ffn_norm.", "blocks.#.ln2."),
+    ("model.layers.#.attn.g_norm.", "blocks.#.att.ln_x."),
+    ("model.layers.#.attn.r_proj.linear.", "blocks.#.att.receptance."),
+    ("model.layers.#.attn.k_proj.linear.", "blocks.#.att.key."),
+    ("model.layers.#.attn.v_proj.linear.", "blocks.#.att.value."),
+    ("model.layers.#.attn.g_proj.linear.", "blocks.#.att.gate."),
+    ("model.layers.#.attn.o_proj.", "blocks.#.att.output."),
+    ("model.layers.#.attn.bonus", "blocks.#.att.time_faaaa"),
+    ("model.layers.#.attn.w_proj.linear.lora.0.weight", "blocks.#.att.time_decay_w1"),
+    ("model.layers.#.attn.w_proj.linear.lora.2.weight", "blocks.#.att.time_decay_w2"),
+    ("model.layers.#.attn.w_proj.linear.lora.2.bias", "blocks.#.att.time_decay"),
+    ("model.layers.#.attn.x_proj.0.mu", "blocks.#.att.time_maa_x"),
+    ("model.layers.#.attn.x_proj.0.linear.weight", "blocks.#.att.time_maa_w1"),
+    ("model.layers.#.attn.x_proj.2.weight", "blocks.#.att.time_maa_w2"),
+    ("model.layers.#.attn.", "blocks.#.att."),
+    ("model.layers.#.ffn.key.mu", "blocks.#.ffn.time_maa_k"),
+    ("model.layers.#.ffn.receptance.mu", "blocks.#.ffn.time_maa_r"),
+    ("model.layers.#.ffn.key.linear.", "blocks.#.ffn.key."),
+    ("model.layers.#.ffn.receptance.linear.", "blocks.#.ffn.receptance."),
+    ("model.layers.#.ffn.", "blocks.#.ffn."),
+    ("model.layers.", "blocks."),
 )
 _WEB_RWKV = (
     (r"(blocks\.\d+\.(?:att|ffn)\.time_)mix_", r"\1maa_"),
@@ -82,6 +88,8 @@ _WEB_RWKV_TRANSPOSED = (
 )
 _FLA_ORDER = "rwkvg"  # of what official checkpoints keep in the order w, k, v, r, g
 _OFFICIAL_ORDER = "wkvrg"
+
+NAMINGS = ("RWKV", "fla-hub")  # that RWKV-6 can be written in, by the hub's owners of such folders
 
 
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +117,26 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def foreign_names(state_dict: Mapping[str, Tensor], naming: str) -> dict[str, Tensor]:
+    """The tensors of RWKV-6 as others name, shape and order them: what `official_names` reads.
+
+    Args:
+        state_dict: under the official names.
+        naming: ``"RWKV"``, that of ``RWKV/v6-Finch-*-HF`` and ``RWKV/rwkv-6-world-*``, or
+            ``"fla-hub"``, that of ``fla-hub/rwkv6-*-finch``.
+
+    Raises:
+        ValueError: another naming; or tuned states, which neither has.
+    """
+    if naming not in NAMINGS:
+        raise ValueError(f"naming: expected RWKV or fla-hub, got {naming}")
+    if any(name.endswith(".time_state") for name in state_dict):
+        raise ValueError(f"naming: {naming} has no name for tuned states, time_state")
+    if naming == "RWKV":
+        return {_by_rules(name, _WRITE_HUGGING_FACE): x for name, x in state_dict.items()}
+    return _to_fla(state_dict)
+
+
 def unofficial(names: Iterable[str]) -> list[str]:
     """The names that no official file has."""
     return [name for name in names if not _OFFICIAL.match(name)]
@@ -132,6 +160,17 @@ def _renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str]) -> 
     return tensors
 
 
+def _rules(*pairs: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    """For `_by_rules`, from beginnings of names and what takes their place."""
+    return tuple((re.escape(a).replace(r"\#", r"(\d+)"), b.replace("#", r"\1")) for a, b in pairs)
+
+
+_READ_HUGGING_FACE = (*_rules(*_HUGGING_FACE), _TIME_MIX)
+_READ_FLA = _rules(*_FLA)
+_WRITE_HUGGING_FACE = _rules(*((official, theirs) for theirs, official in _HUGGING_FACE))
+_WRITE_FLA = _rules(*((official, theirs) for theirs, official in _FLA))
+
+
 def _by_rules(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(f"^{pattern}", replacement, name)
@@ -139,13 +178,13 @@ def _by_rules(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _from_hugging_face(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _renamed(state_dict, lambda name: _by_rules(name, _HUGGING_FACE))
+    return _renamed(state_dict, lambda name: _by_rules(name, _READ_HUGGING_FACE))
 
 
 def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     order = [_FLA_ORDER.index(c) for c in _OFFICIAL_ORDER]
-    for name, x in _renamed(state_dict, lambda name: _by_rules(name, _FLA)).items():
+    for name, x in _renamed(state_dict, lambda name: _by_rules(name, _READ_FLA)).items():
         if name.endswith(".x_bias") and x.dim() == 2 and x.shape[0] == 5:  # [5, D]
             for c, row in zip(_FLA_ORDER, x, strict=True):
                 tensors[name.removesuffix("x_bias") + f"time_maa_{c}"] = row
@@ -160,6 +199,25 @@ def _from_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             tensors[name] = x
     return {name: x.contiguous() for name, x in tensors.items()}
+
+
+def _to_fla(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = dict(state_dict)
+    order = [_OFFICIAL_ORDER.index(c) for c in _FLA_ORDER]
+    for name, x in state_dict.items():
+        if name.endswith(".time_maa_w1"):  # [D, 5 * rank]
+            tensors[name] = x.T.unflatten(0, (5, -1))[order].flatten(0, 1)
+        elif name.endswith(".time_maa_w2"):  # [5, rank, D]
+            tensors[name] = x[order].permute(2, 0, 1).flatten(1)
+        elif name.endswith((".time_decay_w1", ".time_decay_w2")):
+            tensors[name] = x.T
+        elif name.endswith(".att.time_maa_x"):
+            att = name.removesuffix("time_maa_x")
+            rows = [tensors.pop(f"{att}time_maa_{c}").flatten() for c in _FLA_ORDER]
+            tensors[name], tensors[f"{att}x_bias"] = x.flatten(), torch.stack(rows)
+        elif name.endswith((".time_decay", ".ffn.time_maa_k", ".ffn.time_maa_r")):
+            tensors[name] = x.flatten()
+    return {_by_rules(name, _WRITE_FLA): x.contiguous() for name, x in tensors.items()}
 
 
 def _from_blocks(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
