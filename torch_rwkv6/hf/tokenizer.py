@@ -21,7 +21,8 @@ class RWKV6Tokenizer(PreTrainedTokenizer):
 
     A token is written as text with one character for each of its bytes (Latin-1), because many are
     no whole characters of UTF-8. Texts come back as they were, whatever is in them. Token 0 begins
-    and ends texts and pads batches; it is not added to a text.
+    and ends texts and pads batches; it is not added to a text. A fast tokenizer, of the library
+    ``tokenizers``, would be slower: docs/transformers.md has the measurement.
 
     Args:
         vocab_file: a vocabulary of the package ``rwkv``'s form; None is its own.
