@@ -48,18 +48,51 @@ void normalise(const T* x, int64_t n, double eps, const T* weight, const T* bias
   for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// y = x W, with x of K values and W of K rows of n values, `pitch` values apart. `row` and y each
-// have room for n values in whole vectors.
+// Q vectors of columns of y = x W, with x of K values and rows of W `pitch` values apart. Of the last
+// vector only the first `columns` exist, if that is not 0.
+template <class T, class X, int Q>
+RWKV6_INLINE void low_tile(const T* x, int64_t K, const X* W, int64_t pitch, int64_t columns,
+                           T* y) {
+  typedef Vec<T> V;
+  constexpr int64_t kRowsAhead = 16;
+  V sum[Q];
+  RWKV6_UNROLLED (int q = 0; q < Q; q++) sum[q] = V(T(0));
+  for (int64_t k = 0; k < K; k++, W += pitch) {
+    __builtin_prefetch(W + kRowsAhead * pitch);
+    const X* row = W;
+    X rest[V::W] = {};
+    if (columns) row = static_cast<const X*>(memcpy(rest, W, size_t(columns) * sizeof(X)));
+    RWKV6_UNROLLED (int q = 0; q < Q; q++)
+      sum[q] = fma(V(x[k]), load_as<T>(row + q * V::W), sum[q]);
+  }
+  RWKV6_UNROLLED (int q = 0; q < Q; q++) sum[q].store(y + q * V::W);
+}
+
+// y = x W, with x of K values and W of K rows of n values, `pitch` values apart. y has room for n
+// values in whole vectors.
+template <class T, class X>
+void low_product_of(const T* x, int64_t K, const X* W, int64_t n, int64_t pitch, T* y) {
+  constexpr int64_t kWidth = Vec<T>::W;
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) low_tile<T, X, 4>(x, K, W + i, pitch, 0, y + i);
+  for (; i + kWidth <= n; i += kWidth) low_tile<T, X, 1>(x, K, W + i, pitch, 0, y + i);
+  if (i < n) low_tile<T, X, 1>(x, K, W + i, pitch, n - i, y + i);
+}
+
 template <class T>
 void low_product(const T* x, int64_t K, const char* W, DType dtype, int64_t n, int64_t pitch,
-                 T* row, T* y) {
-  typedef Vec<T> V;
-  for (int64_t i = 0; i < n; i += V::W) V(T(0)).store(y + i);
-  for (int64_t k = 0; k < K; k++, W += pitch * size_of(dtype)) {
-    for (int64_t at = 0; at < n * size_of(dtype); at += 64) __builtin_prefetch(W + kPrefetch + at);
-    load_row(W, dtype, n, row);
-    for (int64_t i = 0; i < n; i += V::W)
-      fma(V(x[k]), V::load(row + i), V::load(y + i)).store(y + i);
+                 T* y) {
+  const auto rows_of = [&](auto element) {
+    low_product_of<T>(x, K, reinterpret_cast<const decltype(element)*>(W), n, pitch, y);
+  };
+  if constexpr (sizeof(T) == 8) {
+    rows_of(double());
+  } else if (dtype == DType::bf16) {
+    rows_of(BF16());
+  } else if (dtype == DType::f16) {
+    rows_of(F16());
+  } else {
+    rows_of(float());
   }
 }
 
@@ -72,7 +105,6 @@ class Layer {
   const int64_t M, D, F;
   const int64_t pitch, wide;  // length of rows of D and of F values, in whole steps of matvec
   const int64_t ranks;        // the larger rank, in whole vectors
-  const int64_t weight_row;   // length of a row of any low-rank weight: D or a rank
   Scratch<T> scratch;
 
   struct Rows {  // one for each sequence
@@ -95,9 +127,9 @@ class Layer {
   // Working memory of the low-rank products; every mix has its own, as they run on several threads.
   struct LowRank {
     T* hidden;  // [ranks]
-    T* row;     // [weight_row], the row of a weight that is being multiplied
+    T* row;     // [pitch], the base that is added
   };
-  LowRank low_rank_memory() { return {scratch.take(ranks), scratch.take(weight_row)}; }
+  LowRank low_rank_memory() { return {scratch.take(ranks), scratch.take(pitch)}; }
   const LowRank low[kMixes] = {low_rank_memory(), low_rank_memory(), low_rank_memory(),
                                low_rank_memory(), low_rank_memory()};
 
@@ -153,10 +185,10 @@ class Layer {
   void low_rank(const Rows& x, const char* w1, int64_t w1_pitch, const char* w2, int64_t rank,
                 const char* base, const LowRank& own, const Rows& out) const {
     for (int64_t m = 0; m < M; m++) {
-      low_product(x.row(m), D, w1, job.dtype, rank, w1_pitch, own.row, own.hidden);
+      low_product(x.row(m), D, w1, job.dtype, rank, w1_pitch, own.hidden);
       for (int64_t i = 0; i < rank; i += V::W)
         hyperbolic_tangent(V::load(own.hidden + i)).store(own.hidden + i);
-      low_product(own.hidden, rank, w2, job.dtype, D, D, own.row, out.row(m));
+      low_product(own.hidden, rank, w2, job.dtype, D, D, out.row(m));
     }
     load_row(base, job.dtype, D, own.row);
     each(out, D, [&](int64_t i, int64_t m) { return at(out, i, m) + V::load(own.row + i); });
@@ -244,8 +276,7 @@ class Layer {
         pitch(Scratch<T>::aligned(matvec_padded<T>(D))),
         wide(Scratch<T>::aligned(matvec_padded<T>(F > D ? F : D))),
         ranks(Scratch<T>::aligned(job.mix_rank > job.decay_rank ? job.mix_rank : job.decay_rank)),
-        weight_row(pitch > ranks ? pitch : ranks),
-        scratch(M * (18 * pitch + 2 * wide) + 2 * pitch + kMixes * (ranks + weight_row)) {}
+        scratch(M * (18 * pitch + 2 * wide) + 2 * pitch + kMixes * (ranks + pitch)) {}
 
   void run() const {
     for (int64_t m = 0; m < M; m++) load_row(job.x.row(m, 0, 0), job.dtype, D, x.row(m));
