@@ -595,6 +595,48 @@ def test_no_initial_values_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(load(model.state_dict()), model)
 
 
+# ---- folders of torch.distributed.checkpoint; several processes: tests/test_parallelize.py
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_a_folder_of_torch_distributed_checkpoint(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model = random_model("6")
+    weights = model.state_dict()
+    names = {f"model.{name}": x for name, x in weights.items()}  # of a LightningModule
+    forms = {
+        "flat": weights,
+        "trainer": {"model": weights, "optimizer": {"state": {"step": 3, "m": weights}}},
+        "Lightning": {"state_dict": names, "optimizer_0": {"state": [torch.ones(2)]}},
+    }
+    for form, content in forms.items():
+        dcp.save(content, checkpoint_id=tmp_path / form, no_dist=True)
+    recwarn.clear()
+    for form in forms:
+        assert_same(load(tmp_path / form), model)
+    assert not recwarn.list
+    found = read(tmp_path / "Lightning")
+    assert found.keys() == {"state_dict", "optimizer_0"}
+    assert torch.equal(found["optimizer_0"]["state"]["0"], torch.ones(2))
+
+    folder = tmp_path / "flat"
+    metadata, (part,) = folder / ".metadata", folder.glob("*.distcp")
+    good = metadata.read_bytes()
+    metadata.write_bytes(pickle.dumps(argparse.Namespace(planner_data=None)))
+    with pytest.raises(ValueError, match=r"flat is .*Python objects \(argparse.Namespace\)"):
+        load(folder)
+    metadata.write_bytes(good[:-100])
+    with pytest.raises(ValueError, match="flat is no checkpoint, or a damaged one: "):
+        load(folder)
+    metadata.write_bytes(good)
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="flat is no checkpoint, or a damaged one: "):
+        load(folder)
+
+
 # ---- writing
 
 

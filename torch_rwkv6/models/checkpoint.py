@@ -23,6 +23,7 @@ from torch_rwkv6.files import (
 )
 from torch_rwkv6.models.detect import model_of
 from torch_rwkv6.models.names import official_names, unofficial
+from torch_rwkv6.models.sharded import is_sharded_checkpoint, read_sharded
 from torch_rwkv6.nn import RWKV, RWKVState, quantize_int8_
 
 __all__ = ["load", "read", "save"]
@@ -65,7 +66,9 @@ def load(
         source: a ``.pth`` or ``.safetensors`` file, whatever its suffix; a checkpoint of Lightning
             or another training program that keeps the tensors under ``state_dict``,
             ``model_state_dict``, ``model`` or ``module``; a folder with the files of one Hugging
-            Face repository (see `read`); or a mapping of names to tensors. The tensors are copied.
+            Face repository (see `read`), or one that torch.distributed.checkpoint has written, as
+            Lightning's for sharded models: the model's tensors alone are read from it; or a mapping
+            of names to tensors. The tensors are copied.
         device: of the model; None is the CPU.
         dtype: of the parameters; None is that of the embedding. "int8" quantises the matrices, for
             decoding on a CPU (see `torch_rwkv6.nn.quantize_int8_`), and leaves the other parameters
@@ -171,13 +174,17 @@ def read(path: StrPath) -> dict[str, Any]:
     names; otherwise its one ``.safetensors``, ``.bin`` or ``.pth`` file, or all parts of one
     (``NAME-00001-of-00002.safetensors``, ...). ``pytorch_model*.bin`` beside ``.safetensors`` is
     the same model once more and not read; nor are adapters (``adapter_*``) and a trainer's own
-    files (``training_args.bin``, ``optimizer*``, ``rng_state*``, ...).
+    files (``training_args.bin``, ``optimizer*``, ``rng_state*``, ...). A folder of
+    torch.distributed.checkpoint (``.metadata`` and ``*.distcp``) is one file in this sense, with
+    all its tensors, which are read on this process alone.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no checkpoint, or the folder has several.
     """
     path = _existing(path)
+    if is_sharded_checkpoint(path):
+        return read_sharded(path)
     if path.is_dir():
         return _merged(path, _files_of(path))
     if path.name.endswith(".index.json"):
@@ -193,7 +200,9 @@ def _official(source: Any, argument: str, content: str) -> dict[str, Tensor]:
         argument, content: what messages call it, and the tensors in it.
     """
     if isinstance(source, (str, os.PathLike)):
-        source = read(source)
+        path = _existing(source)
+        sharded = is_sharded_checkpoint(path)  # of the optimizer nothing need be read
+        source = read_sharded(path, _innermost) if sharded else read(path)
     elif not isinstance(source, Mapping):
         raise TypeError(
             f"{argument}: expected a path or a mapping of names to tensors, got "
