@@ -17,6 +17,7 @@ import lightning
 import numpy as np
 import torch
 from corpus import tokenizer_of
+from text_data import share_of
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -50,8 +51,9 @@ class Pack(NamedTuple):
     tokens: Tensor  # [1, T] int64
     targets: Tensor  # [1, T] int64, the next token of the same document, or IGNORED
     cu_seqlens: Tensor  # [M + 1] int64, where each piece begins, and T
+    weight: float  # of its loss in the mean over the packs of its step; 1 on average
     epoch: int
-    row: int  # with epoch, the place of the pack after this one
+    row: int  # with epoch, where to read on: behind the step with its last pack, else before it
 
 
 def format_of(path: str) -> str:
@@ -88,6 +90,19 @@ def read_documents(
     if kind == "binidx":
         return _read_binidx(Path(path), vocab_size)
     import datasets  # a second, as it imports pandas
+    from filelock import FileLock
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "torch_rwkv6.lock"):  # other processes of a run find what the first made
+        return _read_rows(kind, path, tokenizer, vocab_size, sample_by, workers)
+
+
+def _read_rows(
+    kind: str, path: str, tokenizer: str, vocab_size: int, sample_by: str, workers: int
+) -> Documents:
+    """The documents of a file that `datasets` reads."""
+    import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # the exception says it
@@ -192,6 +207,7 @@ class Pieces(NamedTuple):
     document: np.ndarray  # [P]
     start: np.ndarray  # [P], its first token in the document
     length: np.ndarray  # [P], tokens that are read
+    learnt: np.ndarray  # [P], how many targets are no part of a prompt: the last ones
 
     @classmethod
     def of(cls, documents: Documents, ctx_len: int) -> Pieces:
@@ -201,8 +217,9 @@ class Pieces(NamedTuple):
         document = np.repeat(np.arange(len(read)), counts)
         start = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * ctx_len
         length = np.minimum(read[document] - start, ctx_len)
-        learnt = start + length >= documents.prompts[document]  # the last target is no prompt
-        return cls(document[learnt], start[learnt], length[learnt])
+        prompt = np.maximum(documents.prompts[document] - start - 1, 0)  # of the targets
+        pieces = cls(document, start, length, length - prompt)
+        return pieces.select(pieces.learnt > 0)
 
     def select(self, index: Any) -> Pieces:
         return Pieces(*(x[index] for x in self))
@@ -211,6 +228,10 @@ class Pieces(NamedTuple):
 class Packs(IterableDataset[Pack]):
     """Pieces packed one after the other, as many whole ones as fit, in packs of ``size`` tokens.
 
+    Several packs are the data of a step, which the processes of a run share out among them. Their
+    mean loss, each by its weight, is the mean over all targets that are learnt in the step, however
+    these are spread over packs and processes.
+
     Args:
         documents, pieces: no piece is longer than ``size``.
         size: tokens of a pack at most.
@@ -218,6 +239,11 @@ class Packs(IterableDataset[Pack]):
             ends after one epoch.
         epoch, row: where to begin. The order depends on the seed and the epoch alone, so this is
             all that a resumed run needs to know.
+        step: packs of a step; a multiple of num_replicas.
+        rank: of the process, whose share of every step is yielded. Where the last step of all has
+            none for it, it is given a pack from which nothing is learnt, so that all processes
+            have as many.
+        num_replicas: how many processes share a step.
     """
 
     def __init__(
@@ -228,11 +254,31 @@ class Packs(IterableDataset[Pack]):
         seed: int | None = None,
         epoch: int = 0,
         row: int = 0,
+        *,
+        step: int = 1,
+        rank: int = 0,
+        num_replicas: int = 1,
     ) -> None:
         self.documents, self.pieces, self.size, self.seed = documents, pieces, size, seed
         self.epoch, self.row = epoch, row
+        self.step, self.rank, self.num_replicas = step, rank, num_replicas
 
     def __iter__(self) -> Iterator[Pack]:
+        place = self.epoch, self.row
+        packs = self.packs()
+        while step := list(itertools.islice(packs, self.step)):
+            learnt = [int(self.pieces.learnt[index].sum()) for index, *_ in step]
+            before, place = place, step[-1][1:]
+            for i in range(self.rank, len(step), self.num_replicas):
+                weight = learnt[i] * len(step) / sum(learnt)
+                done = i + self.num_replicas >= len(step)
+                yield self.pack(step[i][0], weight, *(place if done else before))
+            if self.rank >= len(step):
+                pack = self.pack(step[0][0])
+                yield pack._replace(targets=torch.full_like(pack.targets, IGNORED))
+
+    def packs(self) -> Iterator[tuple[np.ndarray, int, int]]:
+        """The pieces of each pack, and the epoch and row behind it."""
         row = self.row
         for epoch in itertools.count(self.epoch):
             order = np.arange(len(self.pieces.document))
@@ -244,23 +290,22 @@ class Packs(IterableDataset[Pack]):
                 before = ends[bounds[-1] - 1] if bounds[-1] else 0
                 bounds.append(int(np.searchsorted(ends, before + self.size, "right")))
             for i in range(row, len(bounds) - 1):
-                yield self.pack(order[bounds[i] : bounds[i + 1]], epoch, i + 1)
+                yield order[bounds[i] : bounds[i + 1]], epoch, i + 1
             if self.seed is None:
                 return
             row = 0
 
-    def pack(self, index: np.ndarray, epoch: int = 0, row: int = 0) -> Pack:
+    def pack(self, index: np.ndarray, weight: float = 1.0, epoch: int = 0, row: int = 0) -> Pack:
         """The pieces of these indices."""
         pieces = self.pieces.select(index)
         tokens, targets = [], []
-        for document, start, length in zip(*pieces, strict=True):
+        for document, start, length, learnt in zip(*pieces, strict=True):
             piece = self.documents.tokens(document)[start : start + length + 1].astype(np.int64)
             tokens.append(piece[:-1])
-            prompt = max(0, self.documents.prompts[document] - start - 1)
-            targets.append(np.concatenate([np.full(prompt, IGNORED), piece[1 + prompt :]]))
+            targets.append(np.where(np.arange(length) < length - learnt, IGNORED, piece[1:]))
         ends = np.concatenate([[0], np.cumsum(pieces.length)])
         row_of = (torch.from_numpy(np.concatenate(x))[None] for x in (tokens, targets))
-        return Pack(*row_of, torch.from_numpy(ends), epoch, row)
+        return Pack(*row_of, torch.from_numpy(ends), weight, epoch, row)
 
 
 class DocumentData(lightning.LightningDataModule):
@@ -273,13 +318,20 @@ class DocumentData(lightning.LightningDataModule):
         size: tokens of a pack at most.
         ctx_len: tokens of a piece at most; not above ``size``.
         val_share: of the pieces, for validation; at least one, and not all.
+        batch_size: packs of a step, of all processes together.
 
     Raises:
         ValueError: there are not two pieces.
     """
 
     def __init__(
-        self, documents: Documents, size: int, ctx_len: int, seed: int, val_share: float
+        self,
+        documents: Documents,
+        size: int,
+        ctx_len: int,
+        seed: int,
+        val_share: float,
+        batch_size: int = 1,
     ) -> None:
         super().__init__()
         pieces = Pieces.of(documents, ctx_len)
@@ -290,18 +342,22 @@ class DocumentData(lightning.LightningDataModule):
                 f"validation, got {count}"
             )
         cut = max(1, count - max(1, round(count * val_share)))
-        self.train_packs = functools.partial(
-            Packs, documents, pieces.select(slice(cut)), size, seed
+        parts = (pieces.select(part) for part in (slice(cut), slice(cut, None)))
+        self.train_packs, self.val_packs = (
+            functools.partial(Packs, documents, part, size) for part in parts
         )
-        self.val_packs = Packs(documents, pieces.select(slice(cut, None)), size)
+        self.seed, self.batch_size = seed, batch_size
         self.size_of_data = {"pieces": count, "tokens": int(pieces.length.sum())}
         self.place = (0, 0)  # epoch, row
 
     def train_dataloader(self) -> DataLoader[Pack]:
-        return DataLoader(self.train_packs(*self.place), batch_size=None)
+        packs = self.train_packs(self.seed, *self.place, step=self.batch_size, **share_of(self))
+        return DataLoader(packs, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Pack]:
-        return DataLoader(self.val_packs, batch_size=None)
+        share = share_of(self)
+        packs = self.val_packs(step=share["num_replicas"], **share)
+        return DataLoader(packs, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"place": list(self.place), **self.size_of_data}

@@ -24,7 +24,7 @@ from cli import positive
 from corpus import read_text
 from memory import peak_memory
 from text_data import Lanes
-from text_model import TextModel, fit, loss_of, trainer, training_parser
+from text_model import TextModel, loss_of, stopping, trainer, training_parser
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -117,9 +117,11 @@ def main(argv: list[str] | None = None) -> None:
     model = RWKV6(256, 2, 64, 32, lora_mix=8, lora_decay=8)
 
     module = InfctxModel(model, args.lr, args.steps, args.chunk, args.window)
-    interrupted = fit(trainer(args.steps), module, DataLoader(lanes, batch_size=None))
-    if interrupted:
-        raise interrupted
+    of_run = trainer(args.steps)
+    with stopping(of_run) as stop:
+        of_run.fit(module, DataLoader(lanes, batch_size=None))
+    if stop.reason:
+        raise stop.reason
     print(
         f"loss: {module.losses[0]:.3f} at the first document, {module.losses[-1]:.3f} at the last"
     )

@@ -21,7 +21,8 @@ class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
     """Text cut into lanes that are read side by side: batch i goes on where batch i - 1 ended.
 
     So the state after a batch is the state before the next, and a model learns from a context far
-    longer than a batch. Yields the tokens and the next tokens, int64 [lanes, up to length] each.
+    longer than a batch. Yields the tokens and the next tokens, int64 [lanes, up to length] each; of
+    num_replicas processes that share the lanes, rank has its own, [lanes / num_replicas, ...].
 
     Raises:
         ValueError: the text has not two tokens for every lane.
@@ -34,10 +35,13 @@ class Lanes(IterableDataset[tuple[Tensor, Tensor]]):
         length: int,
         first: int = 0,
         endless: bool = False,
+        rank: int = 0,
+        num_replicas: int = 1,
     ):
         if len(text) < 2 * lanes:
             raise ValueError(f"the text has {len(text)} bytes: too few for {lanes} lanes")
-        self.data = tensor_of(text)[: len(text) // lanes * lanes].view(lanes, -1)  # [lanes, T]
+        data = tensor_of(text)[: len(text) // lanes * lanes].view(lanes, -1)  # [lanes, T]
+        self.data = data.chunk(num_replicas)[rank]
         self.length, self.first, self.endless = length, first, endless
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,6 +77,15 @@ class Crops(IterableDataset[tuple[Tensor, Tensor]]):
             yield pieces[:, :-1], pieces[:, 1:]
 
 
+def share_of(data: lightning.LightningDataModule) -> dict[str, int]:
+    """What this process reads of the data: its rank among num_replicas processes.
+
+    The processes of one tensor-parallel group are one replica: they read the same.
+    """
+    share = None if data.trainer is None else data.trainer.distributed_sampler_kwargs
+    return share or {"rank": 0, "num_replicas": 1}
+
+
 class TextData(lightning.LightningDataModule):
     """Training on the first part of a text, validation on the last, which training never sees."""
 
@@ -91,10 +104,12 @@ class TextData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         # a resumed run goes on where the text was left
         first = self.trainer.global_step if self.trainer is not None else 0
-        lanes = Lanes(self.train_text, self.batch_size, self.length, first, endless=True)
+        share = share_of(self)
+        lanes = Lanes(self.train_text, self.batch_size, self.length, first, True, **share)
         return DataLoader(lanes, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The same for all processes: there is little of it."""
         return DataLoader(Lanes(self.val_text, self.val_lanes, 512), batch_size=None)
 
 

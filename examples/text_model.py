@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cli
 import lightning
 import torch
 from cli import positive
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 from torch_rwkv6.nn import RWKVState
+from torch_rwkv6.parallel import parallelize
 
 
 def training_parser(doc: str | None, lr: float, steps: int, batch_size: int = 16) -> cli.Parser:
@@ -55,6 +58,19 @@ class TextModel(lightning.LightningModule):
         super().__init__()
         self.model, self.lr, self.steps = model, lr, steps
         self.losses: list[float] = []
+        self.shared_out = False
+
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy, shares the model out over its mesh, once."""
+        if self.device_mesh is None or self.shared_out:
+            return
+        groups, group = self.device_mesh.shape  # data_parallel, tensor_parallel
+        sizes = {"dp_shard": groups} | ({"tp": group} if group > 1 else {})
+        mesh = init_device_mesh(
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+        )
+        parallelize(self.model, mesh)
+        self.shared_out = True
 
     def record(self, loss: Tensor) -> None:
         """Notes the loss, averaged over the processes of the run.
@@ -125,26 +141,60 @@ def scheduled(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) 
     }
 
 
-def fit(
-    trainer: lightning.Trainer, *arguments: Any, **options: Any
-) -> type[KeyboardInterrupt] | None:
-    """As ``trainer.fit``, but Ctrl-C or SIGTERM ends it after the current step.
+class Stop(lightning.Callback):
+    """Ends training after the step in which a process had a signal, or the time is over.
 
-    Returns:
-        None, or which of them there was, as an exception to be raised once what was learnt until
-        then is written.
+    All processes end after the same step, whichever of them it was.
+
+    Args:
+        max_seconds: of training.
     """
-    interrupted = None
 
-    def stop(kind: type[KeyboardInterrupt]) -> None:
-        nonlocal interrupted
-        interrupted = kind
-        trainer.should_stop = True
+    REASONS = (None, KeyboardInterrupt, cli.Terminated)
 
-    # Lightning raises its own at SIGTERM, after the current step as well
-    with cli.first_interrupt(stop), contextlib.suppress(SIGTERMException):
-        trainer.fit(*arguments, **options)
-    return interrupted
+    def __init__(self, max_seconds: float | None) -> None:
+        self.max_seconds = math.inf if max_seconds is None else max_seconds
+        self.reason: type[KeyboardInterrupt] | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def note(self, reason: type[KeyboardInterrupt]) -> None:
+        self.reason = reason
+
+    def on_validation_start(self, *_: Any) -> None:
+        if self.reason is None:
+            # Lightning has put its own in their place, which talks to other processes at any moment
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.on_validation_start()
+        self.until = time.monotonic() + self.max_seconds
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, *batch: Any
+    ) -> None:
+        if (batch[-1] + 1) % trainer.accumulate_grad_batches:
+            return
+        late = time.monotonic() > self.until
+        found = torch.tensor([self.REASONS.index(self.reason), late], device=module.device)
+        reason, late = trainer.strategy.reduce(found, reduce_op="max").tolist()
+        self.reason = self.REASONS[reason]
+        if reason or late:
+            trainer.should_stop = True
+
+
+@contextlib.contextmanager
+def stopping(trainer: lightning.Trainer, max_seconds: float | None = None) -> Iterator[Stop]:
+    """Within this context, Ctrl-C or SIGTERM ends training after the current step.
+
+    ``Stop.reason`` is None, or which of them there was, as an exception to be raised once what was
+    learnt until then is written.
+    """
+    stop = Stop(max_seconds)
+    with cli.first_interrupt(stop.note):
+        stop.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        trainer.callbacks.append(stop)
+        yield stop
 
 
 def trainer(steps: int, **options: Any) -> lightning.Trainer:

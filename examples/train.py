@@ -6,10 +6,16 @@
     python examples/train.py --data my.jsonl --model MODEL.pth --train lora     # Hu et al., 2021
     python examples/train.py --data my.jsonl --model MODEL.pth --train state
     python examples/train.py --resume run/last.ckpt                  # after Ctrl-C or SIGTERM
+    python examples/train.py --data my.jsonl --devices 2             # two processes (DDP)
+    torchrun --nproc-per-node 4 examples/train.py --data my.jsonl --strategy fsdp2 \
+        --tensor-parallel 2                                          # FSDP2 x tensor parallel
 
 Data are .txt, .jsonl, .parquet or RWKV-LM's .bin: see documents.py. Every step reads whole
 documents, packed one after the other; each begins from the model's initial state. Of a file with
 the columns "prompt" and "completion" the completions are learnt.
+
+A step reads --batch-size packs. What is learnt does not depend on whether one process reads them
+one after the other or several share them: a run may be resumed on another number of processes.
 
 A state is what a recurrent model knows of what it has read, so a tuned initial state is a prompt,
 the best of its size, which costs nothing when the model is used.
@@ -30,7 +36,18 @@ from corpus import WORLD, tokenizer_name
 from documents import IGNORED, DocumentData, Pack, format_of, read_documents, tokenizer_for
 from text_model import SCHEDULES, TextModel, loss_of, official_factor, scheduled
 from torch import Tensor, nn
-from training import add_run_options, given, settings_of, train, trainer_of
+from training import (
+    PROCESSES,
+    add_run_options,
+    check_layers,
+    checkpoint_of,
+    gathered,
+    given,
+    settings_of,
+    share_out,
+    train,
+    trainer_of,
+)
 
 from torch_rwkv6.models import load, load_tokenizer, save
 from torch_rwkv6.nn import RWKV6, parameter_groups
@@ -55,16 +72,24 @@ class DocumentModel(TextModel):
         super().__init__(model, settings["lr"], settings["steps"])
         self.save_hyperparameters(settings)
         self.strict_loading = False  # what is not trained is not in the checkpoints
+        self.of_step: list[Tensor] = []  # the losses of its packs until now
 
-    def training_step(self, batch: Pack, _: int) -> Tensor:
-        loss = self.loss(batch)
-        self.record(loss)
+    def training_step(self, batch: Pack, index: int) -> Tensor:
+        loss = self.loss(batch) * batch.weight
+        self.of_step.append(loss.detach())
+        if (index + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.record(torch.stack(self.of_step).mean())
+            self.of_step.clear()
         self.trainer.datamodule.place = (batch.epoch, batch.row)
         return loss
 
     def validation_step(self, batch: Pack, _: int) -> None:
-        learnt = int((batch.targets != IGNORED).sum())
-        self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=learnt)
+        loss, learnt = self.loss(batch), int((batch.targets != IGNORED).sum())
+        if learnt == 0:  # the mean of nothing is nan
+            loss = torch.zeros_like(loss)
+        # Lightning takes the mean of these numbers over the processes, rounded down
+        weight = learnt * self.trainer.world_size
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=weight)
 
     def loss(self, batch: Pack) -> Tensor:
         return loss_of(self.model, batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)[0]
@@ -81,6 +106,14 @@ class DocumentModel(TextModel):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         state = super().state_dict(*args, **options)
         return {name: x for name, x in state.items() if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts the batches of the steps done as this run does, whose processes may be others."""
+        done = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (done["total"], done["current"]):
+            more = batches - counts["ready"]
+            counts.update({name: count + more for name, count in counts.items()})
 
 
 def options() -> cli.Parser:
@@ -101,7 +134,9 @@ def options() -> cli.Parser:
     add("--rank", type=cli.positive, default=32, help="of the LoRA")
     add("--alpha", type=cli.number(above=0), default=32, help="it is scaled by alpha / rank")
     add("--ctx-len", type=cli.positive, default=1024, help="longer documents are cut into pieces")
-    add("--tokens", type=cli.positive, default=4096, help="of a step, at most")
+    add("--tokens", type=cli.positive, default=4096, help="of a pack of documents, at most")
+    add("--batch-size", type=cli.positive, help="packs of a step, of all processes together; by "
+        "default one for each that reads its own")  # fmt: skip
     rates = ", ".join(f"{first:g} ({name})" for name, (first, _) in RATES.items())
     add("--lr", type=cli.rate, help=f"first learning rate; by default {rates}")
     finals = ", ".join(f"{last / first:.2g}" for first, last in RATES.values())
@@ -114,21 +149,35 @@ def options() -> cli.Parser:
     return parser
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], int]:
     """The arguments, and those of them that the result depends on, as the run of --resume has them.
+
+    The third is how many processes read data of their own.
 
     Raises:
         OSError, ValueError: an argument is wrong, or contradicts another one.
     """
     parser = options()
     args = parser.parse_args(argv)
+    replicas = share_out(args)
     free = ("out", "resume", "max_seconds", "val_every", "precision", "accelerator", "workers",
-            "grad_cp", "compile")  # fmt: skip
+            "grad_cp", "compile", *PROCESSES)  # fmt: skip
     names = vars(args).keys() - set(free)
     settings = settings_of(parser, argv, args, sorted(names), moved=("data", "model", "tokenizer"))
     if settings["data"] is None:
         raise ValueError("--data: expected a file to learn from, got none")
     format_of(settings["data"])
+    if settings["batch_size"] is None:
+        settings["batch_size"] = replicas
+    if settings["batch_size"] % replicas:
+        raise ValueError(
+            f"--batch-size: expected a multiple of the {replicas} processes that share it, got "
+            f"{settings['batch_size']}"
+        )
+    if args.strategy == "fsdp2" and settings["train"] == "lora":
+        raise ValueError("--strategy: fsdp2 is not for --train lora; ddp is")
+    if args.strategy == "fsdp2" and args.compile:
+        raise ValueError("--strategy: fsdp2 is not for --compile; ddp is")
     if settings["model"] is None and settings["train"] != "full":
         raise ValueError(f"--train: {settings['train']} needs a --model to start from")
     for name in SIZES if settings["model"] is not None else ():
@@ -150,7 +199,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
         settings["lr_final"] = settings["lr"] * last / first
     if settings["lr_final"] == 0 and settings["schedule"] == "exponential":
         raise ValueError("--lr-final: expected a number > 0 with --schedule exponential, got 0")
-    return args, settings
+    return args, settings, replicas
 
 
 def loaded(settings: dict[str, Any]) -> RWKV6:
@@ -189,13 +238,13 @@ def with_lora(model: RWKV6, rank: int, alpha: float) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def write(model: nn.Module, what: str, out: Path) -> str:
-    """Writes what was trained; returns the names of the files."""
+def write(model: nn.Module, trained: dict[str, Tensor], what: str, out: Path) -> str:
+    """Writes what was trained, of which ``trained`` are the tensors; returns the files' names."""
     if what == "state":
-        save({n: p for n, p in model.named_parameters() if p.requires_grad}, out / "state.pth")
+        save(trained, out / "state.pth")
         return "state.pth"
     if what == "full":
-        save(model, out / "model.pth")
+        save(trained, out / "model.pth")
         return "model.pth"
     model.save_pretrained(out / "lora", save_embedding_layers=False)
     save(model.merge_and_unload(), out / "model.pth")
@@ -204,46 +253,46 @@ def write(model: nn.Module, what: str, out: Path) -> str:
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
-    args, settings = parse(argv)
+    args, settings, replicas = parse(argv)
     lightning.seed_everything(settings["seed"], verbose=False)
     model = None if settings["model"] is None else loaded(settings)
     tokenizer, vocab_size = vocabulary(settings["tokenizer"], model)
     documents = read_documents(
         settings["data"], tokenizer, vocab_size, settings["sample_by"], args.workers
     )
-    data = DocumentData(
-        documents, settings["tokens"], settings["ctx_len"], settings["seed"], settings["val_share"]
-    )
+    names = ("tokens", "ctx_len", "seed", "val_share", "batch_size")
+    data = DocumentData(documents, *(settings[name] for name in names))
     if model is None:
         model = RWKV6(vocab_size, *(settings[name] for name in SIZES))
+    check_layers(model, args)
     model.gradient_checkpointing = args.grad_cp
     if settings["train"] == "lora":
         model = with_lora(model, settings["rank"], settings["alpha"])
     if settings["train"] == "state":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".att.time_state"))
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if args.compile:
         model.compile(dynamic=True)
     module = DocumentModel(model, settings)
 
-    trainer = trainer_of(args)
-    before = None
-    if args.resume is None:
-        (losses,) = trainer.validate(module, datamodule=data, verbose=False)
-        before = losses["val_loss"]
-    interrupted = train(trainer, args, module, data)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    files = write(model, settings["train"], args.out)
+    trainer = trainer_of(args, settings["batch_size"] // replicas)
+    before, interrupted = train(trainer, args, module, data, validate_first=True)
+    trained = gathered(model)
+    if not trainer.is_global_zero:
+        return
+    files = write(model, trained, settings["train"], args.out)
     after = float(trainer.callback_metrics["val_loss"])
+    checkpoint = checkpoint_of(args)
     print("validation loss, in bits per token")
     if before is not None:
         print(f"  before: {before / math.log(2):.3f}")
     print(
-        f"  step {trainer.global_step}, {trained:,} numbers trained: {after / math.log(2):.3f}\n"
-        f"written to {args.out}: {files}, last.ckpt, log"
+        f"  step {trainer.global_step}, {numbers:,} numbers trained: {after / math.log(2):.3f}\n"
+        f"written to {args.out}: {files}, {checkpoint.name}, log"
     )
     if interrupted:
-        raise interrupted(f"{cli.EARLY}: go on with --resume {args.out / 'last.ckpt'}")
+        raise interrupted(f"{cli.EARLY}: go on with --resume {checkpoint}")
 
 
 if __name__ == "__main__":

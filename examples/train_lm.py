@@ -5,6 +5,7 @@
     python examples/train_lm.py --data my.txt --steps 5000 --precision bf16-mixed
     python examples/train_lm.py --resume run/last.ckpt              # after Ctrl-C
     python examples/train_lm.py --resume run/last.ckpt --steps 3000 # or for longer
+    python examples/train_lm.py --devices 2                         # two processes share the lanes
     python examples/generate.py run/model.pth --prompt "And God said"
 
 Every lane of a batch reads its own stretch of the text, piece after piece, and the model's state
@@ -24,11 +25,21 @@ import cli
 import lightning
 import matplotlib
 import torch
+import torch.distributed as dist
 from corpus import read_text
-from text_data import TextData, bigram_bits, bytes_per_character, unigram_bits
+from text_data import TextData, bigram_bits, bytes_per_character, share_of, unigram_bits
 from text_model import LaneModel, loss_of, scheduled
 from torch import Tensor
-from training import add_run_options, settings_of, train, trainer_of
+from training import (
+    add_run_options,
+    check_layers,
+    checkpoint_of,
+    gathered,
+    settings_of,
+    share_out,
+    train,
+    trainer_of,
+)
 
 from torch_rwkv6.models import generate_text, load_tokenizer, save
 from torch_rwkv6.nn import RWKV6, RWKVState
@@ -65,9 +76,10 @@ class LanguageModel(LaneModel):
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         loss, self.val_state = loss_of(self.model, *batch, self.val_state)
         weight = batch[1].numel()  # the last piece is shorter
-        self.log("val_loss", loss, batch_size=weight)
+        options = {"batch_size": weight, "sync_dist": True}
+        self.log("val_loss", loss, **options)
         bits = loss / math.log(2) * bytes_per_character(self.trainer.datamodule.val_text)
-        self.log("val_bits_per_char", bits, prog_bar=True, batch_size=weight)
+        self.log("val_bits_per_char", bits, prog_bar=True, **options)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
@@ -93,6 +105,8 @@ class LanguageModel(LaneModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = self.state
+        if state is not None:
+            state = whole_state(state, self.trainer.world_size, self.tensor_parallel[1])
         checkpoint["train_state"] = None if state is None else tuple(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -100,8 +114,35 @@ class LanguageModel(LaneModel):
         self.state = None if state is None else RWKVState(*state)
 
     def on_train_start(self) -> None:
-        if self.state is not None:  # resumed: the checkpoint was read onto the CPU
-            self.state = self.state.to(self.device)
+        if self.state is not None:  # resumed: that of all lanes, and it was read onto the CPU
+            share = share_of(self.trainer.datamodule)
+            rank, num_replicas = share["rank"], share["num_replicas"]
+            state = own_state(self.state, rank, num_replicas, *self.tensor_parallel)
+            self.state = state.to(self.device)
+
+    @property
+    def tensor_parallel(self) -> tuple[int, int]:
+        """Rank and size of this process's tensor-parallel group."""
+        if self.device_mesh is None:
+            return 0, 1
+        mesh = self.device_mesh["tensor_parallel"]
+        return mesh.get_local_rank(), mesh.size()
+
+
+def whole_state(state: RWKVState, processes: int, size: int) -> RWKVState:
+    """That of all lanes, on the CPU; ``size`` processes after one another share their heads."""
+    every: list[Any] = [tuple(state.to("cpu"))] * processes
+    if processes > 1:
+        dist.all_gather_object(every, every[0])
+    groups = [[RWKVState(*x) for x in every[i : i + size]] for i in range(0, len(every), size)]
+    lanes = [group[0]._replace(wkv=torch.cat([x.wkv for x in group], 2)) for group in groups]
+    return RWKVState(*(torch.cat(x, 1) for x in zip(*lanes, strict=True)))
+
+
+def own_state(state: RWKVState, rank: int, num_replicas: int, index: int, size: int) -> RWKVState:
+    """What a process has of that of all lanes: those of its replica, of its heads in the group."""
+    state = RWKVState(*(x.chunk(num_replicas, 1)[rank] for x in state))
+    return state._replace(wkv=state.wkv.chunk(size, 2)[index])
 
 
 def plot_losses(logs: list[Path], image: Path) -> None:
@@ -142,13 +183,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--weight-decay", type=cli.number(least=0), default=0.01, help="of the matrices")
     add("--warmup", type=cli.integer(0), default=50, help="steps until the peak learning rate")
     args = parser.parse_args(argv)
+    replicas = share_out(args)
     settings = settings_of(parser, argv, args, inspect.signature(LanguageModel).parameters)
+    if settings["batch_size"] % replicas:
+        raise ValueError(
+            f"--batch-size: expected a multiple of the {replicas} processes that share it, got "
+            f"{settings['batch_size']}"
+        )
     lightning.seed_everything(args.seed, verbose=False)
     data = TextData(read_text(args.data), settings["batch_size"], settings["length"])
     module = LanguageModel(**settings)
+    check_layers(module.model, args)
     trainer = trainer_of(args)
-    interrupted = train(trainer, args, module, data)
-    weights = {name: x.detach().cpu() for name, x in module.model.state_dict().items()}
+    _, interrupted = train(trainer, args, module, data)
+    weights = gathered(module.model)
+    if not trainer.is_global_zero:
+        return
     save(weights, args.out / "model.pth")
     logs = [Path(trainer.logger.log_dir) / "metrics.csv"]
     if args.resume is not None:
@@ -161,10 +211,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{trainer.global_step}: {float(trainer.callback_metrics['val_bits_per_char']):.3f}\n"
         f"  bigram counts: {bigram_bits(data.train_text, data.val_text):.3f}\n"
         f"  unigram counts: {unigram_bits(data.train_text, data.val_text):.3f}\n"
-        f"written to {args.out}: model.pth, last.ckpt, loss.png, log"
+        f"written to {args.out}: model.pth, {checkpoint_of(args).name}, loss.png, log"
     )
     if interrupted:
-        raise interrupted(f"{cli.EARLY}: go on with --resume {args.out / 'last.ckpt'}")
+        raise interrupted(f"{cli.EARLY}: go on with --resume {checkpoint_of(args)}")
 
 
 if __name__ == "__main__":

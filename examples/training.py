@@ -4,47 +4,139 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import warnings
 from collections.abc import Iterable
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import cli
 import lightning
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from text_model import fit
+from lightning.pytorch.strategies import ModelParallelStrategy
+from text_model import TextModel, stopping
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from torch_rwkv6.models.checkpoint import read
+from torch_rwkv6.nn import RWKV
 
 # The screen is for the run: no tips of Lightning, and nothing about its and Matplotlib's insides.
 warnings.filterwarnings("ignore", module=r"lightning\.")
-for name in ("lightning.pytorch", "matplotlib"):
+warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # as it is meant to be
+for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed.tensor", "matplotlib"):
     logging.getLogger(name).setLevel(logging.ERROR)
+
+ACCELERATORS = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "tpu": XLAAccelerator}
+PROCESSES = ("strategy", "devices", "num_nodes", "tensor_parallel")  # options of `share_out`
+# A checkpoint is a file, or of fsdp2 a folder to which every process has written its part.
+FILE, FOLDER = "last.ckpt", "last.dcp"
+META = "meta.pt"  # in the folder: all but tensors
 
 
 def add_run_options(parser: cli.Parser, steps: int, val_every: int) -> None:
     """The options that every run has; the numbers are defaults."""
     add = parser.add_argument
     parser.add_output_folder("--out", default="run", help="folder for all results")
-    add("--resume", type=cli.input_file, help="a .ckpt of a run, to go on with its settings")
+    add("--resume", type=resumable, help=f"a {FILE} or {FOLDER}, to go on with the run's settings")
     add("--steps", type=cli.positive, default=steps, help="optimiser steps, of the whole run")
     add("--max-seconds", type=cli.seconds, help="stop after this time, whatever the step")
     add("--val-every", type=cli.positive, default=val_every, help="steps between validations")
     add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of Lightning")
     add("--accelerator", type=accelerator, default="cpu", help="cpu, gpu, auto: of Lightning")
+    add("--strategy", choices=("auto", "ddp", "fsdp2"), default="auto", help="of several processes:"
+        " ddp, as auto, gives each the whole model; fsdp2 shares it out")  # fmt: skip
+    add("--devices", type=cli.positive, help="processes of a machine: 1, or as torchrun starts")
+    add("--num-nodes", type=cli.positive, help="machines: 1, or as torchrun starts")
+    add("--tensor-parallel", type=cli.positive, default=1, help="of --strategy fsdp2: processes "
+        "that share every layer, and read the same")  # fmt: skip
 
 
 def accelerator(text: str) -> str:
     """An argparse type: an accelerator that Lightning finds on this machine."""
     here = ["auto", "cpu"]
-    for name, kind in (("cuda", CUDAAccelerator), ("mps", MPSAccelerator), ("tpu", XLAAccelerator)):
+    for name, kind in ACCELERATORS.items():
         if kind.is_available():
             here += [name] if name == "tpu" else [name, "gpu"]
     if text not in here:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(here)}, got {text!r}")
     return text
+
+
+def resumable(text: str) -> str:
+    """An argparse type: a checkpoint of a run, a file or a folder."""
+    if not Path(text).is_dir():
+        return cli.input_file(text)
+    if not Path(text, META).is_file():
+        raise argparse.ArgumentTypeError(
+            f"expected a training checkpoint of this program ({FILE} or {FOLDER}), got the folder "
+            f"{text}"
+        )
+    return text
+
+
+def share_out(args: argparse.Namespace) -> int:
+    """Completes the options of processes; returns how many replicas there are.
+
+    A replica is what reads data of its own: a process, or a tensor-parallel group of them.
+
+    Raises:
+        ValueError: they contradict one another, torchrun, or this machine.
+    """
+    torchrun = torch.distributed.is_torchelastic_launched()
+    started = {"devices": 1, "num_nodes": 1}
+    if torchrun:
+        local, every = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        started = {"devices": local, "num_nodes": every // local}
+    for name, value in started.items():
+        found = getattr(args, name)
+        if found is None:
+            setattr(args, name, value)
+        elif found != value and torchrun:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected {value}, as torchrun has started, got {found}")
+    if args.num_nodes > 1 and not torchrun and not SLURMEnvironment.detect():
+        raise ValueError(
+            f"--num-nodes: expected to be started by torchrun or srun on each of {args.num_nodes} "
+            "machines, got one process"
+        )
+    if args.accelerator != "cpu":
+        counts = [x.auto_device_count() for x in ACCELERATORS.values() if x.is_available()]
+        if counts and args.devices > max(counts):
+            raise ValueError(
+                f"--devices: expected at most {max(counts)}, as this machine has, got "
+                f"{args.devices}"
+            )
+    processes = args.devices * args.num_nodes
+    if args.strategy == "auto" and processes > 1:
+        args.strategy = "ddp"
+    if args.tensor_parallel > 1 and args.strategy != "fsdp2":
+        raise ValueError("--tensor-parallel: it is for --strategy fsdp2")
+    if processes % args.tensor_parallel:
+        raise ValueError(
+            f"--tensor-parallel: expected a divisor of {processes} processes, got "
+            f"{args.tensor_parallel}"
+        )
+    if args.resume is not None and Path(args.resume).is_dir() != (args.strategy == "fsdp2"):
+        wanted = "fsdp2" if Path(args.resume).is_dir() else "auto or ddp"
+        raise ValueError(f"--resume: {args.resume} goes on with --strategy {wanted}")
+    return processes // args.tensor_parallel
+
+
+def check_layers(model: RWKV, args: argparse.Namespace) -> None:
+    """Raises ValueError if tensor_parallel processes cannot share the layers of the model."""
+    att, ffn = model.blocks[0].att, model.blocks[0].ffn
+    sizes = {"heads": att.n_head, "hidden channels": ffn.key.out_features}
+    for name, size in sizes.items():
+        if size % args.tensor_parallel:
+            raise ValueError(
+                f"--tensor-parallel: expected a divisor of the model's {size} {name}, got "
+                f"{args.tensor_parallel}"
+            )
 
 
 def given(parser: cli.Parser, argv: list[str] | None, names: Iterable[str]) -> dict[str, Any]:
@@ -78,11 +170,12 @@ def settings_of(
     names = list(names)
     if args.resume is None:
         return {name: getattr(args, name) for name in names}
-    checkpoint = read(args.resume)
+    file = Path(args.resume)
+    checkpoint = read(file / META if file.is_dir() else file)
     settings = checkpoint.get("hyper_parameters")
     if not isinstance(settings, dict) or settings.keys() != set(names):
         raise ValueError(
-            f"--resume: expected a training checkpoint of this program (last.ckpt), got "
+            f"--resume: expected a training checkpoint of this program ({FILE}), got "
             f"{args.resume}, which has weights at most"
         )
     anew = given(parser, argv, names)
@@ -103,19 +196,31 @@ def settings_of(
     return settings
 
 
-def trainer_of(args: argparse.Namespace) -> lightning.Trainer:
-    """The trainer that the options of `add_run_options` ask for."""
+def trainer_of(args: argparse.Namespace, accumulate: int = 1) -> lightning.Trainer:
+    """The trainer that the options of `add_run_options` ask for.
+
+    Args:
+        args: complete, by `share_out`.
+        accumulate: batches whose gradients a step takes the mean of, in each process.
+    """
     val_every = min(args.val_every, args.steps)
     last = ModelCheckpoint(
         args.out, "last", every_n_train_steps=val_every, enable_version_counter=False
     )
+    last.FILE_EXTENSION = Path(checkpoint_of(args)).suffix
+    strategy: Any = args.strategy
+    if strategy == "fsdp2":
+        groups = args.devices * args.num_nodes // args.tensor_parallel
+        strategy = ModelParallelStrategy(groups, args.tensor_parallel)
     return lightning.Trainer(
         accelerator=args.accelerator,
-        devices=1,
+        strategy=strategy,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
         precision=args.precision,
         max_steps=args.steps,
-        max_time=None if args.max_seconds is None else timedelta(seconds=args.max_seconds),
-        val_check_interval=val_every,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=val_every * accumulate,  # in batches
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
@@ -126,19 +231,41 @@ def trainer_of(args: argparse.Namespace) -> lightning.Trainer:
     )
 
 
+def checkpoint_of(args: argparse.Namespace) -> Path:
+    """Where the run's checkpoint is written."""
+    return args.out / (FOLDER if args.strategy == "fsdp2" else FILE)
+
+
 def train(
     trainer: lightning.Trainer,
     args: argparse.Namespace,
-    module: lightning.LightningModule,
+    module: TextModel,
     data: lightning.LightningDataModule,
-) -> type[KeyboardInterrupt] | None:
-    """Trains, and validates at the end; returns as `fit`, whether it was interrupted.
+    validate_first: bool = False,
+) -> tuple[float | None, type[KeyboardInterrupt] | None]:
+    """Trains, and validates at the end.
 
-    Writes last.ckpt, from which a run can be resumed, and the losses as log/*/metrics.csv.
+    Writes `checkpoint_of`, from which a run can be resumed, and the losses as log/*/metrics.csv.
+
+    Returns:
+        The validation loss at first, if it was asked for and the run is not resumed; and why the
+        run was interrupted, if it was: see `stopping`.
     """
-    interrupted = fit(trainer, module, datamodule=data, ckpt_path=args.resume)
-    trainer.save_checkpoint(args.out / "last.ckpt")
-    validated = not interrupted and trainer.global_step % trainer.val_check_interval == 0
+    before = None
+    with stopping(trainer, args.max_seconds) as stop:
+        if validate_first and args.resume is None:
+            (losses,) = trainer.validate(module, datamodule=data, verbose=False)
+            before = losses["val_loss"]
+        trainer.fit(module, datamodule=data, ckpt_path=args.resume)
+    trainer.save_checkpoint(checkpoint_of(args))
+    val_every = trainer.val_check_interval // trainer.accumulate_grad_batches
+    validated = not stop.reason and trainer.global_step % val_every == 0
     if not validated or "val_loss" not in trainer.callback_metrics:
         trainer.validate(module, datamodule=data, verbose=False)
-    return interrupted
+    return before, stop.reason
+
+
+def gathered(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What is trained of a model, whole and on the CPU; all processes call it, the first has it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _work(rank: int, module: str, size: int, folder: str) -> None:
+def _work(rank: int, module: str, size: int, folder: str, seconds: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=seconds)  # as long as another process may be busy alone
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     torch.manual_seed(0)
     for name, run in importlib.import_module(module).CASES[size].items():
@@ -47,7 +47,7 @@ def run_cases(module: str, size: int, folder: Path, seconds: int) -> dict[str, s
     mp.set_forkserver_preload(["torch_rwkv6", module, "torch._dynamo"])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         processes = mp.start_processes(
-            _work, (module, size, str(folder)), size, join=False, start_method="forkserver"
+            _work, (module, size, str(folder), seconds), size, join=False, start_method="forkserver"
         )
     late = ""
     try:

@@ -1,10 +1,8 @@
-"""Long documents and several processes, as a user runs them; and what the examples share."""
+"""Long documents, as a user runs them; and what the examples share."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,6 @@ import corpus  # noqa: E402
 import generate  # noqa: E402
 import infctx  # noqa: E402
 import memory  # noqa: E402
-import strategies  # noqa: E402
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 import train  # noqa: E402
@@ -102,49 +99,17 @@ def test_peak_memory_is_that_of_what_lives_at_one_time() -> None:
     assert memory.peak_memory(three_at_a_time) == pytest.approx(12e6, rel=0.01)
 
 
-def test_several_processes_have_the_losses_of_one(text: Path) -> None:
-    environment = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    arguments = ["--data", str(text), "--steps", "8", "--batch-size", "4"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "strategies.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,  # a hang, however busy the machine
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step: loss of one process, DDP, FSDP2 x TP" in done.stdout
-    losses = re.findall(r"^  \d+: ([\d.]+) ([\d.]+) ([\d.]+)$", done.stdout, re.MULTILINE)
-    assert len(losses) == 8
-    for single, *several in losses:
-        for loss in several:
-            assert float(loss) == pytest.approx(float(single), rel=2e-5)
-    assert float(losses[-1][0]) < float(losses[0][0]) - 1
-    assert "MEMBER: 2/2" in done.stderr + done.stdout
-
-
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
         (infctx.main, ["--lr", "-1"], "--lr: expected a finite number > 0, got '-1'"),
         (infctx.main, ["--data", "five"], "the text has 5 bytes: too few for 4 lanes"),
-        (strategies.main, ["--data", "five"], "the text has 5 bytes: too few for 16 lanes"),
         (
-            strategies.main,
+            infctx.main,
             ["--seed", "4294967296"],
             "--seed: expected an integer of at most 4294967295",
         ),
         (infctx.main, ["--chunk", "-1"], "expected an integer of at least 1, got '-1'"),
-        (
-            strategies.main,
-            ["--batch-size", "3"],
-            "--batch-size: expected a multiple of --processes 2",
-        ),
-        (
-            strategies.main,
-            ["--tensor-parallel", "3"],
-            "--tensor-parallel: expected a divisor of --processes 2, got 3",
-        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

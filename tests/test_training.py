@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from one_line import assert_refused
 from torch.nn.functional import cross_entropy
 
-for package in ("datasets", "lightning", "peft"):
+for package in ("datasets", "lightning", "matplotlib", "peft"):
     pytest.importorskip(package, reason="the examples need torch_rwkv6[examples]")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # as running a script does
@@ -25,6 +30,7 @@ import documents  # noqa: E402
 import memory  # noqa: E402
 import text_model  # noqa: E402
 import train  # noqa: E402
+import train_lm  # noqa: E402
 from documents import IGNORED, DocumentData, Packs, Pieces, read_documents  # noqa: E402
 
 from torch_rwkv6.models import load, read, save  # noqa: E402
@@ -32,6 +38,7 @@ from torch_rwkv6.models import load, read, save  # noqa: E402
 CHECKPOINT = Path(__file__).parent / "data" / "rwkv6-kjv.pth"
 ROWS = [(f"What is {i} plus one? ", f"It is {i + 1}.") for i in range(120)]
 STEPS = 8
+SECONDS = 400  # for all cases of one launch
 SMALL = ["--ctx-len", "64", "--tokens", "160", "--tokenizer", "bytes", "--val-every", "4"]
 
 
@@ -42,12 +49,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+def write_rows(path: Path) -> Path:
     rows = ({"prompt": p, "completion": c} for p, c in ROWS)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl")
 
 
 def binidx(prefix: Path, texts: list[bytes], items: list[int] | None = None) -> Path:
@@ -226,6 +236,45 @@ def test_the_order_is_another_in_each_epoch_and_goes_on_anywhere() -> None:
             assert x[3:] == y[3:]
 
 
+@pytest.mark.parametrize(("step", "num_replicas"), [(1, 1), (3, 1), (2, 2), (6, 3)])
+def test_processes_share_out_the_packs_of_each_step(step: int, num_replicas: int) -> None:
+    found = some_documents()
+    pieces = Pieces.of(found, 16)
+    place = (1, 2)  # of a run that goes on
+    one_by_one = iter(Packs(found, pieces, 64, 5, *place))
+    shares = [
+        iter(Packs(found, pieces, 64, 5, *place, step=step, rank=rank, num_replicas=num_replicas))
+        for rank in range(num_replicas)
+    ]
+    for _ in range(20):  # steps, through several epochs
+        whole = list(itertools.islice(one_by_one, step))
+        packs = [list(itertools.islice(share, step // num_replicas)) for share in shares]
+        for pack in itertools.chain(*packs):
+            assert any(torch.equal(pack.tokens, other.tokens) for other in whole)
+        for own in packs:
+            assert {x[-2:] for x in own[:-1]} <= {place}
+            assert own[-1][-2:] == whole[-1][-2:]
+        place = whole[-1][-2:]
+        # the mean of the packs' means, by their weights, is the mean over what is learnt in a step
+        targets = [x.targets[x.targets != IGNORED].double() for x in whole]
+        means = [
+            x.weight * x.targets[x.targets != IGNORED].double().mean()
+            for x in itertools.chain(*packs)
+        ]
+        assert sum(means) / step == pytest.approx(torch.cat(targets).mean().item())
+
+
+def test_processes_validate_on_all_packs_and_as_many_each() -> None:
+    found = some_documents()
+    pieces = Pieces.of(found, 16)
+    whole = [x.targets for x in Packs(found, pieces, 64)]
+    assert len(whole) % 3 == 1
+    shares = [list(Packs(found, pieces, 64, step=3, rank=i, num_replicas=3)) for i in range(3)]
+    assert {len(x) for x in shares} == {len(whole) // 3 + 1}
+    learnt = [x.targets for share in shares for x in share if (x.targets != IGNORED).any()]
+    assert sorted(x.tolist() for x in learnt) == sorted(x.tolist() for x in whole)
+
+
 def test_a_document_in_a_pack_has_the_loss_and_gradient_that_it_has_alone(questions: Path) -> None:
     found = read_documents(str(questions), "bytes", 256)
     pack = next(iter(Packs(found, Pieces.of(found, 64), 160)))
@@ -324,6 +373,16 @@ def written(out: Path) -> dict[str, torch.Tensor]:
     """All tensors of the result."""
     files = [*out.glob("*.pth"), *out.glob("lora/*.safetensors")]
     return {f"{file.name} {name}": x for file in files for name, x in read(file).items()}
+
+
+def val_losses(out: Path) -> list[float]:
+    """All that the run, and those that went on with it, have logged."""
+    losses = []
+    for log in sorted(out.glob("log/version_*/metrics.csv")):
+        rows = [row.split(",") for row in log.read_text().splitlines()]
+        column = rows[0].index("val_loss")
+        losses += [float(row[column]) for row in rows[1:] if row[column]]
+    return losses
 
 
 @pytest.mark.parametrize(
@@ -427,9 +486,7 @@ def test_what_is_reported_is_what_the_files_do(
             bits[1].append(len(completion))
         losses.append(float(sum(bits[0])) / sum(bits[1]))
     assert losses[1] < losses[0] - 0.02
-    log = (whole(mode) / "log/version_0/metrics.csv").read_text().splitlines()
-    column = log[0].split(",").index("val_loss")
-    reported = [float(row.split(",")[column]) for row in log[1:] if row.split(",")[column]]
+    reported = val_losses(whole(mode))
     assert [reported[0], reported[-1]] == pytest.approx(losses, rel=1e-4)
 
 
@@ -500,6 +557,135 @@ def test_a_loss_that_is_not_finite_ends_training(
     assert not (tmp_path / "model.pth").exists()
 
 
+# ---- several processes
+
+DDP, FSDP2, HEADS = (
+    ["--strategy", "ddp"],
+    ["--strategy", "fsdp2"],
+    ["--strategy", "fsdp2", "--tensor-parallel", "2"],
+)
+
+
+class Runs:
+    """Runs of a program by this process, by one alone and as torchrun starts several."""
+
+    def __init__(self, main: Callable[[list[str]], int], folder: Path, options: list[str]) -> None:
+        self.main, self.folder = main, folder / main.__module__
+        self.start = [*options, "--val-every", "3", "--lr", "2e-2", "--steps", "6", "--out"]
+        alone: list[float] = []
+        if dist.get_rank() == 0:
+            assert self.run([*self.start, str(self.folder / "one")], alone) == 0
+        dist.barrier()
+        self.expected = every(alone)[0]
+        assert len(self.expected) == 6
+        assert self.expected[-1] < self.expected[0] - 1
+
+    def run(self, arguments: list[str], losses: list[float], stop_at: int = -1) -> int:
+        """Notes the losses; the second process is told to stop in the step ``stop_at``."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        record = text_model.TextModel.record
+
+        def recorded(module: text_model.TextModel, loss: torch.Tensor) -> None:
+            if rank == 1 and module.global_step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            record(module, loss)
+            losses.append(module.losses[-1])
+
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        launched = {n: str(x) for n, x in ranks.items()} | {"TORCHELASTIC_RUN_ID": "0"}
+        with (
+            mock.patch.dict(os.environ, launched if "--strategy" in arguments else {}),
+            mock.patch.object(text_model.TextModel, "record", recorded),
+        ):
+            return self.main(arguments)
+
+    def stop_and_go_on(self, first: list[str], then: list[str], name: str) -> Path:
+        """The folder of a run that was stopped, and has then learnt what one process has."""
+        out, whole = self.folder / first[1], self.folder / "one"
+        losses: list[float] = []
+        code = self.run([*self.start, str(out), *first], losses, stop_at=1)
+        assert code == (143, 0)[dist.get_rank()]
+        assert len(losses) == 2  # both stopped
+        resume = ["--resume", str(out / name), "--val-every", "3", "--out", str(out)]
+        resume += self.start[:2]  # --data
+        assert self.run([*resume, *then], losses) == 0
+        dist.barrier()
+        assert losses == pytest.approx(self.expected, rel=1e-4)
+        assert every(losses)[0] == every(losses)[1]
+        assert val_losses(out)[-2:] == pytest.approx(val_losses(whole)[-2:], rel=1e-4)
+        weights = read(whole / "model.pth")
+        found = read(out / "model.pth")
+        assert found.keys() == weights.keys()
+        for key, x in found.items():
+            torch.testing.assert_close(x, weights[key], rtol=1e-3, atol=1e-4)
+        return out
+
+
+def a_folder() -> Path:
+    """The same for all processes."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    return Path(folder[0])
+
+
+def documents_are_learnt_as_by_one_process() -> None:
+    folder = a_folder()
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    if dist.get_rank() == 0:
+        write_rows(folder / "questions.jsonl")
+    sizes = ["--n-layer", "1", "--n-embd", "32", "--head-size", "16", "--batch-size", "4"]
+    options = ["--data", str(folder / "questions.jsonl"), *SMALL, *sizes, "--val-share", "0.2"]
+    runs = Runs(train.main, folder, options)
+    out = runs.stop_and_go_on(DDP, DDP, "last.ckpt")
+    assert val_losses(out)[0] == pytest.approx(val_losses(runs.folder / "one")[0], rel=1e-5)
+    out = runs.stop_and_go_on(FSDP2, HEADS, "last.dcp")
+    weights = read(out / "model.pth")
+    model = load(out / "last.dcp")
+    assert all(torch.equal(x, weights[name]) for name, x in model.named_parameters())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def lanes_are_learnt_as_by_one_process() -> None:
+    folder = a_folder()
+    if dist.get_rank() == 0:
+        (folder / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 40)
+    sizes = ["--n-layer", "1", "--n-embd", "32", "--head-size", "16", "--batch-size", "4"]
+    options = ["--data", str(folder / "text.txt"), *sizes, "--lora-mix", "4", "--length", "8"]
+    with mock.patch.object(train_lm, "generate_text", return_value=["a sample"]):
+        runs = Runs(train_lm.main, folder, options)
+        out = runs.stop_and_go_on(FSDP2, HEADS, "last.dcp")
+    states = (
+        read(x)["train_state"] for x in (out / "last.dcp/meta.pt", runs.folder / "one/last.ckpt")
+    )
+    for x, y in zip(*states, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def every(x: list[float]) -> list[list[float]]:
+    """That of every process."""
+    found: list[list[float]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+CASES = {
+    2: {
+        x.__name__: x
+        for x in (documents_are_learnt_as_by_one_process, lanes_are_learnt_as_by_one_process)
+    }
+}
+
+
+@pytest.mark.parametrize("name", CASES[2])
+def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
+    assert not errors[2][name], errors[2][name]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -524,6 +710,36 @@ def test_a_loss_that_is_not_finite_ends_training(
         (["--model", CHECKPOINT, "--n-embd", "64"], "--n-embd: it is that of --model"),
         (["--model", CHECKPOINT, "--tokenizer", "world"], "--tokenizer: expected one of at most"),
         (["--tokenizer", "foo"], "tokenizer: expected bytes, world or a .json file"),
+        (
+            ["--devices", "2", "--batch-size", "3"],
+            "--batch-size: expected a multiple of the 2 proc",
+        ),
+        (["--strategy", "all"], "--strategy: invalid choice: 'all'"),
+        (["--tensor-parallel", "2"], "--tensor-parallel: it is for --strategy fsdp2"),
+        (["--num-nodes", "2"], "--num-nodes: expected to be started by torchrun or srun on each"),
+        ([*FSDP2, "--devices", "3", "--tensor-parallel", "2"], "expected a divisor of 3 processes"),
+        (
+            [
+                *FSDP2,
+                "--devices",
+                "3",
+                "--tensor-parallel",
+                "3",
+                "--data",
+                "x.txt",
+                "--n-embd",
+                "128",
+            ],
+            "--tensor-parallel: expected a divisor of the model's 2 heads, got 3",
+        ),
+        (
+            [*FSDP2, "--model", CHECKPOINT, "--train", "lora"],
+            "--strategy: fsdp2 is not for --train lora",
+        ),
+        ([*FSDP2, "--compile"], "--strategy: fsdp2 is not for --compile"),
+        (["--resume", "shards"], "--resume: shards goes on with --strategy fsdp2"),
+        ([*FSDP2, "--resume", CHECKPOINT], "goes on with --strategy auto or ddp"),
+        (["--resume", "."], "--resume: expected a training checkpoint of this program"),
         (["--n-embd", "100"], "--head-size: expected a divisor of --n-embd 100, got 64"),
     ],
     ids=lambda x: (
@@ -536,5 +752,8 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     Path("x.csv").write_text("text")
     Path("one.txt").write_text("five")
+    Path("x.txt").write_text("one\n\ntwo")
+    Path("shards").mkdir()
+    torch.save({}, "shards/meta.pt")
     start = ["--data", "one.txt", "--tokenizer", "bytes"]  # what comes later counts
     assert_refused(train.main, "train.py", [*start, *map(str, arguments)], message, capsys)
