@@ -49,15 +49,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def write_rows(path: Path) -> Path:
-    rows = ({"prompt": p, "completion": c} for p, c in ROWS)
+def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
+    rows = ({"prompt": p, "completion": c} for p, c in rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl")
+    return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl", ROWS)
 
 
 def binidx(prefix: Path, texts: list[bytes], items: list[int] | None = None) -> Path:
@@ -490,6 +490,32 @@ def test_what_is_reported_is_what_the_files_do(
     assert [reported[0], reported[-1]] == pytest.approx(losses, rel=1e-4)
 
 
+def test_the_loss_of_a_step_is_the_mean_over_what_is_learnt_in_all_its_packs(
+    base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+    record = train.DocumentModel.record
+    monkeypatch.setattr(
+        train.DocumentModel,
+        "record",
+        lambda module, loss: (losses.append(loss.item()), record(module, loss)),
+    )
+    options = ["--model", base, "--batch-size", "3", "--steps", "1", "--tokens", "70"]
+    assert run(tmp_path, "--data", questions, *options) == 0
+    found = read_documents(str(questions), "bytes", 256)
+    packs = DocumentData(found, 70, 64, seed=0, val_share=0.02).train_dataloader()
+    model, sums, learnt = load(base), [], []
+    for pack in itertools.islice(packs, 3):
+        with torch.no_grad():
+            logits, _ = model(pack.tokens, cu_seqlens=pack.cu_seqlens)
+        sums.append(cross_entropy(logits[0], pack.targets[0], reduction="sum").item())
+        learnt.append(int((pack.targets != IGNORED).sum()))
+    expected = sum(sums) / sum(learnt)
+    of_means = sum(x / n for x, n in zip(sums, learnt, strict=True)) / 3
+    assert of_means != pytest.approx(expected, rel=1e-4)
+    assert losses == [pytest.approx(expected, rel=1e-6)]
+
+
 def test_gradient_checkpointing(
     whole: Callable[[str], Path], base: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -571,13 +597,13 @@ class Runs:
 
     def __init__(self, main: Callable[[list[str]], int], folder: Path, options: list[str]) -> None:
         self.main, self.folder = main, folder / main.__module__
-        self.start = [*options, "--val-every", "3", "--lr", "2e-2", "--steps", "6", "--out"]
+        self.start = [*options, "--val-every", "2", "--lr", "3e-2", "--steps", "4", "--out"]
         alone: list[float] = []
         if dist.get_rank() == 0:
             assert self.run([*self.start, str(self.folder / "one")], alone) == 0
         dist.barrier()
         self.expected = every(alone)[0]
-        assert len(self.expected) == 6
+        assert len(self.expected) == 4
         assert self.expected[-1] < self.expected[0] - 1
 
     def run(self, arguments: list[str], losses: list[float], stop_at: int = -1) -> int:
@@ -606,7 +632,7 @@ class Runs:
         code = self.run([*self.start, str(out), *first], losses, stop_at=1)
         assert code == (143, 0)[dist.get_rank()]
         assert len(losses) == 2  # both stopped
-        resume = ["--resume", str(out / name), "--val-every", "3", "--out", str(out)]
+        resume = ["--resume", str(out / name), "--val-every", "2", "--out", str(out)]
         resume += self.start[:2]  # --data
         assert self.run([*resume, *then], losses) == 0
         dist.barrier()
@@ -632,9 +658,11 @@ def documents_are_learnt_as_by_one_process() -> None:
     folder = a_folder()
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     if dist.get_rank() == 0:
-        write_rows(folder / "questions.jsonl")
+        # as long as one another: torch plans for every number of tokens once
+        rows = [(f"What is {i} plus one? ", f"It is {i + 1}.") for i in range(100, 220)]
+        write_rows(folder / "questions.jsonl", rows)
     sizes = ["--n-layer", "1", "--n-embd", "32", "--head-size", "16", "--batch-size", "4"]
-    options = ["--data", str(folder / "questions.jsonl"), *SMALL, *sizes, "--val-share", "0.2"]
+    options = ["--data", str(folder / "questions.jsonl"), *SMALL, *sizes, "--val-share", "0.1"]
     runs = Runs(train.main, folder, options)
     out = runs.stop_and_go_on(DDP, DDP, "last.ckpt")
     assert val_losses(out)[0] == pytest.approx(val_losses(runs.folder / "one")[0], rel=1e-5)
