@@ -592,24 +592,30 @@ DDP, FSDP2, HEADS = (
 )
 
 
+Steps = list[tuple[float, float]]  # the loss of each, and the norm of its gradient
+
+
 class Runs:
     """Runs of a program by this process, by one alone and as torchrun starts several."""
 
     def __init__(self, main: Callable[[list[str]], int], folder: Path, options: list[str]) -> None:
         self.main, self.folder = main, folder / main.__module__
         self.start = [*options, "--val-every", "2", "--lr", "3e-2", "--steps", "4", "--out"]
-        alone: list[float] = []
+        alone: Steps = []
         if dist.get_rank() == 0:
             assert self.run([*self.start, str(self.folder / "one")], alone) == 0
         dist.barrier()
         self.expected = every(alone)[0]
-        assert len(self.expected) == 4
-        assert self.expected[-1] < self.expected[0] - 1
+        losses, norms = zip(*self.expected, strict=True)
+        assert len(losses) == 4
+        assert losses[-1] < losses[0] - 1
+        assert max(norms) > 1.5 * min(norms) > 1.5  # of gradients, which are clipped to 1
 
-    def run(self, arguments: list[str], losses: list[float], stop_at: int = -1) -> int:
-        """Notes the losses; the second process is told to stop in the step ``stop_at``."""
+    def run(self, arguments: list[str], steps: Steps, stop_at: int = -1) -> int:
+        """Notes the steps; the second process is told to stop in the step ``stop_at``."""
         rank, size = dist.get_rank(), dist.get_world_size()
-        record = text_model.TextModel.record
+        record, clip = text_model.TextModel.record, torch.nn.utils.clip_grad_norm_
+        losses: list[float] = []
 
         def recorded(module: text_model.TextModel, loss: torch.Tensor) -> None:
             if rank == 1 and module.global_step == stop_at:
@@ -617,27 +623,35 @@ class Runs:
             record(module, loss)
             losses.append(module.losses[-1])
 
+        def clipped(*arguments: object, **options: object) -> torch.Tensor:
+            norm = clip(*arguments, **options)
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            steps.append((losses[-1], whole.item()))
+            return norm
+
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         launched = {n: str(x) for n, x in ranks.items()} | {"TORCHELASTIC_RUN_ID": "0"}
         with (
             mock.patch.dict(os.environ, launched if "--strategy" in arguments else {}),
             mock.patch.object(text_model.TextModel, "record", recorded),
+            mock.patch.object(torch.nn.utils, "clip_grad_norm_", clipped),
         ):
             return self.main(arguments)
 
     def stop_and_go_on(self, first: list[str], then: list[str], name: str) -> Path:
         """The folder of a run that was stopped, and has then learnt what one process has."""
         out, whole = self.folder / first[1], self.folder / "one"
-        losses: list[float] = []
-        code = self.run([*self.start, str(out), *first], losses, stop_at=1)
+        steps: Steps = []
+        code = self.run([*self.start, str(out), *first], steps, stop_at=1)
         assert code == (143, 0)[dist.get_rank()]
-        assert len(losses) == 2  # both stopped
+        assert len(steps) == 2  # both stopped
         resume = ["--resume", str(out / name), "--val-every", "2", "--out", str(out)]
         resume += self.start[:2]  # --data
-        assert self.run([*resume, *then], losses) == 0
+        assert self.run([*resume, *then], steps) == 0
         dist.barrier()
-        assert losses == pytest.approx(self.expected, rel=1e-4)
-        assert every(losses)[0] == every(losses)[1]
+        assert every(steps)[0] == every(steps)[1]
+        for found, expected in zip(steps, self.expected, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
         assert val_losses(out)[-2:] == pytest.approx(val_losses(whole)[-2:], rel=1e-4)
         weights = read(whole / "model.pth")
         found = read(out / "model.pth")
@@ -694,9 +708,9 @@ def lanes_are_learnt_as_by_one_process() -> None:
         shutil.rmtree(folder)
 
 
-def every(x: list[float]) -> list[list[float]]:
+def every(x: Steps) -> list[Steps]:
     """That of every process."""
-    found: list[list[float]] = [[]] * dist.get_world_size()
+    found: list[Steps] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, x)
     return found
 
