@@ -17,8 +17,9 @@ export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
 # Enough to develop with: machine code for two generations of GPUs, made from one PTX, which runs on
 # all later ones too. (To make 9.0's own, which is no different, would take half a minute.) A wheel
 # gets all architectures. The tests run the PTX in an interpreter, which reads it as text.
-export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
-export NVCC_APPEND_FLAGS ?= --no-compress -gencode arch=compute_80,code=sm_90
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0
+export RWKV6_PTX ?= 8.0
+export NVCC_APPEND_FLAGS ?= --no-compress
 # Of nvcc and of the C++ compiler beside it, each.
 export MAX_JOBS ?= $(shell nproc)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -125,6 +126,7 @@ build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kerne
 
 # One wheel, for every Python and torch that we support, and for glibc 2.28 as torch itself.
 wheel: export TORCH_CUDA_ARCH_LIST :=
+wheel: export RWKV6_PTX :=
 wheel: export NVCC_APPEND_FLAGS :=
 wheel: export RWKV6_CUDA := 1
 wheel: export RWKV6_GLIBC := 2.28
@@ -185,8 +187,9 @@ PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 
 # The largest of the other packages come beside the demo's: alone, since what they depend on may be
 # the demo's too. With everything else, pip then sees to that.
+LARGEST := tensorflow|transformers|onnx|mypy|ruff|clang-format
 .venv/largest-installed: .venv/created requirements-dev.txt
-	@mkdir -p build && grep -E '^(tensorflow|onnx|transformers)' requirements-dev.txt > build/largest.txt
+	@mkdir -p build && grep -E '^($(LARGEST))' requirements-dev.txt > build/largest.txt
 	$(PIP_INSTALL) --no-deps -r build/largest.txt
 	touch $@
 
@@ -196,8 +199,11 @@ PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 		> build/demo.log 2>&1 || { cat build/demo.log; exit 1; }
 	@touch $@
 
-.venv/installed: .venv/demo-installed .venv/largest-installed requirements-dev.txt
+.venv/installed: .venv/demo-installed .venv/largest-installed .venv/xla-headers requirements-dev.txt
 	$(PIP_INSTALL) -r requirements-dev.txt
+	touch $@
+
+.venv/xla-headers: .venv/created
 	$(BIN)/python -m pip download -q --no-deps -d build/jaxlib jaxlib==$(OLDEST_JAXLIB)
 	$(BIN)/python -c '$(HEADERS_ALONE)'
 	rm -r build/jaxlib

@@ -123,3 +123,4 @@ def _peak() -> int | None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    os._exit(0)  # to take a package with its threads and compilers apart takes seconds

@@ -505,7 +505,7 @@ def test_a_gpu_without_code_is_named(sm_80):
     with sm_80.runtime.settings(cc=75), pytest.raises(RuntimeError) as error:
         sm_80.forward(random_call())
     assert "CUDA device 0 has compute capability 7.5" in str(error.value)
-    assert "it was built for 8.0, 9.0" in str(error.value)
+    assert "it was built for 8.0 (" in str(error.value)
 
 
 @pytest.mark.parametrize(("driver", "runs"), [(0, True), (12040, False), (13000, True)])
