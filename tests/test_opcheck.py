@@ -37,11 +37,13 @@ def test_wkv_requires_grad_combinations(which):
     )
 
 
+ALWAYS = ["test_schema", "test_autograd_registration", "test_faketensor"]
 GIVEN = ["both", "grad_y", "grad_final_state", "neither"]
 
 
 # The second derivative is traced operation by operation, which takes seconds. Which gradients are
-# given and how sequences begin are independent in it, and so is where packed sequences begin.
+# given and how sequences begin are independent in it, and so is where packed sequences begin. Sizes
+# that are symbols are traced for two kinds of sequences.
 TRACED_TWICE = [name for name in SAMPLES if not name.startswith("packed, s") or "map" in name]
 BACKWARD = [
     pytest.param(name, given, grad, id=f"{name}-{given}-{'grad' if grad else 'no grad'}")
@@ -58,7 +60,13 @@ def test_wkv_backward(name, given, needs_grad):
         g.requires_grad_(needs_grad) if given in ("both", n) else None
         for n, g in zip(("grad_y", "grad_final_state"), call.grad_outputs(), strict=True)
     ]
-    torch.library.opcheck(torch.ops.rwkv6.wkv_backward.default, (*grads, *call.args()))
+    symbolic = not needs_grad or name in ("shared state", "packed, state map")
+    sizes = "dynamic" if symbolic else "static"
+    torch.library.opcheck(
+        torch.ops.rwkv6.wkv_backward.default,
+        (*grads, *call.args()),
+        test_utils=[*ALWAYS, f"test_aot_dispatch_{sizes}"],
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLES)
