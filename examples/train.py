@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from training import (
     PROCESSES,
     add_run_options,
+    check_batch_size,
     check_layers,
     checkpoint_of,
     gathered,
@@ -169,11 +170,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], i
     format_of(settings["data"])
     if settings["batch_size"] is None:
         settings["batch_size"] = replicas
-    if settings["batch_size"] % replicas:
-        raise ValueError(
-            f"--batch-size: expected a multiple of the {replicas} processes that share it, got "
-            f"{settings['batch_size']}"
-        )
+    check_batch_size(settings["batch_size"], replicas)
     if args.strategy == "fsdp2" and settings["train"] == "lora":
         raise ValueError("--strategy: fsdp2 is not for --train lora; ddp is")
     if args.strategy == "fsdp2" and args.compile:

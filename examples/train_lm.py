@@ -32,6 +32,7 @@ from text_model import LaneModel, loss_of, scheduled
 from torch import Tensor
 from training import (
     add_run_options,
+    check_batch_size,
     check_layers,
     checkpoint_of,
     gathered,
@@ -185,11 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     replicas = share_out(args)
     settings = settings_of(parser, argv, args, inspect.signature(LanguageModel).parameters)
-    if settings["batch_size"] % replicas:
-        raise ValueError(
-            f"--batch-size: expected a multiple of the {replicas} processes that share it, got "
-            f"{settings['batch_size']}"
-        )
+    check_batch_size(settings["batch_size"], replicas)
     lightning.seed_everything(args.seed, verbose=False)
     data = TextData(read_text(args.data), settings["batch_size"], settings["length"])
     module = LanguageModel(**settings)

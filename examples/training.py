@@ -127,6 +127,15 @@ def share_out(args: argparse.Namespace) -> int:
     return processes // args.tensor_parallel
 
 
+def check_batch_size(batch_size: int, replicas: int) -> None:
+    """Raises ValueError if the replicas cannot share a batch evenly."""
+    if batch_size % replicas:
+        raise ValueError(
+            f"--batch-size: expected a multiple of the {replicas} processes that share it, got "
+            f"{batch_size}"
+        )
+
+
 def check_layers(model: RWKV, args: argparse.Namespace) -> None:
     """Raises ValueError if tensor_parallel processes cannot share the layers of the model."""
     att, ffn = model.blocks[0].att, model.blocks[0].ffn
