@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import warnings
@@ -15,14 +16,24 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from text_model import TextModel, stopping
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from torch_rwkv6.files import put_back, remove_parts, written
 from torch_rwkv6.models.checkpoint import read
+from torch_rwkv6.models.sharded import read_sharded
 from torch_rwkv6.nn import RWKV
 
 # The screen is for the run: no tips of Lightning, and nothing about its and Matplotlib's insides.
@@ -33,9 +44,10 @@ for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed.tensor"
 
 ACCELERATORS = {"cuda": CUDAAccelerator, "mps": MPSAccelerator, "tpu": XLAAccelerator}
 PROCESSES = ("strategy", "devices", "num_nodes", "tensor_parallel")  # options of `share_out`
-# A checkpoint is a file, or of fsdp2 a folder to which every process has written its part.
+# A checkpoint is a file, or of fsdp2 a folder to which every process has written its part. Runs of
+# all kinds go on with both.
 FILE, FOLDER = "last.ckpt", "last.dcp"
-META = "meta.pt"  # in the folder: all but tensors
+META = "meta.pt"  # in the folder: all but the model's and the optimizer's state
 
 
 def add_run_options(parser: cli.Parser, steps: int, val_every: int) -> None:
@@ -69,6 +81,7 @@ def accelerator(text: str) -> str:
 
 def resumable(text: str) -> str:
     """An argparse type: a checkpoint of a run, a file or a folder."""
+    put_back(cli.path(text))
     if not Path(text).is_dir():
         return cli.input_file(text)
     if not Path(text, META).is_file():
@@ -121,9 +134,6 @@ def share_out(args: argparse.Namespace) -> int:
             f"--tensor-parallel: expected a divisor of {processes} processes, got "
             f"{args.tensor_parallel}"
         )
-    if args.resume is not None and Path(args.resume).is_dir() != (args.strategy == "fsdp2"):
-        wanted = "fsdp2" if Path(args.resume).is_dir() else "auto or ddp"
-        raise ValueError(f"--resume: {args.resume} goes on with --strategy {wanted}")
     return processes // args.tensor_parallel
 
 
@@ -205,6 +215,89 @@ def settings_of(
     return settings
 
 
+class Files(TorchCheckpointIO):
+    """Reads checkpoints of both forms for a process that has the whole model, and writes files."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        remove_parts(Path(path).parent)
+        with written(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        folder = Path(path)
+        if not folder.is_dir():
+            return read(folder)
+        state = read_sharded(folder, lambda names: names["state_dict"])
+        return {**read(folder / META), "state_dict": state, "optimizer_states": []}
+
+
+class OptimizerOfFolder(lightning.Callback):
+    """Reads the optimizer's state, which `Files` does not, for a run that goes on with a folder."""
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        folder = trainer.ckpt_path
+        if folder is None or not Path(folder).is_dir():
+            return
+        (optimizer,) = trainer.optimizers
+        state = {"optimizer_0": get_optimizer_state_dict(module, optimizer)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that no other process takes part
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
+        set_optimizer_state_dict(module, optimizer, state["optimizer_0"])
+
+
+class Folders(ModelParallelStrategy):
+    """FSDP2 and tensor parallel. Reads checkpoints of both forms, and writes folders."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        whole: Any = contextlib.nullcontext()
+        if self.is_global_zero:
+            remove_parts(Path(filepath).parent)
+            whole = written(Path(filepath), folder=True)
+        with whole as part:
+            try:
+                super().save_checkpoint(checkpoint, self.broadcast(part), storage_options)
+            except dcp.api.CheckpointException as error:  # which is no Exception
+                why, _ = next(iter(error.failures.values()))
+                raise why from error
+            self.barrier()  # now every process has written
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return super().load_checkpoint(path, *args, **options)
+        checkpoint = read(path)
+        whole = StateDictOptions(full_state_dict=True, strict=self.lightning_module.strict_loading)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=whole)
+        (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
+        # files number the parameters in the optimizer's order, which is not the model's
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        groups = [g | {"params": [order[i] for i in g["params"]]} for g in state["param_groups"]]
+        moments = {order[i]: x for i, x in state["state"].items()}
+        by_name = {"state": moments, "param_groups": groups}
+        set_optimizer_state_dict(self.model, optimizer, by_name, options=whole)
+        return checkpoint
+
+
+class Steps(TQDMProgressBar):
+    """Shows the steps that are done, of all of the run; documents and lanes of text have no end."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        bar = self.train_progress_bar
+        bar.reset(trainer.max_steps)
+        bar.n = bar.initial = trainer.global_step
+        bar.set_description("Step")
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, *batch: Any
+    ) -> None:
+        super().on_train_batch_end(trainer, module, *batch[:-1], trainer.global_step - 1)
+
+
 def trainer_of(args: argparse.Namespace, accumulate: int = 1) -> lightning.Trainer:
     """The trainer that the options of `add_run_options` ask for.
 
@@ -217,10 +310,14 @@ def trainer_of(args: argparse.Namespace, accumulate: int = 1) -> lightning.Train
         args.out, "last", every_n_train_steps=val_every, enable_version_counter=False
     )
     last.FILE_EXTENSION = Path(checkpoint_of(args)).suffix
+    callbacks, plugins = [last, Steps()], []
     strategy: Any = args.strategy
     if strategy == "fsdp2":
         groups = args.devices * args.num_nodes // args.tensor_parallel
-        strategy = ModelParallelStrategy(groups, args.tensor_parallel)
+        strategy = Folders(groups, args.tensor_parallel)
+    else:
+        callbacks.append(OptimizerOfFolder())
+        plugins.append(Files())
     return lightning.Trainer(
         accelerator=args.accelerator,
         strategy=strategy,
@@ -235,7 +332,8 @@ def trainer_of(args: argparse.Namespace, accumulate: int = 1) -> lightning.Train
         gradient_clip_val=1.0,
         log_every_n_steps=10,
         logger=CSVLogger(args.out, name="log"),
-        callbacks=[last],
+        callbacks=callbacks,
+        plugins=plugins,
         enable_model_summary=False,
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["StrPath", "device_named", "file_to_write", "read_tensors", "write_tensors", "written"]
+__all__ = [
+    "StrPath",
+    "device_named",
+    "file_to_write",
+    "put_back",
+    "read_tensors",
+    "remove_parts",
+    "write_tensors",
+    "written",
+]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -52,10 +62,16 @@ def file_to_write(path: StrPath) -> Path:
 
 
 @contextlib.contextmanager
-def written(target: Path) -> Iterator[Path]:
+def written(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """Yields a temporary file, which replaces `target` when the block has written it completely.
 
-    If writing fails, an existing target stays as it was. Its permissions and links to it are kept.
+    If writing fails, or the process is killed, an existing target stays as it was. Its permissions
+    and links to it are kept.
+
+    Args:
+        target: of `file_to_write`.
+        folder: whether the target is a folder, and an empty one is yielded. As a folder cannot
+            take the place of another in one step, `put_back` completes what a kill has interrupted.
 
     Raises:
         OSError: whatever went wrong with writing.
@@ -63,12 +79,21 @@ def written(target: Path) -> Iterator[Path]:
     final = target.resolve()
     part = final.with_name(f".{final.name}.{os.getpid()}.part")
     try:
-        part.touch()
+        _remove(part)  # of a process that was killed, and had the same number
+        part.mkdir() if folder else part.touch()
         model = final if final.exists() else part
         mode = model.stat().st_mode
         yield part
         part.chmod(mode)  # safetensors makes its files for the owner alone
-        part.replace(final)
+        if folder:
+            old = _aside(final)
+            _remove(old)
+            with contextlib.suppress(FileNotFoundError):
+                final.rename(old)
+            part.rename(final)
+            _remove(old)
+        else:
+            part.replace(final)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # torch.save and safetensors have exceptions of their own for it
@@ -76,7 +101,34 @@ def written(target: Path) -> Iterator[Path]:
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"cannot be written: {reason}", os.fspath(target)) from error
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def put_back(target: Path) -> None:
+    """Has the folder in its place again if a kill came just when `written` replaced it."""
+    final = target.resolve()
+    if not final.exists():
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another process did it
+            _aside(final).rename(final)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed processes have left of `written` in a folder; none may write there now."""
+    for part in folder.glob(".*.[0-9]*.part"):
+        _remove(part)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder stands while a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
