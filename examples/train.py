@@ -65,11 +65,11 @@ class DocumentModel(TextModel):
     """Next-token prediction on packed documents.
 
     Args:
-        model: an `RWKV6`, perhaps with a LoRA.
+        model: perhaps with a LoRA.
         settings: of `settings_of`; kept in the checkpoint.
     """
 
-    def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
+    def __init__(self, model: RWKV6, settings: dict[str, Any]) -> None:
         super().__init__(model, settings["lr"], settings["steps"])
         self.save_hyperparameters(settings)
         self.strict_loading = False  # what is not trained is not in the checkpoints
@@ -171,10 +171,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], i
     if settings["batch_size"] is None:
         settings["batch_size"] = replicas
     check_batch_size(settings["batch_size"], replicas)
-    if args.strategy == "fsdp2" and settings["train"] == "lora":
-        raise ValueError("--strategy: fsdp2 is not for --train lora; ddp is")
-    if args.strategy == "fsdp2" and args.compile:
-        raise ValueError("--strategy: fsdp2 is not for --compile; ddp is")
+    if args.tensor_parallel > 1 and settings["train"] == "lora":
+        raise ValueError("--tensor-parallel: it is not for --train lora; fsdp2 without it is")
     if settings["model"] is None and settings["train"] != "full":
         raise ValueError(f"--train: {settings['train']} needs a --model to start from")
     for name in SIZES if settings["model"] is not None else ():
@@ -228,23 +226,37 @@ def vocabulary(tokenizer: str | None, model: RWKV6 | None) -> tuple[str, int]:
 
 
 def with_lora(model: RWKV6, rank: int, alpha: float) -> nn.Module:
-    """The model with a LoRA beside every matrix of its layers; the LoRA alone is trained."""
+    """Puts a LoRA beside every matrix of the model's layers, in place; the LoRA alone is trained.
+
+    Returns:
+        peft's model around it, which can write the LoRA.
+    """
     from peft import LoraConfig, get_peft_model  # seconds, as it imports transformers
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
     return get_peft_model(model, config)
 
 
-def write(model: nn.Module, trained: dict[str, Tensor], what: str, out: Path) -> str:
-    """Writes what was trained, of which ``trained`` are the tensors; returns the files' names."""
-    if what == "state":
+def write(
+    trained: dict[str, Tensor], settings: dict[str, Any], adapted: nn.Module | None, out: Path
+) -> str:
+    """Writes what was trained; returns the files' names.
+
+    Args:
+        trained: its tensors, whole.
+        adapted: of `with_lora`, if a LoRA was trained.
+    """
+    if settings["train"] == "state":
         save(trained, out / "state.pth")
         return "state.pth"
-    if what == "full":
+    if adapted is None:
         save(trained, out / "model.pth")
         return "model.pth"
-    model.save_pretrained(out / "lora", save_embedding_layers=False)
-    save(model.merge_and_unload(), out / "model.pth")
+    prefix = "base_model.model."  # peft's, of the names of the model inside
+    tensors = {prefix + name: x for name, x in trained.items()}
+    adapted.save_pretrained(out / "lora", state_dict=tensors, save_embedding_layers=False)
+    merged = load(settings["model"], dtype=torch.float32, lora=out / "lora")
+    save(merged, out / "model.pth")
     return "lora, model.pth (merged)"
 
 
@@ -263,8 +275,9 @@ def main(argv: list[str] | None = None) -> None:
         model = RWKV6(vocab_size, *(settings[name] for name in SIZES))
     check_layers(model, args)
     model.gradient_checkpointing = args.grad_cp
+    adapted = None
     if settings["train"] == "lora":
-        model = with_lora(model, settings["rank"], settings["alpha"])
+        adapted = with_lora(model, settings["rank"], settings["alpha"])
     if settings["train"] == "state":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".att.time_state"))
@@ -278,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = gathered(model)
     if not trainer.is_global_zero:
         return
-    files = write(model, trained, settings["train"], args.out)
+    files = write(trained, settings, adapted, args.out)
     after = float(trainer.callback_metrics["val_loss"])
     checkpoint = checkpoint_of(args)
     print("validation loss, in bits per token")

@@ -39,6 +39,7 @@ from torch_rwkv6.nn import RWKV
 # The screen is for the run: no tips of Lightning, and nothing about its and Matplotlib's insides.
 warnings.filterwarnings("ignore", module=r"lightning\.")
 warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # as it is meant to be
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # views: nothing changes them in place
 for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed.tensor", "matplotlib"):
     logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
+import signal
 import stat
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torch_rwkv6.__main__ import main
-from torch_rwkv6.files import file_to_write
+from torch_rwkv6.files import file_to_write, put_back, remove_parts, written
 from torch_rwkv6.models import load, read, save
 from torch_rwkv6.nn import RWKV, RWKV5, RWKV6
 
@@ -632,12 +636,68 @@ def test_a_folder_of_torch_distributed_checkpoint(
     with pytest.raises(ValueError, match="flat is no checkpoint, or a damaged one: "):
         load(folder)
     metadata.write_bytes(good)
+    for error in (
+        MemoryError("no more"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        with (
+            mock.patch.object(torch, "load", side_effect=error),
+            pytest.raises(type(error)) as raised,
+        ):
+            load(folder)
+        assert raised.value is error
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(ValueError, match="flat is no checkpoint, or a damaged one: "):
         load(folder)
 
 
 # ---- writing
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_a_kill_at_any_moment_leaves_all_of_the_old_or_of_the_new(
+    folder: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+
+    def write(content: str) -> None:
+        with written(target, folder=folder) as part:
+            for file in (part / "a", part / "b") if folder else (part,):
+                file.write_text(content)
+
+    def found() -> set[str]:
+        return {x.read_text() for x in ((target / "a", target / "b") if folder else (target,))}
+
+    def kill_at(moment: int) -> int:
+        """Has a process write the new one until it is about to open, rename or remove a file."""
+        child = os.fork()
+        if child == 0:
+            moments = itertools.count()
+
+            def hook(event: str, _: object) -> None:
+                if event == "open" or event.startswith(("os.", "shutil.")):
+                    if next(moments) == moment:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            write("new")
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    outcomes = []
+    for moment in itertools.count():
+        write("old")
+        assert [p.name for p in tmp_path.iterdir()] == ["target"]
+        code = kill_at(moment)
+        put_back(target)
+        outcomes.append(found())
+        remove_parts(tmp_path)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    news = outcomes.index({"new"})
+    assert news >= 4
+    assert outcomes == [{"old"}] * news + [{"new"}] * (len(outcomes) - news)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -676,7 +736,6 @@ def test_where_no_file_can_be(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_disk_that_is_full(suffix: str, tmp_path: Path) -> None:
     import resource
-    import signal
 
     path = tmp_path / f"model.{suffix}"
     save(random_model("4"), path)

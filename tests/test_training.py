@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import itertools
 import json
 import os
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from one_line import assert_refused
 from torch.nn.functional import cross_entropy
 
@@ -436,6 +440,39 @@ def test_resuming_equals_not_having_stopped(
         assert torch.equal(batch.tokens, other.tokens)
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    whole: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "last.ckpt"
+    shutil.copy(whole("state") / "last.ckpt", file)
+    (tmp_path / ".last.ckpt.99.part").write_text("of a process that was killed")
+    before = file.read_bytes()
+
+    def full(_: object, path: Path) -> None:
+        assert Path(path).parent == tmp_path  # where it can be renamed
+        Path(path).write_bytes(before[:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with mock.patch.object(torch, "save", full):
+        resume = ["--resume", str(file), "--out", str(tmp_path), "--steps", "9"]
+        assert train.main(resume) == 2
+    message = capsys.readouterr().err
+    assert "train.py: error: [Errno 28] cannot be written: No space left on device: " in message
+    assert file.read_bytes() == before
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_progress_is_of_all_steps(
+    whole: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--resume", str(whole("state") / "last.ckpt"), "--steps", "10"]
+    assert train.main([*options, "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "Epoch" not in output
+    for step in ("8/10", "9/10", "10/10"):
+        assert step in output
+
+
 def test_validation_never_takes_all(questions: Path) -> None:
     data = DocumentData(read_documents(str(questions), "bytes", 256), 256, 128, 0, val_share=1.0)
     assert next(iter(data.train_dataloader())).tokens.numel()
@@ -699,6 +736,7 @@ def documents_are_learnt_as_by_one_process() -> None:
     runs.go_on(stopped, "last.ckpt", DDP)
     runs.go_on(stopped, "last.ckpt", HEADS)
     stopped = runs.stop(FSDP2)
+    a_disk_gets_full(runs, stopped[0])
     runs.go_on(stopped, "last.dcp", DDP)
     runs.go_on(stopped, "last.dcp", [])
     out = runs.go_on(stopped, "last.dcp", HEADS)
@@ -708,6 +746,33 @@ def documents_are_learnt_as_by_one_process() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
+
+
+def a_disk_gets_full(runs: Runs, out: Path) -> None:
+    """While the second process writes its part of a checkpoint: the one before it stays."""
+
+    write_data = dcp.FileSystemWriter.write_data
+
+    def full(*arguments: object) -> object:
+        if dist.get_rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_data(*arguments)
+
+    def content() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in out.glob("last.dcp/**/*") if file.is_file()}
+
+    before = content()
+    resume = ["--resume", str(out / "last.dcp"), "--out", str(out), "--val-every", "2"]
+    errors = io.StringIO()
+    with (
+        mock.patch.object(dcp.FileSystemWriter, "write_data", full),
+        contextlib.redirect_stderr(errors),
+    ):
+        assert runs.run([*resume, *runs.start[:2], *FSDP2], []) == 2
+    assert "No space left on device" in errors.getvalue()
+    dist.barrier()
+    assert content() == before
+    assert not [*out.glob(".*")]
 
 
 def lanes_are_learnt_as_by_one_process() -> None:
@@ -796,8 +861,8 @@ def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
             "--tensor-parallel: expected a divisor of the model's 2 heads, got 3",
         ),
         (
-            [*FSDP2, "--model", CHECKPOINT, "--train", "lora"],
-            "--strategy: fsdp2 is not for --train lora",
+            [*HEADS, "--devices", "2", "--model", CHECKPOINT, "--train", "lora"],
+            "--tensor-parallel: it is not for --train lora",
         ),
         ([*FSDP2, "--compile"], "--strategy: fsdp2 is not for --compile"),
         (["--resume", "."], "--resume: expected a training checkpoint of this program"),
@@ -814,7 +879,5 @@ def test_mistakes_are_one_line(
     Path("x.csv").write_text("text")
     Path("one.txt").write_text("five")
     Path("x.txt").write_text("one\n\ntwo")
-    Path("shards").mkdir()
-    torch.save({}, "shards/meta.pt")
     start = ["--data", "one.txt", "--tokenizer", "bytes"]  # what comes later counts
     assert_refused(train.main, "train.py", [*start, *map(str, arguments)], message, capsys)

@@ -18,6 +18,7 @@ __all__ = [
     "StrPath",
     "device_named",
     "file_to_write",
+    "is_out_of_memory",
     "put_back",
     "read_tensors",
     "remove_parts",
@@ -113,7 +114,7 @@ def put_back(target: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what killed processes have left of `written` in a folder; none may write there now."""
+    """Removes what killed processes have left of `written` in a folder, where none writes now."""
     for part in folder.glob(".*.[0-9]*.part"):
         _remove(part)
 
@@ -157,6 +158,7 @@ def read_tensors(path: Path, what: str = "checkpoint") -> dict[str, Any]:
 
     Raises:
         ImportError: the package safetensors is missing.
+        MemoryError, RuntimeError: there is too little memory, as torch's allocators say it.
         OSError: the file cannot be read.
         ValueError: it is none of these, or holds something else.
     """
@@ -175,12 +177,21 @@ def read_tensors(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # from the unpickler, unzipper or parser, OSError included
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} {_reason(error, what)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} is no {what}: it holds no tensors by name, but {type(content).__name__}"
         )
     return dict(content)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's or torch's exception for too little memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # of the CPU's
 
 
 def _torch_load(path: Path) -> Any:

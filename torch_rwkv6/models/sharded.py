@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from torch_rwkv6.files import is_out_of_memory
+
 __all__ = ["is_sharded_checkpoint", "read_sharded"]
 
 _METADATA = ".metadata"
@@ -53,6 +55,7 @@ def read_sharded(
         part: chooses, from the nested mappings, the mapping that is read.
 
     Raises:
+        MemoryError, RuntimeError: there is too little memory, as torch's allocators say it.
         ValueError: a file is missing, damaged or truncated, or the metadata hold other objects.
     """
     # slow to import
@@ -89,6 +92,10 @@ def read_sharded(
             warnings.simplefilter("ignore")  # it says that no other process takes part
             load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # which is no Exception
+        failures = getattr(error, "failures", {0: (error, None)})
+        for cause, _ in failures.values():
+            if is_out_of_memory(cause):
+                raise cause from None
         why = str(error).strip().rpartition("\n")[2] or type(error).__name__
         raise ValueError(f"{folder} is no checkpoint, or a damaged one: {why}") from error
     return _filled(chosen, tensors)

@@ -25,7 +25,7 @@ from torch_rwkv6.nn.sharded import TENSOR_PARALLEL, own
 
 _COLUMNS, _ROWS = ColwiseParallel(), RowwiseParallel()
 _GATHERED = ColwiseParallel(output_layouts=Replicate())
-_ENDS = {"emb": RowwiseParallel(input_layouts=Replicate()), "head": _GATHERED}
+_ENDS = {"emb": _GATHERED, "head": _GATHERED}
 _LAYER = {
     "att.receptance": _COLUMNS,
     "att.key": _COLUMNS,
