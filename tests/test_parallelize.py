@@ -389,6 +389,8 @@ def refused() -> None:
         raises(TypeError, "model: expected an RWKV6 or RWKV5 .*RWKV-4", RWKV4(V, 1, D), mesh)
     model = parallel.parallelize(small(), cp)
     raises(ValueError, "model: .*sharded already", model, cp)
+    with pytest.raises(IndexError):
+        parallel.parallelize(small(), tp)(torch.full((1, 2), V))  # no token
     tokens = random_tokens(1, 3)
     with pytest.raises(RuntimeError, match=r"forward_ and generate .*cp.*model\(tokens, state\)"):
         model.forward_(tokens, model.initial_state(1))

@@ -743,9 +743,30 @@ def documents_are_learnt_as_by_one_process() -> None:
     weights = read(out / "model.pth")
     model = load(out / "last.dcp")
     assert all(torch.equal(x, weights[name]) for name, x in model.named_parameters())
+    a_lora_is_learnt_over_fsdp2(folder, runs)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
+
+
+def a_lora_is_learnt_over_fsdp2(folder: Path, runs: Runs) -> None:
+    """Two steps of two processes have the LoRA and the merged model of one process."""
+    one, two, base = folder / "lora of one", folder / "lora", runs.folder / "one" / "model.pth"
+    options = ["--data", str(folder / "questions.jsonl"), *SMALL, "--batch-size", "4", "--steps"]
+    options += ["2", "--model", str(base), "--train", "lora", "--rank", "2", "--lr", "1e-2"]
+    if dist.get_rank() == 0:
+        assert runs.run([*options, "--out", str(one)], []) == 0
+    dist.barrier()
+    assert runs.run([*options, "--out", str(two), *FSDP2], []) == 0
+    dist.barrier()
+    expected, found = written(one), written(two)
+    assert found.keys() == expected.keys()
+    assert any("lora_B" in name for name in found)
+    before = read(base)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-3, atol=1e-5)
+        if ".att.key.weight" in name and "model.pth" in name:
+            assert (x - before[name.removeprefix("model.pth ")]).abs().max() > 1e-4
 
 
 def a_disk_gets_full(runs: Runs, out: Path) -> None:
@@ -864,7 +885,6 @@ def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
             [*HEADS, "--devices", "2", "--model", CHECKPOINT, "--train", "lora"],
             "--tensor-parallel: it is not for --train lora",
         ),
-        ([*FSDP2, "--compile"], "--strategy: fsdp2 is not for --compile"),
         (["--resume", "."], "--resume: expected a training checkpoint of this program"),
         (["--n-embd", "100"], "--head-size: expected a divisor of --n-embd 100, got 64"),
     ],

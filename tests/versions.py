@@ -31,6 +31,8 @@ some of them.
 """
 
 OPERATOR = ("test_forward.py", "test_update.py", "test_errors.py", "test_opcheck.py")
+PROCESSES = ("test_parallel.py", "test_parallelize.py", "test_sharded.py", "test_training.py")
+TRAINING = ("lightning", "peft", "datasets", "matplotlib")  # packages
 ADAPTER = ("adapter/test_wkv.py", "adapter/test_operator.py")
 
 
@@ -43,7 +45,7 @@ class Combination:
 
 
 def torch(version: str) -> Combination:
-    return Combination((f"torch{version}",), OPERATOR)
+    return Combination((f"torch{version}", *TRAINING), (*OPERATOR, *PROCESSES))
 
 
 def adapter(backend: str, *packages: str) -> Combination:

@@ -25,8 +25,8 @@ from torch_rwkv6.nn.sharded import TENSOR_PARALLEL, own
 
 _COLUMNS, _ROWS = ColwiseParallel(), RowwiseParallel()
 _GATHERED = ColwiseParallel(output_layouts=Replicate())
-_ENDS = {"emb": _GATHERED, "head": _GATHERED}
-_LAYER = {
+_ENDS: dict[str, ParallelStyle] = {"emb": _GATHERED, "head": _GATHERED}
+_LAYER: dict[str, ParallelStyle] = {
     "att.receptance": _COLUMNS,
     "att.key": _COLUMNS,
     "att.value": _COLUMNS,

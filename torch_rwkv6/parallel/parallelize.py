@@ -24,8 +24,9 @@ DIMENSIONS = (REPLICATE, SHARD, CONTEXT, TENSOR_PARALLEL)
 def parallelize(model: RWKV, mesh: DeviceMesh, **options: Any) -> RWKV:
     """Spreads a model over the processes of a mesh, in place, by the names of its dimensions.
 
-    - ``tp``: the heads of every layer, the hidden channels of its channel mixing, and the
-      vocabulary (tensor parallel). All processes of it are given the same tokens.
+    - ``tp``: the heads of every layer, the hidden channels of its channel mixing, the columns of
+      the embedding and the rows of the head (tensor parallel). All processes of it are given the
+      same tokens.
     - ``cp``: the tokens of every sequence (context parallel). Each process is given its own piece,
       the first one the first tokens; pieces may have different lengths. ``cu_seqlens`` are those
       of all pieces joined, the same on each process.
