@@ -171,6 +171,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], i
     if settings["batch_size"] is None:
         settings["batch_size"] = replicas
     check_batch_size(settings["batch_size"], replicas)
+    if args.tensor_parallel > 1 and args.compile:
+        # torch 2.13 fails at the sizes of DTensors in a graph for any number of tokens
+        raise ValueError("--tensor-parallel: it is not for --compile; fsdp2 without it is")
     if args.tensor_parallel > 1 and settings["train"] == "lora":
         raise ValueError("--tensor-parallel: it is not for --train lora; fsdp2 without it is")
     if settings["model"] is None and settings["train"] != "full":

@@ -882,6 +882,10 @@ def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
             "--tensor-parallel: expected a divisor of the model's 2 heads, got 3",
         ),
         (
+            [*HEADS, "--devices", "2", "--compile"],
+            "--tensor-parallel: it is not for --compile",
+        ),
+        (
             [*HEADS, "--devices", "2", "--model", CHECKPOINT, "--train", "lora"],
             "--tensor-parallel: it is not for --train lora",
         ),
