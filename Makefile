@@ -81,9 +81,10 @@ bench: .venv/built
 bench-rivals: .venv/installed
 	$(BIN)/python -m benchmarks rivals
 
-# The README's figures, anew: some fifteen minutes of an otherwise idle machine.
+# The README's figures of this CPU's instruction set, anew: half an hour of an otherwise idle machine.
 bench-readme: .venv/built bench-rivals
-	$(BIN)/python -m benchmarks all --out docs/benchmarks
+	$(BIN)/python -m benchmarks all --out 'docs/benchmarks/{isa}'
+	$(BIN)/python -m benchmarks train --out 'docs/benchmarks/{isa}'
 	$(BIN)/python -m benchmarks readme
 
 # The kernels and the binding under AddressSanitizer and UBSan, run by the tests that reach them.

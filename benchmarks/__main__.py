@@ -23,7 +23,9 @@ from benchmarks import (
     rivals,
     scaling,
     serve,
+    train,
 )
+from benchmarks.report import instruction_set
 
 # A sub-command is a module with a docstring, add_arguments(parser) and run(args).
 MEASURED = {
@@ -38,6 +40,7 @@ COMMANDS = MEASURED | {
     "keras": keras,
     "model": model,
     "serve": serve,
+    "train": train,
     "report-gpu": report_gpu,
     "rivals": rivals,
     "readme": readme,
@@ -49,6 +52,10 @@ def thread_counts(text: str) -> list[int]:
     if min(counts) < 1:
         raise ValueError
     return counts
+
+
+def folder(text: str) -> Path:
+    return Path(text.replace("{isa}", instruction_set()) if "{isa}" in text else text)
 
 
 def common_options() -> argparse.ArgumentParser:
@@ -65,9 +72,10 @@ def common_options() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         default=Path("build/benchmarks"),
-        help="folder for NAME.json, NAME.md and NAME.png (%(default)s)",
+        help="folder for NAME.json, NAME.md and NAME.png (%(default)s); {isa} in it stands for "
+        "the instruction set of the kernels here, such as avx2",
     )
     parser.add_argument(
         "--rivals",

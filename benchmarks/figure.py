@@ -95,6 +95,7 @@ class Panel:
     title: str
     lines: dict[str, tuple[list[float], list[float]]]
     marker: str = "o"
+    logarithmic: bool = False  # the x axis
 
 
 def panels(drawn: list[Panel], path: Path) -> None:
@@ -107,6 +108,8 @@ def panels(drawn: list[Panel], path: Path) -> None:
     for panel, axes in zip(drawn, grid[0], strict=True):
         for label, (x, y) in panel.lines.items():
             axes.plot(x, y, marker=panel.marker, label=label)
+        if panel.logarithmic:
+            axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         axes.set_title(panel.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

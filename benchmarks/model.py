@@ -43,11 +43,11 @@ def peer(path: Path) -> Any:
     return rwkv.model.RWKV(str(path), "cpu fp32", verbose=False)
 
 
-def random_weights() -> RWKV6:
+def random_weights(vocab: int, layers: int, width: int) -> RWKV6:
     """Random weights as large as a trained model's, so that no value is zero or a denormal."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = RWKV6(VOCAB, LAYERS, WIDTH)
+        model = RWKV6(vocab, layers, width)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -147,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = random_weights().requires_grad_(False)
+    model = random_weights(VOCAB, LAYERS, WIDTH).requires_grad_(False)
     half = load(model.state_dict(), dtype=torch.bfloat16)
     ours = {"fp32": model, "bf16": half, "int8": load(half.state_dict(), dtype="int8")}
     read = {kind: bytes_read(own) for kind, own in ours.items()}

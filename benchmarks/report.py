@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ def machine_line() -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torch_rwkv6 {torch_rwkv6.__version__}"
     )
+
+
+def instruction_set() -> str:
+    """That of torch_rwkv6's kernels on this CPU: `avx512`, `avx2` and so on."""
+    ask = ctypes.CDLL(str(Path(torch_rwkv6.__file__).with_name("librwkv6.so"))).rwkv6_cpu_isa
+    ask.restype = ctypes.c_char_p
+    return ask().decode()
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ class Report:
     about: str  # what the numbers are, one line
     tables: list[Table] = field(default_factory=list)
     machine: str = field(default_factory=machine_line)
+    date: str = field(default_factory=lambda: date.today().isoformat())
 
     def add(self, table: Table) -> None:
         print(f"\n{table.text()}", flush=True)
@@ -133,6 +143,7 @@ class Report:
         content = {
             "command": self.name,
             "about": self.about,
+            "date": self.date,
             "machine": self.machine,
             "versions": self.versions(),
             "tables": [
@@ -140,7 +151,7 @@ class Report:
             ],
         }
         (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        parts = [self.about, self.machine, "; ".join(self.versions())]
+        parts = [self.about, f"{self.machine}, {self.date}", "; ".join(self.versions())]
         parts += [table.markdown() for table in self.tables]
         (folder / f"{self.name}.md").write_text("\n\n".join(filter(None, parts)) + "\n")
         print(f"\nwritten: {folder / self.name}.json, .md, .png", flush=True)

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import torch_rwkv6
 from benchmarks import figure
-from benchmarks.model import random_weights
+from benchmarks.model import LAYERS, VOCAB, WIDTH, random_weights
 from benchmarks.report import Column, Report, Table, number, plural, times
 from torch_rwkv6.models import save
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         path = args.model
         if path is None:
             path = folder / "model.safetensors"
-            save(random_weights(), path)
+            save(random_weights(VOCAB, LAYERS, WIDTH), path)
         threads = args.threads[:1] if args.short else args.threads
         options = ["--dtype", args.dtype, "--cache", str(args.cache)]
         options += ["--rows", str(max(args.clients))]

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.memory import peak, reset_peak
 from benchmarks.timing import wall_clock
 from benchmarks.work import Job, UnsupportedError, Work
 
@@ -82,13 +83,13 @@ def _load(target: str) -> Callable[[Work, dict[str, np.ndarray], int], Job]:
 
 
 def _prepare(prepare: Any, message: dict[str, Any], threads: int) -> tuple[Job, dict[str, Any]]:
-    base = _reset_peak()
+    base = reset_peak()
     inputs = {file.stem: np.load(file) for file in Path(message["inputs"]).glob("*.npy")}
     job = prepare(Work(**message["prepare"]), inputs, threads)
     results = job.call()  # compiles, where the contender does, and warms up
-    peak = _peak()
+    most = peak()
     # Linux counts pages in batches, so the need of a small call may not show.
-    needed = peak - base if peak is not None and base is not None and base < peak else None
+    needed = most - base if most is not None and base is not None and base < most else None
     answer = {"version": job.version, "peak_bytes": needed}
     if job.arrays is not None:
         for name, a in job.arrays(results).items():
@@ -99,26 +100,6 @@ def _prepare(prepare: Any, message: dict[str, Any], threads: int) -> tuple[Job, 
 def _run(job: Job, calls: int) -> dict[str, float]:
     seconds = wall_clock(job.call, calls)
     return {"elapsed": seconds * calls, "seconds": seconds / job.repeats}
-
-
-def _reset_peak() -> int | None:
-    """Sets the peak of this process's memory to what it has now, and returns that. Linux only."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _peak()
-
-
-def _peak() -> int | None:
-    """The most memory this process has had since `_reset_peak`, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next(
-        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")
-    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ include_patterns = [
     "csrc/README.md",
     "docs/*.md",
     "docs/*/*.md",
+    "docs/benchmarks/*/*.md",
     "examples/article/README.md",
     "tests/ptxcpu/README.md",
 ]
@@ -83,14 +84,11 @@ docs/api/compat
 
 ```{toctree}
 :hidden:
+:glob:
 :caption: Speed
 
 Overview <docs/benchmarks>
-Forward <docs/benchmarks/op>
-Backward <docs/benchmarks/backward>
-Decoding <docs/benchmarks/decode>
-Scaling <docs/benchmarks/scaling>
-Overhead <docs/benchmarks/overhead>
+docs/benchmarks/*/*
 How they are made <benchmarks/README>
 CUDA <docs/cuda>
 ```
@@ -116,7 +114,8 @@ def _complete(app: Sphinx, name: str, source: list[str]) -> None:
     if name == root_doc:
         source[0] += CONTENTS
     elif name.startswith("docs/benchmarks/"):
-        source[0] = f"# {Path(name).name.capitalize()}\n\n{source[0]}"
+        *_, instruction_set, command = name.split("/")
+        source[0] = f"# {command.capitalize()}, {instruction_set}\n\n{source[0]}"
 
 
 def _by_last_name(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +330,7 @@ def test_commands_write_table_json_and_picture(
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert "torch_rwkv6" in content["machine"]
     assert any(v.startswith("torch_rwkv6 ") for v in content["versions"])
+    assert abs(date.fromisoformat(content["date"]) - date.today()) <= timedelta(days=1)
     for table in content["tables"]:
         assert table["title"] in screen
         assert table["rows"]
@@ -447,41 +450,104 @@ def test_growth_is_drawn_with_the_memory_that_was_measured(peaks, tmp_path: Path
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_takes_its_tables_from_the_figures(tmp_path: Path) -> None:
-    figures = {"machine": "CPU", "versions": ["a 1", "b 2"], "tables": [{"markdown": "| new |"}]}
-    (tmp_path / "op.json").write_text(json.dumps(figures))
-    page = tmp_path / "README.md"
-    page.write_text(
-        "before\n<!-- benchmark op 0 -->\n| old |\n| older |\n<!-- end -->\nbetween\n"
-        "<!-- benchmark op machine -->\n<!-- end -->\nafter\n"
-    )
-    readme.run(Namespace(out=tmp_path, pages=[page]))
-    filled = page.read_text()
-    assert filled == (
-        "before\n<!-- benchmark op 0 -->\n| new |\n<!-- end -->\nbetween\n"
-        "<!-- benchmark op machine -->\nCPU; a 1, b 2\n<!-- end -->\nafter\n"
-    )
-    readme.run(Namespace(out=tmp_path, pages=[page]))
-    assert page.read_text() == filled
-    page.write_text("<!-- benchmark op 7 -->\n<!-- end -->\n")
-    with pytest.raises(SystemExit, match="has no table 7"):
-        readme.run(Namespace(out=tmp_path, pages=[page]))
-    page.write_text("<!-- benchmark other 0 -->\n<!-- end -->\n")
-    with pytest.raises(SystemExit, match=r"other\.json does not exist"):
-        readme.run(Namespace(out=tmp_path, pages=[page]))
+TABLES = {
+    "avx2": "| forward | ns min | error |\n| --- | ---: | ---: |\n| a | 5 | 1e-7 |\n| b | - | - |",
+    "avx512": "| forward | ns min | error |\n| --- | ---: | --: |\n| b | 3 | 2e-7 |\n| c | 4 | - |",
+}
+MACHINES = {"avx2": "AMD, 2 cores, AVX2", "avx512": "Intel, 8 cores, AVX512"}
+OF_BOTH = """\
+| forward | AVX2: ns min | AVX-512: ns min | error |
+| --- | ---: | ---: | ---: |
+| a | 5 | - | 1e-7 |
+| b | - | 3 | 2e-7 |
+| c | - | 4 | - |
+"""
+OF_ONE = """\
+| forward | AVX-512: ns min | error |
+| --- | ---: | ---: |
+| b | 3 | 2e-7 |
+| c | 4 | - |
+"""
 
 
-@pytest.mark.skipif(
-    not (ROOT / "docs/benchmarks").exists(), reason="no figures yet: make bench-readme"
+@pytest.fixture
+def figures(tmp_path: Path):
+    """A maker of the figures of instruction sets, in a folder, and of a page beside it."""
+
+    def make(*measured: str, page: str) -> Namespace:
+        folder = tmp_path / "docs" / "benchmarks"
+        for isa in measured:
+            (folder / isa).mkdir(parents=True, exist_ok=True)
+            content = {"machine": MACHINES[isa], "date": "2026-11-22", "versions": ["a 1", "b 2"]}
+            content["tables"] = [{"markdown": TABLES[isa]}]
+            (folder / isa / "op.json").write_text(json.dumps(content))
+            (folder / isa / "op.md").write_text("")
+        path = tmp_path / "README.md"
+        path.write_text(page)
+        return Namespace(out=folder, pages=[path])
+
+    return make
+
+
+def test_readme_takes_its_columns_from_each_machine(figures) -> None:
+    marker = "<!-- benchmark op 0: ns min; error -->\n"
+    args = figures("avx512", page=f"before\n{marker}| old |\n<!-- end -->\nafter\n")
+    (page,) = args.pages
+    readme.run(args)
+    assert page.read_text() == f"before\n{marker}{OF_ONE}<!-- end -->\nafter\n"
+    args = figures("avx2", page=page.read_text())  # measured later
+    for _ in range(2):
+        readme.run(args)
+        assert page.read_text() == f"before\n{marker}{OF_BOTH}<!-- end -->\nafter\n"
+
+
+def test_readme_says_which_machine_gave_a_number(figures) -> None:
+    parts = ("processors", "machines", "picture", "0")
+    markers = [f"<!-- benchmark op {part} -->" for part in parts]
+    args = figures("avx512", "avx2", page="".join(f"{m}\n<!-- end -->\n" for m in markers))
+    readme.run(args)
+    texts = args.pages[0].read_text().split("<!-- end -->\n")
+    filled = [text.removeprefix(f"{m}\n") for text, m in zip(texts, markers, strict=False)]
+    where = "docs/benchmarks/avx"
+    assert filled == [
+        "- AVX2: AMD, 2 cores, 2026-11-22\n- AVX-512: Intel, 8 cores, 2026-11-22\n",
+        "- AVX2: AMD, 2 cores, AVX2; a 1, b 2; 2026-11-22. Every table: [op](docs/benchmarks/avx2/"
+        "op.md)\n- AVX-512: Intel, 8 cores, AVX512; a 1, b 2; 2026-11-22. Every table: [op](docs/"
+        "benchmarks/avx512/op.md)\n",
+        f"![op, AVX2]({where}2/op.png)\n![op, AVX-512]({where}512/op.png)\n",
+        f"AVX2:\n\n{TABLES['avx2']}\n\nAVX-512:\n\n{TABLES['avx512']}\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("op 7", r"op\.json has no table 7"),
+        ("op hat", r"op\.json has no table hat"),
+        ("op 0: us min", "table 'forward', AVX2, has no column 'us min'"),
+        ("other 0", r"no \S+other\.json: run python -m benchmarks other --out '\S+/\{isa\}'"),
+        ("op 0: ns min", "'forward' and 'backward', AVX-512, are not the same table"),
+    ],
 )
-def test_pages_show_the_committed_figures(tmp_path: Path) -> None:
-    for name in readme.PAGES:
-        committed = (ROOT / name).read_text("utf-8")
-        page = tmp_path / name.name
-        page.write_text(committed, "utf-8")
-        readme.run(Namespace(out=ROOT / "docs/benchmarks", pages=[page]))
-        assert page.read_text("utf-8") == committed
-        assert "<!-- benchmark op 0 -->\n| forward" in committed
+def test_a_marker_for_what_is_not_there(marker: str, message: str, figures, monkeypatch) -> None:
+    if "same table" in message:
+        monkeypatch.setitem(TABLES, "avx512", TABLES["avx512"].replace("forward", "backward"))
+    args = figures("avx2", "avx512", page=f"<!-- benchmark {marker} -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match=message):
+        readme.run(args)
+
+
+def test_pages_show_the_committed_figures(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "docs/benchmarks", "docs/benchmarks")
+    for page in readme.PAGES:
+        shutil.copy(ROOT / page, page)
+    command_line.main(["readme"])
+    for page in readme.PAGES:
+        filled = page.read_text("utf-8")
+        assert filled == (ROOT / page).read_text("utf-8")
+        assert "<!-- benchmark op 0: ns min" in filled
+        assert "| torch_rwkv6 |" in filled
 
 
 @pytest.mark.parametrize(
