@@ -27,6 +27,15 @@ def peak() -> int | None:
     )
 
 
+def available() -> int | None:
+    """What the system could still give to programs, in bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 def give_back() -> None:
     """Gives freed memory that the C library still holds back to the system, where it is glibc."""
     with contextlib.suppress(OSError, AttributeError):

@@ -8,6 +8,7 @@ sequence. --short leaves out torch.compile, which takes minutes.
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from benchmarks.timing import wall_clock
 
 TOKENS = 512  # of the step that is taken apart
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+WARM_TOKENS, QUICK = 9, 10.0  # seconds: a quick step is timed twice
 MOST_STEPS, MEASURED_TOKENS = 3, 2048  # of a length: as many steps as make so many tokens
 SHORT = {"layers": 2, "width": 64, "vocab": 1024, "tokens": 64, "lengths": (64, 256)}
 HEAD_SIZE = 64
@@ -69,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, help=f"tokens of the vocabulary ({VOCAB})")
     parser.add_argument("--tokens", type=int, help=f"of the step that is taken apart ({TOKENS})")
     parser.add_argument(
+        "--compiled-longest", type=int, default=4096, help="T of the compiled models (%(default)s)"
+    )
+    parser.add_argument(
         "--lengths", type=int, nargs="+", help=f"of the comparison ({' '.join(map(str, LENGTHS))})"
     )
 
@@ -96,8 +101,9 @@ class Trainee:
     def step(self, tokens: Tensor, dtype: str = "float32") -> None:  # of DTYPES
         """Learns from the tokens, [B, T + 1], once: each predicts the next."""
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
-            logits = self.logits(tokens[:, :-1])
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(  # the logits have no name that would keep them
+                self.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+            )
         loss.backward()
         with record_function(OPTIMISER):
             self.optimiser.step()
@@ -110,8 +116,8 @@ def of_ours(vocab: int, layers: int, width: int) -> Trainee:
     return Trainee(RWKV, model, lambda tokens: model(tokens)[0], model.blocks, version)
 
 
-def of_llama(ours: Trainee, vocab: int, layers: int, width: int) -> Trainee | None:
-    """With as many parameters as ours, by the width of its MLP; None without transformers."""
+def of_llama(parameters: int, vocab: int, layers: int, width: int) -> Trainee | None:
+    """With so many parameters, by the width of its MLP; None without transformers."""
     try:
         import transformers
     except ImportError:
@@ -134,7 +140,7 @@ def of_llama(ours: Trainee, vocab: int, layers: int, width: int) -> Trainee | No
             model = transformers.LlamaForCausalLM(config(inner))
         return sum(p.numel() for p in model.parameters())
 
-    missing = ours.size - size(width)
+    missing = parameters - size(width)
     inner = width + round(missing / (size(width + 1) - size(width)) / 8) * 8
     model = transformers.LlamaForCausalLM(config(inner))
     version = f"transformers {transformers.__version__}"
@@ -149,21 +155,25 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads[-1])
     threads = plural(args.threads[-1], "thread")
     torch.manual_seed(0)
-    ours = of_ours(vocab, layers, width)
-    trainees = [ours, *filter(None, [of_llama(ours, vocab, layers, width)])]
-    counted = " and ".join(f"{t.label} ({t.size / 1e6:.1f} million parameters)" for t in trainees)
-    report = Report(
-        "train",
-        f"Training steps of {counted}: {layers} layers, {width} wide, {vocab:,} tokens, one "
-        "sequence; forward, cross entropy, backward, AdamW.",
-    )
-    print(f"{report.machine}\n{report.about}")
     modes = ("eager",) if args.short else ("eager", "compiled")
+    lengths = sorted(given("lengths", LENGTHS))
+    longest = {"eager": lengths[-1], "compiled": args.compiled_longest}
 
+    def growth(trainee: Trainee) -> dict[str, list[dict[str, Any]]]:
+        return {
+            mode: _growth(trainee, vocab, [T for T in lengths if longest[mode] >= T], mode)
+            for mode in modes
+            if longest[mode] >= lengths[0]
+        }
+
+    # One model after the other, since both would not leave enough memory for the longest steps.
+    trainee = of_ours(vocab, layers, width)
+    about = f"Training steps of RWKV-6 ({trainee.size / 1e6:.2f} million parameters)"
     tokens = torch.randint(vocab, (1, given("tokens", TOKENS) + 1))
     what = f"a step of {tokens.shape[1] - 1} tokens, {threads}"
+    report = Report("train", about)
     taken = {
-        f"{mode}, {dtype}": take_apart(ours, tokens, dtype, mode)
+        f"{mode}, {dtype}": take_apart(trainee, tokens, dtype, mode)
         for mode in modes
         for dtype in DTYPES
     }
@@ -171,13 +181,31 @@ def run(args: argparse.Namespace) -> None:
     report.add(Table(what, SHARE_COLUMNS, rows))
     first = next(iter(taken))
     report.add(Table(f"operators of {what}, {first}", OPERATOR_COLUMNS, taken[first][1]))
+    grown, size = [growth(trainee)], trainee.size
+    del trainee
+    gc.collect()  # compiled modules are cycles
+    llama = of_llama(size, vocab, layers, width)
+    if llama is not None:
+        report.about += f" and Llama ({llama.size / 1e6:.2f} million parameters)"
+        grown.append(growth(llama))
+    report.about += (
+        f": {layers} layers, {width} wide, {vocab:,} tokens, one sequence; forward, cross entropy, "
+        "backward, AdamW."
+    )
 
     growths = {}
-    for mode in modes:
-        rows = growths[mode] = _growth(trainees, vocab, sorted(given("lengths", LENGTHS)), mode)
-        report.add(Table(f"{mode}, float32, {threads}, tokens", _columns(trainees), rows))
-        report.about += _crossing(rows, mode)
-    figure.panels(_panels(trainees, growths), args.out / "train.png")
+    for mode in grown[0]:
+        growths[mode] = rows = [
+            {k: v for row in same for k, v in row.items()}
+            for same in zip(*(g[mode] for g in grown), strict=True)
+        ]
+        for row in rows:
+            if RWKV in row and LLAMA in row:
+                row["ratio"] = row[RWKV] / row[LLAMA]
+        report.add(Table(f"{mode}, float32, {threads}", GROWTH_COLUMNS, rows))
+        report.about += crossing(rows, mode)
+    print(f"\n{report.about}")
+    figure.panels(_panels(growths), args.out / "train.png")
     report.save(args.out)
 
 
@@ -186,15 +214,17 @@ def take_apart(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The time of a step and the share of each kind of work in it; and its operators.
 
-    Two steps are timed after one to warm up, and a third is profiled.
+    After a short step to warm up, one is timed, or two where that is quick, and another profiled.
     """
 
     def step() -> None:
         trainee.step(tokens, dtype)
 
     with torch.compiler.set_stance(MODES[mode]):
-        step()
-        seconds = min(wall_clock(step) for _ in range(2))
+        trainee.step(tokens[:, :WARM_TOKENS], dtype)
+        seconds = wall_clock(step)
+        if seconds < QUICK:
+            seconds = min(seconds, wall_clock(step))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             step()
     spent: Counter[tuple[str, str]] = Counter()
@@ -257,26 +287,44 @@ OPERATOR_COLUMNS = (
 )
 
 
+GROWTH_COLUMNS = (
+    Column("T", "T"),
+    *(Column(label, f"{label}, tokens/s", number) for label in (RWKV, LLAMA)),
+    Column("ratio", f"{RWKV} to {LLAMA}", times),
+    *(Column(f"{label}, GB", f"{label}, GB", number) for label in (RWKV, LLAMA)),
+    Column("steps", "steps measured"),
+)
+
+
 def _growth(
-    trainees: list[Trainee], vocab: int, lengths: Sequence[int], mode: str
+    trainee: Trainee, vocab: int, lengths: Sequence[int], mode: str
 ) -> list[dict[str, Any]]:
-    """The best speed of steps on ever longer sequences, and their memory."""
-    rows = []
+    """The best speed of steps on ever longer sequences, and their memory, as far as there is."""
+    rows: list[dict[str, Any]] = []
     with torch.compiler.set_stance(MODES[mode]):
-        for trainee in trainees:
-            trainee.step(torch.randint(vocab, (1, lengths[0] + 1)))
+        trainee.step(torch.randint(vocab, (1, WARM_TOKENS)))
         for length in lengths:
-            tokens = torch.randint(vocab, (1, length + 1))
             steps = max(1, min(MOST_STEPS, MEASURED_TOKENS // length))
-            row: dict[str, Any] = {"T": length, "steps": steps, "version": trainees[-1].version}
-            for _ in range(steps):
-                for trainee in trainees:
+            row: dict[str, Any] = {"T": length, "steps": steps, "version": trainee.version}
+            if not rows or fits(rows[-1].get(f"{trainee.label}, GB"), rows[-1]["T"], length):
+                tokens = torch.randint(vocab, (1, length + 1))
+                for _ in range(steps):
                     seconds, row[f"{trainee.label}, GB"] = _measure(trainee, tokens)
                     row[trainee.label] = max(length / seconds, row.get(trainee.label, 0))
-            if len(trainees) > 1:
-                row["ratio"] = row[RWKV] / row[LLAMA]
+                print(f"{trainee.label}, {mode}, T = {length}", flush=True)
+            else:
+                print(f"{trainee.label}, {mode}, T = {length}: not enough memory", flush=True)
             rows.append(row)
     return rows
+
+
+def fits(gigabytes: float | None, shorter: int, length: int) -> bool:
+    """Whether there is memory for a step of a length, if it grows as from the shorter one's."""
+    memory.give_back()
+    available = memory.available()
+    if gigabytes is None or available is None:
+        return True
+    return gigabytes * 1e9 * length / shorter < available
 
 
 def _measure(trainee: Trainee, tokens: Tensor) -> tuple[float, float | None]:
@@ -288,42 +336,26 @@ def _measure(trainee: Trainee, tokens: Tensor) -> tuple[float, float | None]:
     return seconds, None if base is None or most is None else (most - base) / 1e9
 
 
-def _columns(trainees: list[Trainee]) -> list[Column]:
-    labels = [trainee.label for trainee in trainees]
-    return [
-        Column("T", "T"),
-        *(Column(label, f"{label}, tokens/s", number) for label in labels),
-        Column("ratio", f"{RWKV} to {LLAMA}", times),
-        *(Column(f"{label}, GB", f"{label}, GB", number) for label in labels),
-        Column("steps", "steps measured"),
-    ]
-
-
-def _crossing(rows: list[dict[str, Any]], mode: str) -> str:
+def crossing(rows: list[dict[str, Any]], mode: str) -> str:
     """A sentence that says from which length on RWKV-6 is the faster of the two."""
-    if "ratio" not in rows[0]:
-        return ""
-    slower = [row["T"] for row in rows if row["ratio"] < 1]
-    faster = [row["T"] for row in rows if row["T"] > max(slower, default=0)]
-    if not faster:
-        return f" {RWKV}, {mode}, is slower up to T = {max(slower):,}."
-    return f" {RWKV}, {mode}, is the faster from T = {min(faster):,} on."
+    compared = [row for row in rows if "ratio" in row]
+    slower = [row["T"] for row in compared if row["ratio"] < 1]
+    faster = [row["T"] for row in compared if row["T"] > max(slower, default=0)]
+    if faster:
+        return f" {RWKV}, {mode}, is the faster from T = {min(faster):,} on."
+    return f" {RWKV}, {mode}, is slower up to T = {max(slower):,}." if slower else ""
 
 
-def _panels(
-    trainees: list[Trainee], growths: dict[str, list[dict[str, Any]]]
-) -> list[figure.Panel]:
+def _panels(growths: dict[str, list[dict[str, Any]]]) -> list[figure.Panel]:
     """Tokens per second of each mode, then the memory of the first."""
 
     def panel(title: str, rows: list[dict[str, Any]], key: str) -> figure.Panel:
-        lines = {
-            t.label: ([row["T"] for row in rows], [row[key.format(t.label)] for row in rows])
-            for t in trainees
-        }
+        lines = {}
+        for label in (RWKV, LLAMA):
+            shown = [row for row in rows if row.get(key.format(label)) is not None]
+            lines[label] = [row["T"] for row in shown], [row[key.format(label)] for row in shown]
         return figure.Panel(title, lines, logarithmic=True)
 
     drawn = [panel(f"tokens/s over T, {mode}", rows, "{}") for mode, rows in growths.items()]
     mode, rows = next(iter(growths.items()))
-    if all(row[f"{RWKV}, GB"] is not None for row in rows):  # not measured on this system
-        drawn.append(panel(f"GB of a step over T, {mode}", rows, "{}, GB"))
-    return drawn
+    return [*drawn, panel(f"GB of a step over T, {mode}", rows, "{}, GB")]

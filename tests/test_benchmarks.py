@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from samples import relative_rms
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is not installed
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import exact, figure, model, race, readme, report, to_gguf, work  # noqa: E402
+from benchmarks import exact, figure, model, race, readme, report, to_gguf, train, work  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
     C_INTERFACE,
     CHUNKED,
@@ -390,6 +392,138 @@ def test_gguf_has_the_tensors_that_llama_cpp_asks_for(tmp_path: Path) -> None:
         assert relative_rms(found.reshape(own.head.weight.shape), own.head.weight) < limit
         fused = tensors["blk.1.time_mix_lerp_fused.weight"].data.reshape(5, -1)
         torch.testing.assert_close(torch.tensor(fused[1]), own.blocks[1].att.time_maa_k[0, 0])
+
+
+def test_kinds_of_work_are_what_torch_says_of_the_operators() -> None:
+    for name, kind in train.KIND_OF.items():
+        operator = getattr(torch.ops.aten, name.removeprefix("aten::"))
+        tags = {tag for o in operator.overloads() for tag in getattr(operator, o).tags}
+        if operator in flop_registry:
+            assert kind == train.PRODUCTS
+        elif torch.Tag.pointwise in tags and name != "aten::clone":
+            assert kind == train.ELEMENTWISE
+        elif kind == train.PRODUCTS:  # which call one of the registry
+            assert name in ("aten::linear", "aten::matmul")
+        elif kind == train.ELEMENTWISE:
+            assert name == "aten::sum" or "_norm" in name
+        else:
+            assert (kind == train.LOSS) == any(x in name for x in ("softmax", "nll", "cross"))
+
+
+@pytest.fixture(scope="module")
+def trainee() -> train.Trainee:
+    return train.of_ours(vocab=64, layers=2, width=64)
+
+
+@pytest.mark.parametrize("dtype", train.DTYPES)
+def test_a_step_is_taken_apart(trainee: train.Trainee, dtype: str, monkeypatch) -> None:
+    monkeypatch.setattr(train, "LEAST_SHARE", 0.0)
+    row, operators = train.take_apart(trainee, torch.randint(64, (1, 9)), dtype, "eager")
+    calls = {(o["operator"], o["kind"]): o["calls"] for o in operators}
+    assert [name for name, kind in calls if kind == train.UNKNOWN] == []
+    assert row[train.UNKNOWN] is None
+    shares = [row[kind] for kind in train.KINDS if kind != train.UNKNOWN]
+    assert min(shares) > 0
+    assert sum(shares) == pytest.approx(1)
+    assert row["speed"] == pytest.approx(8e3 / row["ms"])
+    assert {kind for name, kind in calls if name.startswith("rwkv6::")} == {
+        train.FORWARD,
+        train.BACKWARD,
+    }
+    assert sum(n for (_, kind), n in calls.items() if kind == train.BACKWARD) >= 2  # once a layer
+    assert calls["aten::_fused_adamw_", train.OPTIMISER] == 1
+    assert calls["aten::_log_softmax_backward_data", train.LOSS] == 1
+    # A layer has 8 matrices and two pairs of low rank; a product's backward is two products.
+    products = [calls.get((f"aten::{x}", train.PRODUCTS), 0) for x in ("mm", "bmm", "addmm")]
+    assert sum(products) == 3 * (2 * 12 + 1)
+
+
+def test_compiled_loops_count_as_elementwise(monkeypatch) -> None:
+    monkeypatch.setattr(train, "LEAST_SHARE", 0.0)
+
+    class Block(torch.nn.Module):  # torch.compile leaves a class of torch.nn as it is
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(torch.nn.functional.silu(self.linear(x)))
+
+    block = Block()
+    whole = torch.nn.Sequential(torch.nn.Embedding(16, 8), block, torch.nn.Linear(8, 16))
+    tiny = train.Trainee("tiny", whole, whole, [block], "")
+    operators = {}
+    for mode in train.MODES:
+        row, found = train.take_apart(tiny, torch.randint(16, (1, 9)), "float32", mode)
+        assert row[train.UNKNOWN] is None
+        assert row[train.ELEMENTWISE] > 0
+        operators[mode] = {o["operator"] for o in found if o["operator"].startswith("aten::")}
+    loops = {"aten::silu", "aten::native_layer_norm", "aten::silu_backward"}
+    assert loops <= operators["eager"]
+    assert not loops & operators["compiled"]
+
+
+def test_an_operator_that_nobody_listed_is_shown_as_such() -> None:
+    new, inside = Namespace(name="aten::new_one", cpu_parent=None), Namespace(name="aten::mm")
+    for mode in train.MODES:
+        assert train.kind_of(new, mode) == train.UNKNOWN
+    inside.cpu_parent = Namespace(name=train.OPTIMISER, cpu_parent=None)
+    assert train.kind_of(inside, "eager") == train.OPTIMISER
+    host = Namespace(name="some::region of 1", cpu_parent=None)
+    assert train.kind_of(host, "eager") == train.REST
+    assert train.kind_of(host, "compiled") == train.ELEMENTWISE
+
+
+def test_train_compares_models_of_equal_size(tmp_path: Path, capsys) -> None:
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package, reason="the other model is its Llama, pictures need more")
+    sizes = ["--layers", "1", "--vocab", "64", "--tokens", "8", "--lengths", "16", "8"]
+    threads = torch.get_num_threads()
+    try:
+        options = ["--short", "--threads", "1", "--out", str(tmp_path)]
+        command_line.main(["train", *sizes, *options])
+    finally:
+        torch.set_num_threads(threads)
+    screen = capsys.readouterr().out
+    content = json.loads((tmp_path / "train.json").read_text())
+    assert all(table["title"] in screen for table in content["tables"])
+    ours, llama = map(float, re.findall(r"\(([\d.]+) million parameters\)", content["about"]))
+    assert llama == pytest.approx(ours, rel=0.01)
+    assert "RWKV-6, eager, is " in content["about"]
+    shares, operators, growth = content["tables"]
+    assert [row["contender"] for row in shares["rows"]] == [
+        "eager, float32",
+        "eager, bf16 autocast",
+    ]
+    assert operators["rows"]
+    assert [row["T"] for row in growth["rows"]] == [8, 16]
+    for row in growth["rows"]:
+        assert row["ratio"] == pytest.approx(row["RWKV-6"] / row["Llama"])
+        assert row["steps"] == 3
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_leaves_out_steps_that_would_not_fit(monkeypatch) -> None:
+    monkeypatch.setattr(train.memory, "available", lambda: 10**10)
+    assert train.fits(2.4, 1024, 4096)
+    assert not train.fits(2.6, 1024, 4096)
+    assert train.fits(None, 1024, 4096)  # not measured on this system
+    rows = [{"T": 1, "ratio": 0.9}, {"T": 2, "ratio": 1.2}, {"T": 4}]
+    assert train.crossing(rows, "eager").endswith("the faster from T = 2 on.")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "sentence"),
+    [
+        ([0.8, 1.1, 1.5], " RWKV-6, eager, is the faster from T = 2 on."),
+        ([1.1, 0.9, 1.5], " RWKV-6, eager, is the faster from T = 4 on."),
+        ([0.8, 0.9, 0.95], " RWKV-6, eager, is slower up to T = 4."),
+        ([1.2, 1.3, 1.4], " RWKV-6, eager, is the faster from T = 1 on."),
+    ],
+)
+def test_train_says_where_the_lines_cross(ratios: list[float], sentence: str) -> None:
+    rows = [{"T": T, "ratio": ratio} for T, ratio in zip((1, 2, 4), ratios, strict=True)]
+    assert train.crossing(rows, "eager") == sentence
 
 
 def test_serve_measures_speed_and_memory(tmp_path: Path, capsys) -> None:
