@@ -6,6 +6,7 @@ next `<!-- end -->` goes what the marker stands for:
     <!-- benchmark NAME INDEX: COLUMNS; COLUMNS -->
         table INDEX of NAME.json: of each machine the columns before the semicolon, once those after
     <!-- benchmark NAME INDEX -->       the whole table of each machine
+    <!-- benchmark NAME about -->       what was measured on each machine, in words
     <!-- benchmark NAME picture -->     NAME.png of each machine
     <!-- benchmark NAME machines -->    the machines, versions and dates, and links to all pages
     <!-- benchmark NAME processors -->  the processors and dates alone
@@ -63,6 +64,8 @@ def _text(folder: Path, page: Path, name: str, part: str, columns: str | None) -
             f"![{name}, {label}]({os.path.relpath(paths[label].with_suffix('.png'), page.parent)})"
             for label in found
         )
+    elif part == "about":
+        lines = (f"- {label}: {c['about']}" for label, c in found.items())
     elif part == "machines":
         lines = (
             f"- {label}: {c['machine']}; {', '.join(c['versions'])}; {c['date']}. Every table: "

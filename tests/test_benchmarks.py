@@ -613,7 +613,7 @@ def figures(tmp_path: Path):
         for isa in measured:
             (folder / isa).mkdir(parents=True, exist_ok=True)
             content = {"machine": MACHINES[isa], "date": "2026-11-22", "versions": ["a 1", "b 2"]}
-            content["tables"] = [{"markdown": TABLES[isa]}]
+            content |= {"about": f"of {isa}", "tables": [{"markdown": TABLES[isa]}]}
             (folder / isa / "op.json").write_text(json.dumps(content))
             (folder / isa / "op.md").write_text("")
         path = tmp_path / "README.md"
@@ -636,7 +636,7 @@ def test_readme_takes_its_columns_from_each_machine(figures) -> None:
 
 
 def test_readme_says_which_machine_gave_a_number(figures) -> None:
-    parts = ("processors", "machines", "picture", "0")
+    parts = ("processors", "machines", "about", "picture", "0")
     markers = [f"<!-- benchmark op {part} -->" for part in parts]
     args = figures("avx512", "avx2", page="".join(f"{m}\n<!-- end -->\n" for m in markers))
     readme.run(args)
@@ -648,6 +648,7 @@ def test_readme_says_which_machine_gave_a_number(figures) -> None:
         "- AVX2: AMD, 2 cores, AVX2; a 1, b 2; 2026-11-22. Every table: [op](docs/benchmarks/avx2/"
         "op.md)\n- AVX-512: Intel, 8 cores, AVX512; a 1, b 2; 2026-11-22. Every table: [op](docs/"
         "benchmarks/avx512/op.md)\n",
+        "- AVX2: of avx2\n- AVX-512: of avx512\n",
         f"![op, AVX2]({where}2/op.png)\n![op, AVX-512]({where}512/op.png)\n",
         f"AVX2:\n\n{TABLES['avx2']}\n\nAVX-512:\n\n{TABLES['avx512']}\n",
     ]
