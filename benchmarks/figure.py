@@ -109,7 +109,9 @@ def panels(drawn: list[Panel], path: Path) -> None:
         for label, (x, y) in panel.lines.items():
             axes.plot(x, y, marker=panel.marker, label=label)
         if panel.logarithmic:
+            ticks = sorted({value for x, _ in panel.lines.values() for value in x})
             axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
         axes.set_ylim(bottom=0)
         axes.set_title(panel.title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
         for row in rows:
             if RWKV in row and LLAMA in row:
                 row["ratio"] = row[RWKV] / row[LLAMA]
-        report.add(Table(f"{mode}, float32, {threads}", GROWTH_COLUMNS, rows))
+        report.add(Table(f"{mode}, float32, {threads}: T", GROWTH_COLUMNS, rows))
         report.about += crossing(rows, mode)
     print(f"\n{report.about}")
     figure.panels(_panels(growths), args.out / "train.png")
