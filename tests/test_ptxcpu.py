@@ -383,6 +383,41 @@ def test_shuffles_of_doubles_and_reductions(instructions, rng):
     np.testing.assert_array_equal(z[2].view(np.uint32), same.astype(np.uint32))
 
 
+# ---- what accesses to shared memory cost ----
+
+
+def test_wavefronts_of_shared_memory():
+    """32 banks of 4 bytes serve 128 bytes a cycle: by hand."""
+    kernels, memory = module("shared", "80"), np.zeros((32, 4), np.uint32)
+    for kernel, stride, wavefronts, ideal in [
+        ("load4", 4, 1, 1),
+        ("load4", 8, 2, 1),  # lanes i and i + 16 want the same bank
+        ("load4", 128, 32, 1),  # all lanes do
+        ("load4", 132, 1, 1),  # rows of 33 words
+        ("load4", 0, 1, 1),  # one word for all
+        ("load2", 2, 1, 1),  # a word for two lanes
+        ("load2", 64, 16, 1),  # two banks
+        ("store4", 4, 1, 1),
+        ("store4", 12, 1, 1),  # an odd number of words
+        ("store4", 128, 32, 1),
+        ("load8", 8, 2, 2),  # half a warp at a time
+        ("load8", 16, 4, 2),
+        ("load16", 16, 4, 4),  # a quarter of a warp at a time
+        ("load16", 32, 8, 4),
+        ("load16", 0, 4, 4),
+        ("load_matrices", 16, 4, 4),  # one 8x8 matrix at a time
+        ("load_matrices", 144, 4, 4),
+        ("load_matrices", 128, 32, 4),
+        ("copy16", 16, 4, 4),
+        ("copy16", 64, 16, 4),
+    ]:
+        arguments = [memory, np.int32(stride)]
+        stats = kernels.launch(kernel, 1, 32, arguments, shared=31 * 144 + 16, check=0)
+        found = stats["shared_wavefronts"], stats["shared_wavefronts_ideal"]
+        assert found == (wavefronts, ideal), (kernel, stride)
+        assert stats["shared_requests"] == (4 if kernel == "load_matrices" else 1)
+
+
 # ---- machine code ----
 
 needs_disassembler = pytest.mark.skipif(

@@ -26,12 +26,14 @@ DEFAULTS = {
     "order": 0,  # of warps and blocks
     "statistics": 1,
     "footprint": 0,  # count distinct sectors
+    "execute": 1,  # 0: launches are recorded, and their kernels do not run
     "verbose": 0,  # a line on stderr for each launch
     "abort": 0,  # on errors, for a debugger
     "devices": 1,
     "cc": 80,  # compute capability
     "driver": 13000,  # the CUDA version that it supports; 0: no driver
     "multiprocessors": 0,  # 108, or 132 from cc 90 on
+    "registers": 0,  # of a thread, for the occupancy; 0: as many as launch bounds allow
 }
 NO_KERNEL_IMAGE, LAUNCH_FAILURE = 209, 719
 

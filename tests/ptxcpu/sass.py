@@ -36,8 +36,11 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 @dataclass
 class Instruction:
     opcode: str  # LDG.E.128
+    operands: str = ""  # R4, [R2.64]
     stall: int = 0  # cycles until the next instruction of the warp issues, at least
-    waits: bool = False  # for results of instructions of variable latency
+    waits: int = 0  # a bit for each of six scoreboards that it waits for
+    done: int | None = None  # the scoreboard that is told when there is a result
+    read: int | None = None  # and that which is told when the operands have been read
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Loop:
 
     @property
     def waits(self) -> int:
-        return sum(each.waits for each in self.instructions)
+        return sum(each.waits != 0 for each in self.instructions)
 
     def count(self, pattern: str) -> int:
         return _count(self.instructions, pattern)
@@ -155,7 +158,7 @@ def _fill_in(kernels: dict[str, Kernel], disassembly: str) -> None:
         elif label := _LABEL.match(line):
             labels[label[1]] = len(kernel.instructions)
         elif found := _INSTRUCTION.match(line):
-            kernel.instructions.append(Instruction(found[1]))
+            kernel.instructions.append(Instruction(found[1], found[2].strip()))
             target = _TARGET.search(found[2])
             last = len(kernel.instructions) - 1
             # only what is above has its label yet; behind its end a kernel branches to itself
@@ -164,8 +167,11 @@ def _fill_in(kernels: dict[str, Kernel], disassembly: str) -> None:
                 kernel.loops.append(Loop(kernel.instructions[begin:]))
         elif (high := _HIGH_HALF.match(line)) and kernel.instructions:
             control = int(high[1], 16) >> 41  # bits 105 to 125 of the instruction's 128
-            kernel.instructions[-1].stall = control & 15
-            kernel.instructions[-1].waits = bool(control >> 11 & 63)
+            last_one = kernel.instructions[-1]
+            last_one.stall, last_one.waits = control & 15, control >> 11 & 63
+            done, read = control >> 5 & 7, control >> 8 & 7  # 7: none
+            last_one.done = done if done < 7 else None
+            last_one.read = read if read < 7 else None
 
 
 def _inspect_cubin(cubin: Path) -> list[Kernel]:

@@ -44,8 +44,10 @@ struct Settings {
   std::map<std::string, int> values = {
       {"check", 2},           {"order", 0},   {"statistics", 1},
       {"footprint", 0},       {"verbose", 0}, {"abort", 0},
+      {"execute", 1},  // 0: launches are recorded alone
       {"devices", 1},         {"cc", 80},     {"driver", CUDART_VERSION},  // 0: none
       {"multiprocessors", 0},  // 0: those of an A100, or from cc 90 on of an H100
+      {"registers", 0},        // of a thread; 0: as many as the kernel's launch bounds allow
   };
   Settings() {
     for (auto& [name, value] : values) {
@@ -243,7 +245,7 @@ cudaError_t run(const LaunchRequest& request) {
   double begin = now();
   try {
     if (!kernel.error.empty()) fail(kernel.error);
-    launch.run();
+    if (settings["execute"]) launch.run();
   } catch (const PtxError& error) {
     launch.statistics.errors++;
     launch.messages.push_back(error.what());
@@ -490,7 +492,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   attributes->sharedSizeBytes = code.shared_bytes;
   attributes->maxThreadsPerBlock = int(code.max_threads);
   // PTX does not know; ptxas takes no more than these
-  attributes->numRegs = std::min<int>(255, kRegisters / (code.max_threads * code.min_blocks) & ~7);
+  const int most = std::min<int>(255, kRegisters / (code.max_threads * code.min_blocks) & ~7);
+  const int given = state().settings["registers"];
+  attributes->numRegs = given ? given : most;
   attributes->ptxVersion = attributes->binaryVersion = module->target;
   attributes->maxDynamicSharedSizeBytes = it->second.dynamic_shared;
   return cudaSuccess;
