@@ -150,6 +150,10 @@ def test_predictions():
 
 def test_measured_times_are_those_of_the_page():
     page = predict.PAGE.read_text("utf-8")
-    for shape, (forward, both) in predict.MEASURED.items():
+    for shape, measured in predict.MEASURED.items():
         numbers = ", ".join(map(str, shape))
+        forward, both = measured["H200"]
         assert re.search(rf"^\| {numbers} \| {forward} \| .* \| {both:,} \| ", page, re.MULTILINE)
+        forward, both = measured["H100"]
+        row = rf"^\| {numbers} \| {forward} \| \d+ \| {both - forward:,} \| [\d,]+ \|$"
+        assert re.search(row, page, re.MULTILINE)

@@ -44,14 +44,15 @@ class Shape(NamedTuple):
     N: int
 
 
-# Microseconds of a call on an H200, forward and forward + backward: docs/cuda.md, Times.
+# Microseconds of a call, forward and forward + backward, by docs/cuda.md, Times. An H100 has an
+# H200's multiprocessors and slower memory, which limits none of these kernels.
 MEASURED = {
-    Shape(8, 1024, 8, 64): (68, 314),
-    Shape(8, 4096, 32, 64): (502, 3178),
-    Shape(1, 65536, 8, 64): (337, 1964),
-    Shape(8, 1024, 4, 128): (105, 517),
+    Shape(8, 1024, 8, 64): {"H200": (68, 314), "H100": (101, 101 + 296)},
+    Shape(8, 4096, 32, 64): {"H200": (502, 3178), "H100": (548, 548 + 2771)},
+    Shape(1, 65536, 8, 64): {"H200": (337, 1964), "H100": (390, 390 + 1724)},
+    Shape(8, 1024, 4, 128): {"H200": (105, 517), "H100": (138, 138 + 486)},
 }
-# and of the first of these kernel by kernel
+# and of the first of these on an H200, kernel by kernel
 MEASURED_KERNELS = {
     "state_walk": 80,
     "scan": 33,
@@ -358,14 +359,16 @@ def kernels_table(gpu: speed.Gpu) -> str:
 
 
 def comparison() -> str:
-    """With what an H200 took."""
+    """With what an H200 and an H100 took."""
     gpu, rows = speed.GPUS["90"], []
     for shape, measured in MEASURED.items():
-        pairs = list(zip(totals(gpu, shape), measured, strict=True))
-        cells = [f"{number(p)} | {number(m)} | {p / m:.2f}" for p, m in pairs]
-        rows.append([", ".join(map(str, shape)), *cells])
-    columns = ["forward", "measured", "ratio", "forward + backward", "measured", "ratio"]
-    calls = table(["B, T, H, N", *columns], rows)
+        cells = [", ".join(map(str, shape))]
+        for i, time in enumerate(totals(gpu, shape)):
+            cells.append(number(time))
+            cells += [f"{number(m[i])}: {time / m[i]:.2f}" for m in measured.values()]
+        rows.append(cells)
+    gpus = list(MEASURED[Shape(8, 1024, 8, 64)])
+    calls = table(["B, T, H, N", "forward", *gpus, "forward + backward", *gpus], rows)
     times: dict[str, float] = dict.fromkeys(MEASURED_KERNELS, 0.0)
     first = next(iter(MEASURED))
     for row in predicted(gpu, first):
