@@ -117,7 +117,7 @@ def test_waves():
 
 
 @needs_disassembler
-def test_predictions():
+def test_predictions(monkeypatch, capsys):
     shapes = [predict.Shape(1, T, 4, 32) for T in (1024, 2048)]
     short, long = (predict.predicted(H200, shape) for shape in shapes)
     walk, *others = (row.role for row in short if row.role.purpose == "state_walk, forth")
@@ -146,6 +146,13 @@ def test_predictions():
         mma = [each for each in predict.ptx_opcodes(ptx, symbol) if each.startswith("mma")]
         assert predict.code_of(symbol, "90").kernel.count("HMMA") == len(mma)
         assert bool(mma) == ("chunked" in symbol or "walk" in symbol)
+
+    monkeypatch.setattr(predict, "MEASURED", {shapes[0]: {"H200": (10, 50), "H100": (20, 60)}})
+    predict.main(["--arch", "90"])
+    printed = capsys.readouterr().out
+    total = sum(row.predicted for row in short)
+    assert f"| 50: {total / 50:.2f} | 60: {total / 60:.2f} |" in printed
+    assert all(f"| {row.role.call}: {row.role.purpose} |" in printed for row in short)
 
 
 def test_measured_times_are_those_of_the_page():

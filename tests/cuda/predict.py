@@ -279,7 +279,6 @@ class Row:
     role: Role
     predicted: float
     limit: str
-    blocks: int  # of the grid
     blocks_each: int  # of a multiprocessor
     waves: int
     floor: float  # what it reads and writes at the speed of memory
@@ -304,7 +303,7 @@ def predicted(gpu: speed.Gpu, shape: Shape) -> list[Row]:
         dram = at["DRAM bytes"] * blocks
         found = speed.predict(gpu, work, blocks, room, dram)
         floor = dram / (gpu.bandwidth * 1e3)
-        times = found.seconds * 1e6, found.limit, blocks, found.blocks, found.waves, floor
+        times = found.seconds * 1e6, found.limit, found.blocks, found.waves, floor
         rows.append(Row(role, *times))
     return rows
 
@@ -330,7 +329,7 @@ def number(x: float) -> str:
 
 def work_table(arch: str) -> str:
     rows = []
-    for N in (64, 128):
+    for N in sorted({shape.N for shape in MEASURED}):
         for role, lines in counted(N).items():
             if not re.search("chunked|walk", role.name) or role.purpose == "state_walk, forth":
                 continue
@@ -347,6 +346,7 @@ def kernels_table(gpu: speed.Gpu) -> str:
     cells: dict[Role, dict[Shape, str]] = {}
     for shape in MEASURED:
         for row in predicted(gpu, shape):
+            # the same launch, whatever the head size
             role = replace(row.role, kernel=row.role.kernel.replace(f"Li{shape.N}", "LiN"))
             waves = f" x {row.waves}" if row.waves > 1 else ""
             text = f"{number(row.predicted)} ({number(row.floor)}), {row.limit}, {row.blocks_each}"
@@ -360,17 +360,16 @@ def kernels_table(gpu: speed.Gpu) -> str:
 
 def comparison() -> str:
     """With what an H200 and an H100 took."""
-    gpu, rows = speed.GPUS["90"], []
+    gpu, rows, first = speed.GPUS["90"], [], next(iter(MEASURED))
     for shape, measured in MEASURED.items():
         cells = [", ".join(map(str, shape))]
         for i, time in enumerate(totals(gpu, shape)):
             cells.append(number(time))
             cells += [f"{number(m[i])}: {time / m[i]:.2f}" for m in measured.values()]
         rows.append(cells)
-    gpus = list(MEASURED[Shape(8, 1024, 8, 64)])
+    gpus = list(MEASURED[first])
     calls = table(["B, T, H, N", "forward", *gpus, "forward + backward", *gpus], rows)
     times: dict[str, float] = dict.fromkeys(MEASURED_KERNELS, 0.0)
-    first = next(iter(MEASURED))
     for row in predicted(gpu, first):
         times[row.role.name] += row.predicted
     kernels = [
@@ -391,11 +390,11 @@ def other_gpus(gpus: Sequence[speed.Gpu]) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", nargs="+", default=list(speed.GPUS), choices=list(speed.GPUS))
     parser.add_argument("--write", action="store_true", help="into docs/cuda.md")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     gpus = [speed.GPUS[arch] for arch in arguments.arch]
     tables = [work_table("90"), comparison(), other_gpus(gpus)]
     if arguments.write:
