@@ -166,13 +166,13 @@ int64_t dimension_size(const char* name, const DLTensor* x, int dim) {
   return x->shape[dim < 0 ? x->ndim + dim : dim];
 }
 
-Sizes check_r(const DLTensor* r) {
-  const DType dtype = dtype_of("r", r);
-  const Device device = device_of("r", r);
-  check_float("r", r, {-1, -1, -1, -1}, device, dtype, dtype);
-  const Sizes sizes{r->shape[0], r->shape[1], r->shape[2], r->shape[3], device};
+Sizes check_first(const char* name, const DLTensor* x) {
+  const DType dtype = dtype_of(name, x);
+  const Device device = device_of(name, x);
+  check_float(name, x, {-1, -1, -1, -1}, device, dtype, dtype);
+  const Sizes sizes{x->shape[0], x->shape[1], x->shape[2], x->shape[3], device};
   if (sizes.N < 1 || sizes.N > kMaxHeadSize)
-    fail("r: expected a head size N from 1 to ", kMaxHeadSize, ", got ", sizes.N);
+    fail(name, ": expected a head size N from 1 to ", kMaxHeadSize, ", got ", sizes.N);
   return sizes;
 }
 

@@ -44,8 +44,9 @@ DType dtype_of(const char* name, const DLTensor* x);
 // The size of one dimension, -1 for the last.
 int64_t dimension_size(const char* name, const DLTensor* x, int dim);
 
-// The sizes, after checking that r is [B, T, H, N] of a float dtype with a fitting N.
-Sizes check_r(const DLTensor* r);
+// The sizes, after checking that a call's first input is [B, T, H, N] of a float dtype with a
+// fitting N.
+Sizes check_first(const char* name, const DLTensor* x);
 
 // A [B, T, H, N] tensor of one of two dtypes (the same one twice where only one is allowed).
 Tokens tokens(const char* name, const DLTensor* x, const Sizes& sizes, DType dtype, DType or_dtype);

@@ -39,13 +39,13 @@ struct Sequences {
 struct WkvInputs {
   Sequences sequences;
   int64_t H, N;
-  Tokens r, k, v, w;
+  Tokens r, k, v, w;  // r and u: absent where a forward's y is
   Heads u;
   States initial;  // [S, H, N, N] of the accumulator's dtype or r's; absent: zeros
 };
 
 struct ForwardJob : WkvInputs {
-  Tokens y;
+  Tokens y;            // absent: only the final state is wanted
   States final;        // [count, H, N, N] of the accumulator's dtype; in place: initial itself
   States checkpoints;  // at least [checkpoints(), H, N, N] of the accumulator's dtype, or absent
 };

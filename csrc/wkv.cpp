@@ -26,15 +26,18 @@ struct Arguments {
   DType dtype, acc;  // of the inputs; of the accumulator and the states
   WkvInputs inputs = {};
 
-  // The sequences start from `state`: initial_state, or in place the state that is updated.
-  Arguments(const rwkv6_wkv_inputs& from, const DLTensor* state, bool in_place)
-      : sizes(check_r(from.r)), dtype(dtype_of("r", from.r)), acc(state_dtype(dtype)) {
+  // The sequences start from `state`: initial_state, or in place the state that is updated. Without
+  // y there are no r and u, on which only y depends.
+  Arguments(const rwkv6_wkv_inputs& from, const DLTensor* state, bool in_place, bool has_y = true)
+      : sizes(has_y ? check_first("r", from.r) : check_first("k", from.k)),
+        dtype(has_y ? dtype_of("r", from.r) : dtype_of("k", from.k)),
+        acc(state_dtype(dtype)) {
     inputs.H = sizes.H, inputs.N = sizes.N;
-    inputs.r = like_r("r", from.r);
+    if (has_y) inputs.r = like_r("r", from.r);
     inputs.k = like_r("k", from.k);
     inputs.v = like_r("v", from.v);
     inputs.w = tokens("w", from.w, sizes, dtype, DType::f32);
-    inputs.u = heads("u", from.u, sizes, dtype, DType::f32);
+    if (has_y) inputs.u = heads("u", from.u, sizes, dtype, DType::f32);
     if (in_place)
       inputs.initial = states("state", state, -1, sizes, acc, acc);
     else if (state)
@@ -67,7 +70,7 @@ struct Arguments {
 void run_forward(const rwkv6_context* context, const Sizes& sizes, const ForwardJob& job) {
   if (sizes.device.cuda) return cuda::forward(context, sizes.device.index, job);
   const std::vector<Sequence> list = read_sequences(job.sequences);
-  const KernelsOf& cpu = kernels(job.r.dtype);
+  const KernelsOf& cpu = kernels(job.k.dtype);
   const Threads threads(context, work_of(sizes));
   const int64_t heads = job.sequences.count * job.H;
   const int64_t parts = threads.parts(heads, job.N, cpu.columns, kIntraChunkShare);
@@ -164,11 +167,15 @@ const char* rwkv6_wkv_forward(const rwkv6_context* context, const rwkv6_wkv_inpu
                               DLTensor* y, DLTensor* final_state, DLTensor* checkpoints) {
   return message_of([&] {
     const rwkv6_wkv_inputs& from = required("inputs", inputs);
-    const Arguments in(from, from.initial_state, false);
-    const ForwardJob job = {in.inputs, in.like_r("y", y),
+    const std::pair<const char*, const DLTensor*> for_y[] = {
+        {"r", from.r}, {"u", from.u}, {"checkpoints", checkpoints}};
+    for (const auto& [name, x] : for_y)
+      if (x && !y) throw ArgumentError(std::string(name) + ": expected NULL without y");
+    const Arguments in(from, from.initial_state, false, y);
+    const ForwardJob job = {in.inputs, y ? in.like_r("y", y) : Tokens(),
                             in.final_states("final_state", final_state),
                             in.checkpoints(checkpoints)};
-    check_writable("y", y);
+    if (y) check_writable("y", y);
     check_writable("final_state", final_state);
     if (checkpoints) check_writable("checkpoints", checkpoints);
     run_forward(context, in.sizes, job);

@@ -402,6 +402,42 @@ def test_kept_states(sm_80, force, monkeypatch, family, dtype, N, T, cu_seqlens,
     check_backward(sm_80, call, 1.5, kept=kept)
 
 
+@pytest.mark.parametrize(
+    ("options", "segment"),
+    [
+        ({"T": 140, "states": 1}, "9999"),
+        ({"T": 200, "B": 2, "states": 3, "state_map": [2, 0]}, "64"),
+        ({"T": 263, "B": 1, "cu_seqlens": [0, 130, 130, 140, 263]}, "64"),
+        ({"T": 0}, "64"),
+    ],
+    ids=["one segment", "four segments", "packed", "no token"],
+)
+@pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
+def test_the_final_state_alone(sm_80, force, monkeypatch, family, dtype, N, options, segment):
+    """The walk and the scan of the chunked kernels, and no y; the recurrent ones write none."""
+    force(family)
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", segment)
+    call = random_call(**{"H": 2, "N": N, "dtype": dtype, "extreme": True} | options)
+    sm_80.runtime.reset()
+    found = sm_80.final_state(call)
+    expected = reference.wkv(*call.double().args())[1]
+    assert relative_rms(found, expected) <= FORWARD[F32]
+    names = [launch.name for launch in sm_80.runtime.launches()]
+    assert not any("forward_chunked" in name for name in names)
+    assert any("scan" in name for name in names) == (family == "chunked")
+
+
+@pytest.mark.parametrize(("family", "dtype", "N"), SMALL[1:], ids=kernel_id)
+def test_the_final_state_alone_of_wrong_sequences_is_nan(sm_80, force, family, dtype, N):
+    force(family)
+    call = random_call(B=3, T=40, N=N, dtype=dtype, states=2, state_map=[1, 2, 0])
+    found = sm_80.final_state(call)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+    call = random_call(B=1, T=40, N=N, dtype=dtype, cu_seqlens=[0, 30, 20, 40])
+    assert sm_80.final_state(call).isnan().all()
+
+
 def test_the_same_as_the_cpus_kernels(gpu):
     call = random_call(B=2, T=40, H=2, N=24, states=2, extreme=True)
     y, state = torch_rwkv6.wkv(*call.floats())

@@ -172,6 +172,7 @@ def test_every_operator_and_every_dimension():
         "wkv": ((*wkv, None, None), 5 * B * T * H * N * N),
         "wkv_backward": ((r, None, *wkv, None, None), 11 * B * T * H * N * N),
         "wkv_update": (wkv, 5 * B * T * H * N * N),
+        "wkv_final_state": ((k, v, w, state), 3 * B * T * H * N * N),
         "wkv4": (wkv4, 10 * B * T * D),
         "wkv4_backward": ((k4, None, *wkv4), 21 * B * T * D),
         "wkv4_update": (wkv4, 10 * B * T * D),

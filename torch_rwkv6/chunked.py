@@ -36,7 +36,7 @@ from torch_rwkv6 import reference
 from torch_rwkv6._torch_private import forward_mode_active, transforms_active
 from torch_rwkv6.arguments import needs_grad
 
-__all__ = ["wkv", "wkv_backward"]
+__all__ = ["wkv", "wkv_backward", "wkv_final_state"]
 
 SHORT = 16  # fewer tokens go by the recurrence: docs/operator.md has the measurement
 CHUNK = 64  # tokens, a power of two
@@ -73,6 +73,31 @@ def wkv(
         return _in_line(outputs, T, packing).to(r.dtype), state
 
 
+def wkv_final_state(
+    k: Tensor,  # [B, T, H, N]
+    v: Tensor,  # [B, T, H, N]
+    w: Tensor,  # [B, T, H, N]
+    initial_state: Tensor | None = None,  # [S, H, N, N]
+    state_map: Tensor | None = None,  # [B] or [M]
+    cu_seqlens: Tensor | None = None,  # [M + 1]
+) -> Tensor:  # [B or M, H, N, N]
+    """`torch.ops.rwkv6.wkv_final_state` by chunks: the final state of `wkv` without its y."""
+    B, T, H, N = _sizes(k)
+    if T < SHORT:
+        u = k.new_zeros(H, N)
+        return reference.wkv(k, k, v, w, u, initial_state, state_map, cu_seqlens)[1]
+    with _without_autocast(k):
+        initial = reference.initial_states(k, initial_state, state_map, cu_seqlens)
+        packing, segments = _segments(k, k, v, w, initial, cu_seqlens)
+        state, ends = initial[:B], []
+        for segment in segments:
+            after = _after(segment, state)
+            state = after[-1]
+            if packing is not None:
+                ends += after
+        return state if packing is None else torch.cat(ends).index_select(0, packing.last)
+
+
 def wkv_backward(
     grad_y: Tensor | None,  # [B, T, H, N]
     grad_final_state: Tensor | None,  # [B or M, H, N, N]
@@ -100,9 +125,7 @@ def wkv_backward(
         packing, segments = _segments(r, k, v, w, initial, cu_seqlens)
         states = [state]  # before each segment
         for segment in segments[:-1]:
-            keys, values, log_decay = map(_by_chunk, segment.tokens()[1:])
-            *_, whole = _runs(keys, log_decay, _recorded(keys, log_decay))
-            states.append(_walk(_steps(whole, values), states[-1], segment.begins())[1][-1])
+            states.append(_after(segment, states[-1])[-1])
         sent: Any = [None] * len(segments)
         if grad_y is not None:
             _, size, chunk, _, _ = segments[0].r.shape
@@ -295,6 +318,16 @@ def _forward(
     starts, ends = _walk(_steps(whole, v), state, segment.begins())
     y = torch.baddbmm(y, r, torch.stack(starts).flatten(0, 2))
     return _in_order(y.reshape(shape)), ends
+
+
+def _after(
+    segment: _Segment,
+    state: Tensor,  # [B, H, N, N]
+) -> list[Tensor]:
+    """The state after each chunk, [B, H, N, N]."""
+    k, v, log_decay = map(_by_chunk, segment.tokens()[1:])
+    *_, whole = _runs(k, log_decay, _recorded(k, log_decay))
+    return _walk(_steps(whole, v), state, segment.begins())[1]
 
 
 def _backward(

@@ -186,6 +186,17 @@ WKV = Operator(
     autocast=True,
 )
 WKV_BACKWARD = _backward(WKV)
+# The final state alone, which does not depend on r and u: less work than a forward, for
+# sequences that are cut into pieces (torch_rwkv6.parallel).
+WKV_FINAL_STATE = Operator(
+    "wkv_final_state",
+    (
+        dataclasses.replace(WKV.arguments[0], name="k"),
+        *(a for a in WKV.arguments if a.name not in ("r", "k", "u")),
+    ),
+    WKV.results[1:],
+    independent="H",
+)
 # What autograd runs where there are kernels: the forward keeps some of the states that it passes
 # through, and the backward need not find them again.
 CHECKPOINTS = Argument("checkpoints", "PHNN", Dtype.STATE)
@@ -230,7 +241,8 @@ MATVEC_INT8 = Operator(
 )
 
 OPERATORS = (
-    *(WKV, WKV_BACKWARD, WKV_UPDATE, WKV_CHECKPOINTED, WKV_CHECKPOINTED_BACKWARD),
+    *(WKV, WKV_BACKWARD, WKV_UPDATE, WKV_FINAL_STATE),
+    *(WKV_CHECKPOINTED, WKV_CHECKPOINTED_BACKWARD),
     *(WKV4, WKV4_BACKWARD, WKV4_UPDATE),
     *(MATVEC, MATVEC_INT8),
 )

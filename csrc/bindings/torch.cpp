@@ -111,6 +111,16 @@ class WkvInputs {
         state_map_(state_map),
         cu_seqlens_(cu_seqlens),
         inputs_{r_, k_, v_, w_, u_, initial_state_, state_map_, cu_seqlens_} {}
+  // Without r and u, for the final state alone.
+  WkvInputs(const Tensor& k, const Tensor& v, const Tensor& w, const OptionalTensor& initial_state,
+            const OptionalTensor& state_map, const OptionalTensor& cu_seqlens)
+      : k_(k),
+        v_(v),
+        w_(w),
+        initial_state_(initial_state),
+        state_map_(state_map),
+        cu_seqlens_(cu_seqlens),
+        inputs_{nullptr, k_, v_, w_, nullptr, initial_state_, state_map_, cu_seqlens_} {}
   WkvInputs(const WkvInputs&) = delete;
   operator const rwkv6_wkv_inputs*() const { return &inputs_; }
 };
@@ -285,6 +295,19 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& r,                      // [B, T, H
                           WkvInputs(r, k, v, w, u, initial_state, state_map, cu_seqlens),
                           View::output(y), View::output(final_state), nullptr));
   return {y, final_state};
+}
+
+// The final state of wkv alone.
+Tensor wkv_final_state(const Tensor& k,                      // [B, T, H, N]
+                       const Tensor& v,                      // [B, T, H, N]
+                       const Tensor& w,                      // [B, T, H, N]
+                       const OptionalTensor& initial_state,  // [S, H, N, N]
+                       const OptionalTensor& state_map,      // [B] or [M]
+                       const OptionalTensor& cu_seqlens) {   // [M + 1]
+  const Tensor final_state = empty_states(k, cu_seqlens);
+  check(rwkv6_wkv_forward(Context(k), WkvInputs(k, v, w, initial_state, state_map, cu_seqlens),
+                          nullptr, View::output(final_state), nullptr));
+  return final_state;
 }
 
 // wkv for autograd, which keeps what wkv_checkpointed_backward needs.
@@ -468,6 +491,9 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
       "wkv(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? initial_state=None, "
       "Tensor? state_map=None, Tensor? cu_seqlens=None) -> (Tensor y, Tensor final_state)");
   m.def(
+      "wkv_final_state(Tensor k, Tensor v, Tensor w, Tensor? initial_state=None, "
+      "Tensor? state_map=None, Tensor? cu_seqlens=None) -> Tensor");
+  m.def(
       "wkv_backward(Tensor? grad_y, Tensor? grad_final_state, Tensor r, Tensor k, Tensor v, "
       "Tensor w, Tensor u, Tensor? initial_state, Tensor? state_map, Tensor? cu_seqlens) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -499,6 +525,7 @@ STABLE_TORCH_LIBRARY(rwkv6, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
   m.impl("wkv", TORCH_BOX(&wkv));
+  m.impl("wkv_final_state", TORCH_BOX(&wkv_final_state));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
   m.impl("wkv_checkpointed", TORCH_BOX(&wkv_checkpointed));
   m.impl("wkv_checkpointed_backward", TORCH_BOX(&wkv_checkpointed_backward));
@@ -517,6 +544,7 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv6, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(rwkv6, CUDA, m) {
   if (rwkv6_cuda_problem() || !current_stream()) return;
   m.impl("wkv", TORCH_BOX(&wkv));
+  m.impl("wkv_final_state", TORCH_BOX(&wkv_final_state));
   m.impl("wkv_backward", TORCH_BOX(&wkv_backward));
   m.impl("wkv_checkpointed", TORCH_BOX(&wkv_checkpointed));
   m.impl("wkv_checkpointed_backward", TORCH_BOX(&wkv_checkpointed_backward));

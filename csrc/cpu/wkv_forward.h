@@ -20,6 +20,10 @@
 // The state is kept in the output itself (final_state, or the caller's state). A chunk of one token
 // is the recurrence: it serves decoding and the tokens left over at the end of a sequence.
 //
+// Where only the final state is wanted (without y: WithY is false), r and u, R and A, and the first
+// of the two products with the state are left out. What is left is computed as with y, to the same
+// bits, from rows that are converted to the accumulator's dtype first: X is T.
+//
 // Included by isa.inc inside the namespace of one instruction set.
 
 // The order of a group of heads: kBlock tokens of the first head, the same tokens of the second and
@@ -46,7 +50,7 @@ struct ForwardChunk {
   bool settles;             // whether decay_low is applied: see ForwardScratch::residuals
   // The rows of the tokens in the tensors' dtype: r and k [C, N], v and y [C, columns of the part].
   // They are the tensors' own memory where a row is a number of whole vectors, otherwise padded
-  // copies.
+  // copies. Without y, k and v are converted as w is.
   const void *r[kChunk], *k[kChunk], *v[kChunk];
   void* y[kChunk];
   const T* w[kChunk];  // [C, N], converted
@@ -78,10 +82,10 @@ RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
   ((v[i] = V(0)), ...);
 }
 
-// Computes R, K, A and the decay of the whole chunk: all that does not depend on the state. u [N]
-// is the head's. residual [N] is what the decays of the head's earlier chunks lost by rounding,
+// Computes R, K, A and the decay of the whole chunk (K and the decay without y): all that does not
+// depend on the state. u [N] is the head's. residual [N] is what the decays of the head's earlier chunks lost by rounding,
 // relative to their product; it is added to this chunk's decay before that is rounded.
-template <class T, class X, int C>
+template <class T, class X, bool WithY, int C>
 RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;
   typedef ForwardChunk<T> Chunk;
@@ -95,11 +99,14 @@ RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T
       d[0] = V::load(chunk.decay + i), c[0] = V::load(chunk.decay_rest + i);
     else
       decay_lanes(w, rate, d, c);
-    RWKV6_UNROLLED (int t = 0; t < C; t++) r[t] = load_as<T>(static_cast<const X*>(chunk.r[t]) + i);
     V all = d[0], change = c[0];
-    r[0].store(chunk.R.row[0] + i);
+    if constexpr (WithY) {
+      RWKV6_UNROLLED (int t = 0; t < C; t++)
+        r[t] = load_as<T>(static_cast<const X*>(chunk.r[t]) + i);
+      r[0].store(chunk.R.row[0] + i);
+    }
     RWKV6_UNROLLED (int t = 1; t < C; t++) {
-      (r[t] * all).store(chunk.R.row[t] + i);
+      if constexpr (WithY) (r[t] * all).store(chunk.R.row[t] + i);
       change = fma(all, c[t], change);
       all = all * d[t];
     }
@@ -110,22 +117,23 @@ RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T
     (C == 1 ? V(T(0)) : low).store(residual + i);
     RWKV6_UNROLLED (int s = 0; s < C; s++) {
       V k = load_as<T>(static_cast<const X*>(chunk.k[s]) + i);
-      A[Chunk::pair(s, s)] = fma(r[s], V::load(u + i) * k, A[Chunk::pair(s, s)]);
+      if constexpr (WithY)
+        A[Chunk::pair(s, s)] = fma(r[s], V::load(u + i) * k, A[Chunk::pair(s, s)]);
       RWKV6_UNROLLED (int t = s + 1; t < C; t++) {
-        A[Chunk::pair(t, s)] = fma(r[t], k, A[Chunk::pair(t, s)]);
+        if constexpr (WithY) A[Chunk::pair(t, s)] = fma(r[t], k, A[Chunk::pair(t, s)]);
         k = k * d[t];
       }
       k.store(chunk.K.row[s] + i);
     }
   }
   chunk.decay_low = C == 1 ? chunk.decay_rest : residual;
-  store_sums<Chunk::pair(C, 0)>(A, chunk.A);
+  if constexpr (WithY) store_sums<Chunk::pair(C, 0)>(A, chunk.A);
 }
 
 // Computes y and the next state of one chunk, for Q vectors of value columns from column j on. With
 // Partial there is one vector, of which only the first `columns` exist. The old state is added to
 // the sum last, so that what is added to a state many times as large is rounded only once.
-template <class T, class X, int C, bool Settles, int Q, bool Partial>
+template <class T, class X, bool WithY, int C, bool Settles, int Q, bool Partial>
 RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
                                const StateMove<T>& state, int64_t columns, Prefetcher& prefetcher) {
   typedef Vec<T> V;
@@ -133,9 +141,9 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
   RWKV6_UNROLLED (int t = 0; t < C; t++) {
     RWKV6_UNROLLED (int q = 0; q < Q; q++) {
       v[t][q] = load_as<T>(static_cast<const X*>(chunk.v[t]) + j + q * V::W);
-      y[t][q] = V(chunk.A[chunk.pair(t, 0)]) * v[0][q];
+      if constexpr (WithY) y[t][q] = V(chunk.A[chunk.pair(t, 0)]) * v[0][q];
     }
-    RWKV6_UNROLLED (int s = 1; s <= t; s++) {
+    RWKV6_UNROLLED (int s = 1; WithY && s <= t; s++) {
       const V a(chunk.A[chunk.pair(t, s)]);
       RWKV6_UNROLLED (int q = 0; q < Q; q++) y[t][q] = fma(a, v[s][q], y[t][q]);
     }
@@ -182,7 +190,7 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
         store_as(y[t][q], static_cast<X*>(chunk.y[t]) + j + q * V::W);
   };
   V S[Q];
-  if constexpr (C > 1 && RWKV6_TILE_PASSES == 2) {
+  if constexpr (WithY && C > 1 && RWKV6_TILE_PASSES == 2) {
     // There are far more rows, in all tiles together, than lines to prefetch.
     for (int64_t i = 0; i < N; i++) {
       load(i, S), add_to_y(i, S);
@@ -190,36 +198,45 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
     }
     store_y();
     for (int64_t i = 0; i < N; i++) load(i, S), update(i, S);
+  } else if constexpr (!WithY && C > 1) {
+    // two rows at a time, which share the instructions of a prefetch
+    for (int64_t i = 0; i < N; i += 2) {
+      load(i, S), update(i, S);
+      prefetcher.next_line();
+      if (i + 1 < N) load(i + 1, S), update(i + 1, S);
+    }
   } else {
     for (int64_t i = 0; i < N; i++) {
-      load(i, S), add_to_y(i, S), update(i, S);
+      load(i, S);
+      if constexpr (WithY) add_to_y(i, S);
+      update(i, S);
       if constexpr (C > 1)
         prefetcher.next_line();
       else  // the state itself is what there is to read
         RWKV6_UNROLLED (int64_t at = 0; at < Q * V::W; at += 64 / int64_t(sizeof(T)))
           __builtin_prefetch(from + (i + 16) * from_stride + at);
     }
-    store_y();
+    if constexpr (WithY) store_y();
   }
 }
 
 // Computes y and the next state of one chunk of one head, tile by tile of value columns.
-template <class T, class X, int C, bool Settles>
+template <class T, class X, bool WithY, int C, bool Settles>
 void forward_tiles(ForwardChunk<T>& chunk, int64_t N, int64_t columns, const StateMove<T>& state,
                    Prefetcher& prefetcher) {
   typedef Vec<T> V;
   constexpr int Q = C == 1 ? 4 : RWKV6_TILE_VECTORS;
   int64_t j = 0;
   for (; j + Q * V::W <= columns; j += Q * V::W)
-    forward_tile<T, X, C, Settles, Q, false>(chunk, N, j, state, 0, prefetcher);
+    forward_tile<T, X, WithY, C, Settles, Q, false>(chunk, N, j, state, 0, prefetcher);
   if (j + 2 * V::W <= columns) {
-    forward_tile<T, X, C, Settles, 2, false>(chunk, N, j, state, 0, prefetcher);
+    forward_tile<T, X, WithY, C, Settles, 2, false>(chunk, N, j, state, 0, prefetcher);
     j += 2 * V::W;
   }
   for (; j + V::W <= columns; j += V::W)
-    forward_tile<T, X, C, Settles, 1, false>(chunk, N, j, state, 0, prefetcher);
+    forward_tile<T, X, WithY, C, Settles, 1, false>(chunk, N, j, state, 0, prefetcher);
   if (j < columns)
-    forward_tile<T, X, C, Settles, 1, true>(chunk, N, j, state, columns - j, prefetcher);
+    forward_tile<T, X, WithY, C, Settles, 1, true>(chunk, N, j, state, columns - j, prefetcher);
 }
 
 // Copies y to the tensor where it was computed in a padded copy.
@@ -270,7 +287,7 @@ struct ForwardScratch {
 
 // Goes through one sequence, for heads [first, last) and the columns of one part: block by block of
 // tokens, in each block head by head, and for each head chunk by chunk. X is the inputs' dtype.
-template <class T, class X>
+template <class T, class X, bool WithY>
 struct SequenceForward {
   const ForwardWork& job;
   const Sequence& sequence;
@@ -299,10 +316,12 @@ struct SequenceForward {
   // prefetched: the next head's in the same block, or the first head's in the next block.
   void begin_block_of_head() {
     const auto row = [&](const Tokens& x) { return x.row(sequence.b, sequence.begin + block, h); };
-    const int64_t offset = part.first * int64_t(sizeof(X));
-    r = row(job.r), k = row(job.k), v = row(job.v) + offset, w = row(job.w);
-    y = row(job.y) + offset;
-    load_row(job.u.row(h, sequence.b), job.u.dtype, job.N, u);
+    const int64_t offset = part.first * size_of(job.k.dtype);
+    k = row(job.k), v = row(job.v) + offset, w = row(job.w);
+    if constexpr (WithY) {
+      r = row(job.r), y = row(job.y) + offset;
+      load_row(job.u.row(h, sequence.b), job.u.dtype, job.N, u);
+    }
     prefetcher.clear();
     const bool same_block = h + 1 < last;
     const int64_t next_t = same_block ? 0 : kBlock, next_h = same_block ? 1 : first - h;
@@ -310,7 +329,7 @@ struct SequenceForward {
     const int64_t tokens = left < kBlock ? left : kBlock;
     if (tokens < kChunk) return;
     const auto want = [&](const Tokens& x, const char* at, int64_t n) {
-      prefetcher.want(x, at + x.distance(next_t, next_h), tokens, n);
+      if (at) prefetcher.want(x, at + x.distance(next_t, next_h), tokens, n);
     };
     want(job.w, w, job.N);
     want(job.r, r, job.N);
@@ -335,18 +354,29 @@ struct SequenceForward {
         row += x.stride_t * int64_t(sizeof(X));
       }
     };
-    find(job.r, r, N, chunk.r_copy, chunk.r);
-    find(job.k, k, N, chunk.k_copy, chunk.k);
-    find(job.v, v, columns, chunk.v_copy, chunk.v);
-    const bool in_place = size_of(job.w.dtype) == sizeof(T) && N % Vec<T>::W == 0;
-    RWKV6_UNROLLED (int t = 0; t < C; t++) {
-      chunk.w[t] = in_place ? reinterpret_cast<const T*>(w) : chunk.w_copy.row[t];
-      if (!in_place) load_row(w, job.w.dtype, N, chunk.w_copy.row[t]);
-      w += job.w.distance(1, 0);
-      chunk.y[t] = columns % Vec<T>::W ? static_cast<void*>(chunk.y_copy.row[t]) : y;
-      y += job.y.stride_t * int64_t(sizeof(X));
+    const auto convert = [&](const Tokens& x, const char*& row, int64_t n, auto& copy,
+                             auto& found) {
+      const bool in_place = size_of(x.dtype) == sizeof(T) && n % Vec<T>::W == 0;
+      RWKV6_UNROLLED (int t = 0; t < C; t++) {
+        found[t] = in_place ? reinterpret_cast<const T*>(row) : copy.row[t];
+        if (!in_place) load_row(row, x.dtype, n, copy.row[t]);
+        row += x.distance(1, 0);
+      }
+    };
+    if constexpr (WithY) {
+      find(job.r, r, N, chunk.r_copy, chunk.r);
+      find(job.k, k, N, chunk.k_copy, chunk.k);
+      find(job.v, v, columns, chunk.v_copy, chunk.v);
+      RWKV6_UNROLLED (int t = 0; t < C; t++) {
+        chunk.y[t] = columns % Vec<T>::W ? static_cast<void*>(chunk.y_copy.row[t]) : y;
+        y += job.y.stride_t * int64_t(sizeof(X));
+      }
+    } else {
+      convert(job.k, k, N, chunk.k_copy, chunk.k);
+      convert(job.v, v, columns, chunk.v_copy, chunk.v);
     }
-    intra_chunk<T, X, C>(N, u, residuals[h - first], chunk);
+    convert(job.w, w, N, chunk.w_copy, chunk.w);
+    intra_chunk<T, X, WithY, C>(N, u, residuals[h - first], chunk);
   }
 
   void unpack_next(ForwardChunk<T>& chunk) {
@@ -382,12 +412,12 @@ struct SequenceForward {
     else if (job.checkpoints.data && chunk.step % kCheckpointTokens == 0)
       keep_checkpoint(chunk, state);
     if (chunk.tokens == 1)
-      forward_tiles<T, X, 1, true>(chunk, job.N, columns, state, prefetcher);
+      forward_tiles<T, X, WithY, 1, true>(chunk, job.N, columns, state, prefetcher);
     else if (chunk.settles)
-      forward_tiles<T, X, kChunk, true>(chunk, job.N, columns, state, prefetcher);
+      forward_tiles<T, X, WithY, kChunk, true>(chunk, job.N, columns, state, prefetcher);
     else
-      forward_tiles<T, X, kChunk, false>(chunk, job.N, columns, state, prefetcher);
-    pack(job, sequence, part, chunk);
+      forward_tiles<T, X, WithY, kChunk, false>(chunk, job.N, columns, state, prefetcher);
+    if constexpr (WithY) pack(job, sequence, part, chunk);
   }
 
   StateMove<T> in_final(int64_t head) const {
@@ -412,7 +442,7 @@ struct SequenceForward {
   }
 };
 
-template <class T, class X>
+template <class T, class X, bool WithY>
 void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t first, int64_t last,
                    Columns part, bool alone, ForwardScratch<T>& scratch) {
   const int64_t columns = part.last - part.first, L = sequence.length;
@@ -425,14 +455,14 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
     return;
   }
   const bool copied = !alone && L >= kCopiedTokens && job.N * columns <= kCopiedState;
-  SequenceForward<T, X> pass{job,
-                             sequence,
-                             first,
-                             last,
-                             part,
-                             scratch.u,
-                             scratch.residuals,
-                             copied ? scratch.copies[0] : nullptr};
+  SequenceForward<T, X, WithY> pass{job,
+                                    sequence,
+                                    first,
+                                    last,
+                                    part,
+                                    scratch.u,
+                                    scratch.residuals,
+                                    copied ? scratch.copies[0] : nullptr};
   if (L == 0) {
     for (int64_t h = first; h < last; h++) {
       StateMove<T> state = pass.state_of(h);
@@ -453,7 +483,7 @@ void forward_heads(const ForwardWork& job, const Sequence& sequence, int64_t fir
   pass.put_back(last - 1);
 }
 
-template <class T, class X>
+template <class T, class X, bool WithY>
 void forward_units(const ForwardWork& job, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const int64_t N = job.N, units_per_sequence = job.H * job.parts;
@@ -470,18 +500,23 @@ void forward_units(const ForwardWork& job, int64_t begin, int64_t end) {
       heads = end - begin < heads ? end - begin : heads;
     }
     const Columns columns = columns_of(part, job.parts, N, Vec<T>::W);
-    forward_heads<T, X>(job, sequence, h, h + heads, columns, alone, scratch);
+    forward_heads<T, X, WithY>(job, sequence, h, h + heads, columns, alone, scratch);
     begin += heads;
   }
 }
 
 inline void forward(const ForwardWork& job, int64_t begin, int64_t end) {
-  if (job.r.dtype == DType::f64)
-    forward_units<double, double>(job, begin, end);
+  const bool f64 = job.k.dtype == DType::f64;
+  if (!job.y.data && f64)
+    forward_units<double, double, false>(job, begin, end);
+  else if (!job.y.data)
+    forward_units<float, float, false>(job, begin, end);
+  else if (f64)
+    forward_units<double, double, true>(job, begin, end);
   else if (job.r.dtype == DType::f32)
-    forward_units<float, float>(job, begin, end);
+    forward_units<float, float, true>(job, begin, end);
   else if (job.r.dtype == DType::bf16)
-    forward_units<float, BF16>(job, begin, end);
+    forward_units<float, BF16, true>(job, begin, end);
   else
-    forward_units<float, F16>(job, begin, end);
+    forward_units<float, F16, true>(job, begin, end);
 }

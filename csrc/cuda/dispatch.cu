@@ -172,9 +172,10 @@ void forward(const rwkv6_context* context, int device, ForwardJob job) {
   const CurrentDevice current(device);
   const Launch launch = launch_on(context, device);
   if (job.sequences.count == 0 || job.H == 0) return;
+  if (!job.y.data) job.r = job.k;  // what is read of r then reaches no result
   check_cu_seqlens(launch, job.sequences);
   const Family family =
-      choose(job.sequences, job.r.dtype, job.N, {job.r, job.k, job.v, job.w, job.y});
+      choose(job.sequences, job.k.dtype, job.N, {job.r, job.k, job.v, job.w, job.y});
   family == Family::chunked ? forward_chunked(launch, job) : forward_recurrent(launch, job);
 }
 

@@ -22,6 +22,7 @@ static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
 struct Results {
   float* ends;         // [segment][H][N][N] of the sequences with several, or nullptr
   float* decays;       // [segment][H][N], with ends
+  bool uncut;          // ends and decays of the other sequences as well
   States checkpoints;  // or absent
 };
 
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(2 * N, kWalkBlocks<N, reverse>)
   extern __shared__ __align__(16) char memory[];
   Shared<N>& shared = *reinterpret_cast<Shared<N>*>(memory);
   const Place at(walk.sequences, segments, walk.H);
-  if (!at.span.valid || (results.ends && !at.cut)) return;
+  if (!at.span.valid || (results.ends && !at.cut && !results.uncut)) return;
   const int value = threadIdx.x / 32 * 16;
 
   StateTile<N> s;
@@ -105,22 +106,24 @@ __global__ void __launch_bounds__(2 * N, kWalkBlocks<N, reverse>)
     for (int i = 0; i < K; i++) results.decays[int64_t(blockIdx.x) * N + my.key + i] = decay[i];
 }
 
-// From where each segment ends when it starts from zeros to where it starts, in place. One block
-// per (sequence, head) and part of the matrix, one thread per element.
+// From where each segment ends when it starts from zeros to where it starts, in place, for the
+// sequences with several segments. With `final` for all sequences, and the end of the last segment
+// goes there. One block per (sequence, head) and part of the matrix, one thread per element.
 template <class E>
 __global__ void scan_kernel(const __grid_constant__ Walk walk,
                             const __grid_constant__ Segments segments,
-                            float* ends,            // [segment][H][N][N]
-                            const float* decays) {  // [segment][H][N]
+                            float* ends,           // [segment][H][N][N]
+                            const float* decays,   // [segment][H][N]
+                            const States final) {  // [sequence][H][N][N] of float, or absent
   const int64_t N = walk.N, parts = N * N / blockDim.x, unit = blockIdx.x / parts;
   const int64_t element = blockIdx.x % parts * blockDim.x + threadIdx.x, key = element / N;
   const int64_t m = unit / walk.H, h = unit % walk.H;
   const Span span = span_of(walk.sequences, m);
-  if (!span.valid || span.length <= segments.length) return;
+  if (!final.data && (!span.valid || span.length <= segments.length)) return;
   const int64_t first = first_segment(walk.sequences, segments, m);
-  const int64_t count = (span.length + segments.length - 1) / segments.length;
+  const int64_t count = span.valid ? (span.length + segments.length - 1) / segments.length : 0;
   const int64_t row = walk.reverse ? m : span.initial;
-  float s = 0.f;
+  float s = span.valid ? 0.f : NAN;
   if (walk.from.data && row >= 0) {
     const char* state = walk.from.matrix(row, h);
     const int64_t at = key * walk.from.stride_row + element % N;
@@ -134,6 +137,8 @@ __global__ void scan_kernel(const __grid_constant__ Walk walk,
     end = s;
     s = decays[at * N + key] * s + added;
   }
+  if (final.data && span.final >= 0)
+    f32_matrix(final, span.final, h)[key * final.stride_row + element % N] = s;
 }
 
 template <class E, int N>
@@ -181,16 +186,17 @@ Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H
   return {up(T, length) * sequences.count, length};
 }
 
-const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments) {
+const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments,
+                            const States& final) {
   const int64_t units = walk.sequences.count * walk.H, blocks = segments.count * walk.H;
   float* ends = launch.workspace<float>(blocks * walk.N * walk.N);
   float* decays = launch.workspace<float>(blocks * walk.N);
   for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
     using E = decltype(element);
     constexpr int N = decltype(size)::value, kThreads = 256;
-    walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, {}});
+    walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, final.data != nullptr, {}});
     const ChunkedKernel scan = {"scan", scan_kernel<E>, kThreads, 0};
-    scan.run(launch, units * (N * N / kThreads), walk, segments, ends, decays);
+    scan.run(launch, units * (N * N / kThreads), walk, segments, ends, decays, final);
   });
   return ends;
 }
@@ -203,7 +209,7 @@ States checkpoints(const Launch& launch, const Walk& walk, const Segments& segme
   if (!result.data) return result;  // no sequence is so long
   for_chunked(walk.x.dtype, N, [&](auto element, auto size) {
     walk_states<decltype(element), decltype(size)::value>(launch, walk, segments, starts,
-                                                          {nullptr, nullptr, result});
+                                                          {nullptr, nullptr, false, result});
   });
   return result;
 }

@@ -51,8 +51,10 @@ struct Walk {
 };
 
 // The state at the beginning (backwards: end) of each segment of a sequence that has several,
-// [segment][head][N][N].
-const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments);
+// [segment][head][N][N]. With `final`, [sequence][head][N][N] of float, that of each segment of all
+// sequences, and the states behind the last ones go there.
+const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments,
+                            const States& final = {});
 
 // The checkpoints of all sequences where the forward kept none.
 States checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,

@@ -117,23 +117,34 @@ __global__ void __launch_bounds__(2 * N)
 constexpr SegmentCosts kCosts = {
     .sharing = 0.4, .start = 48, .walk = 1.8, .scan = 224, .segment = 6, .multiple = 4 * kChunk};
 
+// Where only the final state is wanted: the walk of the state alone goes through every segment once.
+constexpr SegmentCosts kStateCosts = {.sharing = kCosts.sharing,
+                                      .start = kCosts.start,
+                                      .walk = 1,
+                                      .scan = kCosts.scan,
+                                      .segment = kCosts.segment,
+                                      .multiple = kCosts.multiple};
+
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
   const ChunkedKernel kernel = {"forward_chunked", forward_chunked_kernel<E, N>, 2 * N,
                                 Shared<N>::bytes(job.w.dtype == DType::f32)};
-  const Segments segments =
-      segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch), kCosts);
+  const Segments segments = segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch),
+                                        job.y.data ? kCosts : kStateCosts);
+  const Walk walk = {job.sequences, job.H, job.N, job.k, job.v, job.w, job.initial, false};
+  if (!job.y.data) {
+    segment_starts(launch, walk, segments, job.final);
+    return;
+  }
   const float* starts = nullptr;
-  if (segments.cuts(job.sequences))
-    starts = segment_starts(
-        launch, {job.sequences, job.H, job.N, job.k, job.v, job.w, job.initial, false}, segments);
+  if (segments.cuts(job.sequences)) starts = segment_starts(launch, walk, segments);
   kernel.run(launch, segments.count * job.H, job, segments, starts);
 }
 
 }  // namespace
 
 void forward_chunked(const Launch& launch, const ForwardJob& job) {
-  for_chunked(job.r.dtype, job.N, [&](auto element, auto size) {
+  for_chunked(job.k.dtype, job.N, [&](auto element, auto size) {
     run<decltype(element), decltype(size)::value>(launch, job);
   });
 }

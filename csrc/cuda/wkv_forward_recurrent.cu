@@ -8,7 +8,8 @@
 // of columns and every kKeyLanes-th pack of keys, and the key lanes of a column add up y with a few
 // shuffles. The warps of a block share the tokens, which come through shared memory a tile at a
 // time, one tile ahead and unpacked by the thread that fetched them: one barrier a tile. Head sizes
-// are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256.
+// are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256. Where only the final state is wanted
+// (y is absent), y is computed all the same, of whatever r is, and not written.
 #include <type_traits>
 
 #include "cuda/decay.cuh"
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     const T fill = span.padding ? T(0) : T(NAN);
     const int j = first + lane;
     if (lane >= Shape::kWarpColumns || j >= N) return;
-    for (int64_t t = 0; t < span.length; t++)
+    for (int64_t t = 0; job.y.data && t < span.length; t++)
       store_element(job.y.row(span.b, span.begin + t, h), job.y.dtype, j, fill);
     if (final)
       for (int64_t i = 0; i < N; i++) final[i * job.final.stride_row + j] = fill;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
     for (int e = 0; e < kPack; e++) {
       const int i = (row_pack + n * Shape::kRowLanes) * kPack + e;
-      u[n][e] = i < N ? load_element<T>(job.u.row(h, span.b), job.u.dtype, i) : T(0);
+      u[n][e] = job.u.data && i < N ? load_element<T>(job.u.row(h, span.b), job.u.dtype, i) : T(0);
     }
 
   const auto store_state = [&](const States& states, int64_t row) {
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
       for (int q = 0; q < C; q++, y_row += job.y.distance(1, 0)) {
         const int j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y[q], lane);
-        if (key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
+        if (job.y.data && key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
           const T v = rows.v[t + q][j / kPack].x[j % kPack];
           store_element(y_row, job.y.dtype, j, y[q][0] + rows.bonus[t + q] * v);
         }
@@ -295,7 +296,7 @@ void forward(const Launch& launch, const ForwardJob& job) {
 
 void forward_recurrent(const Launch& launch, const ForwardJob& job) {
   if (job.sequences.count * job.H == 0) return;
-  if (job.r.dtype == DType::f64)
+  if (job.k.dtype == DType::f64)
     forward<double>(launch, job);
   else
     forward<float>(launch, job);

@@ -69,9 +69,11 @@ typedef struct {
 // be more rows than B P; rows of no state are left as they are.
 #define RWKV6_CHECKPOINT_TOKENS 128
 
+// With y NULL it computes the final state alone, in less time: the same bits on the CPU. r, u
+// and checkpoints are NULL then.
 RWKV6_API const char* rwkv6_wkv_forward(
     const rwkv6_context* context, const rwkv6_wkv_inputs* inputs,
-    DLTensor* y,             // [B, T, H, N], as r
+    DLTensor* y,             // [B, T, H, N], as r, or NULL
     DLTensor* final_state,   // [B or M, H, N, N], f32 (f64 for f64)
     DLTensor* checkpoints);  // [B P, H, N, N] or NULL (none are kept), f32 (f64 for f64)
 

@@ -186,6 +186,15 @@ class Gpu:
         self.free()
         return outputs
 
+    def final_state(self, call: Call):
+        """final_state [B or M, H, N, N], without y."""
+        _, k, v, w, _, *others = call.args()
+        state = _unwritten_states(call)
+        *_, memory = self.run("forward", None, k, v, w, None, *others, None, state)
+        found = memory.read()
+        self.free()
+        return found
+
     def backward(
         self,
         call: Call,

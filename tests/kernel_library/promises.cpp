@@ -42,6 +42,12 @@ struct Call {
     const rwkv6_wkv_inputs given = inputs();
     return rwkv6_wkv_forward(context, &given, y.dl(), final_state.dl(), nullptr);
   }
+  // The final state alone, without y.
+  const char* state_alone(Tensor& state, const rwkv6_context* context) {
+    rwkv6_wkv_inputs given = inputs();
+    given.r = given.u = nullptr;
+    return rwkv6_wkv_forward(context, &given, nullptr, state.dl(), nullptr);
+  }
 };
 
 // A pool of four threads that are one, and hands out the work piece by piece, the last first.
@@ -76,6 +82,10 @@ void same_bits_however_the_work_is_cut(Report& report) {
                      "backward in pieces");
         out.push_back(call.y);
         out.push_back(call.final_state);
+        Tensor alone(DType::f32, {B, H, N, N});
+        report.check(!call.state_alone(alone, context), "the state alone in pieces");
+        report.check(alone.same_bits(call.final_state),
+                     "the same state without y, N " + std::to_string(N));
       }
       for (size_t i = 0; i < outputs[0].size(); i++)
         report.check(
@@ -218,7 +228,16 @@ void messages(Report& report) {
   call.v = Tensor(DType::f32, {1, 2, 1, 5});
   says(call.forward(), "v: expected shape [1, 2, 1, 4] (-1: any), got [1, 2, 1, 5]");
   const rwkv6_wkv_inputs nothing = {};
-  says(rwkv6_wkv_forward(nullptr, &nothing, nullptr, nullptr, nullptr), "r: required, got NULL");
+  Tensor y(DType::f32, {1, 2, 1, 4}), state(DType::f32, {1, 1, 4, 4});
+  says(rwkv6_wkv_forward(nullptr, &nothing, y.dl(), nullptr, nullptr), "r: required, got NULL");
+  says(rwkv6_wkv_forward(nullptr, &nothing, nullptr, nullptr, nullptr), "k: required, got NULL");
+  rwkv6_wkv_inputs given = {};
+  given.k = y.dl(), given.v = y.dl(), given.w = y.dl();
+  says(rwkv6_wkv_forward(nullptr, &given, nullptr, state.dl(), state.dl()),
+       "checkpoints: expected NULL without y");
+  given.u = y.dl();
+  says(rwkv6_wkv_forward(nullptr, &given, nullptr, state.dl(), nullptr),
+       "u: expected NULL without y");
   const char* forced = getenv("RWKV6_CPU_ISA");
   if (forced && *forced) says(rwkv6_cpu_isa(), forced);
 }

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from torch_rwkv6.arguments import needs_grad, tensor
 from torch_rwkv6.checks import check
-from torch_rwkv6.contract import WKV, WKV_BACKWARD
+from torch_rwkv6.contract import WKV, WKV_BACKWARD, WKV_FINAL_STATE
 from torch_rwkv6.parallel.ranks import Ranks, check_flags, check_local, flags
 from torch_rwkv6.registration.autocast import cast_all
 
-_wkv, _wkv_backward = WKV.overload, WKV_BACKWARD.overload
+_wkv, _wkv_backward, _final_state = WKV.overload, WKV_BACKWARD.overload, WKV_FINAL_STATE.overload
 
 
 def wkv(
@@ -101,9 +101,9 @@ def wkv_of_piece(
         return _Wkv.apply(*floats, cu_seqlens, ranks, needs_grad(*floats))
 
 
-def _from_zeros(k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _from_zeros(k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The final state of tokens before which the state is zeros, [B or M, H, N, N]."""
-    state: Tensor = _wkv(k, k, v, w, u, None, None, cu_seqlens)[1]
+    state: Tensor = _final_state(k, v, w, None, None, cu_seqlens)
     return state
 
 
@@ -150,7 +150,7 @@ class _Wkv(torch.autograd.Function):
             state = initial_state
             y, final = _wkv(r, k, v, w, u, state, None, cu_seqlens)
         else:
-            final = _from_zeros(k, v, w, u, cu_seqlens)
+            final = _from_zeros(k, v, w, cu_seqlens)
         decay = _decay(w, cu_seqlens, final.dtype)
         agreed = flags(initial_state, records, final)
         finals, decays, agreed = ranks.gather(final, decay, agreed)
@@ -177,7 +177,7 @@ class _Wkv(torch.autograd.Function):
             zeros = decays.new_zeros(shape)
             added = zeros
             if ranks.own > 0 and grad_y is not None:  # nothing asks for that of the first piece
-                added = _state_gradient(r, w, u, grad_y, cu_seqlens)
+                added = _state_gradient(r, w, grad_y, cu_seqlens)
             all_added, all_grads = ranks.gather(
                 added, zeros if grad_final_state is None else grad_final_state
             )
@@ -191,12 +191,10 @@ class _Wkv(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _state_gradient(
-    r: Tensor, w: Tensor, u: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def _state_gradient(r: Tensor, w: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """What a piece's grad_y adds to the gradient of the state before it, [B or M, H, N, N]."""
     key, value, decay = r.flip(1), grad_y.flip(1), w.flip(1)
     if cu_seqlens is None:
-        return _from_zeros(key, value, decay, u, None)
+        return _from_zeros(key, value, decay, None)
     # The sequences are in the opposite order too.
-    return _from_zeros(key, value, decay, u, (r.shape[1] - cu_seqlens).flip(0)).flip(0)
+    return _from_zeros(key, value, decay, (r.shape[1] - cu_seqlens).flip(0)).flip(0)

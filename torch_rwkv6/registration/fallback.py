@@ -112,6 +112,7 @@ def _without_checkpoints(grad_y: Any, grad_final_state: Any, _: Any, *inputs: An
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "wkv": chunked.wkv,
     "wkv_backward": chunked.wkv_backward,
+    "wkv_final_state": chunked.wkv_final_state,
     "wkv_checkpointed_backward": _without_checkpoints,
     "wkv4": reference4.wkv4,
     "wkv4_backward": reference4.wkv4_backward,
@@ -132,5 +133,5 @@ KERNELS = {o.name: _kernel(o, _function(o)) for o in OPERATORS if o.checkpointed
 for _name, _implementation in KERNELS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
 if not has_cuda_kernels:
-    for _name in ("wkv", "wkv_backward", "wkv_update"):
+    for _name in ("wkv", "wkv_backward", "wkv_update", "wkv_final_state"):
         library.impl(_name, slow_on_gpus(KERNELS[_name]), "CUDA")

@@ -3,8 +3,8 @@
 They are those of the recurrence, whatever a kernel really executes; a multiply-add is two. As in
 torch's own formulas, what is small beside them is left out: decays, bonus, terms of order N.
 
-WKV6, for each token and head, for all N x N pairs of a key i and a value j: 5 N^2 forward,
-11 N^2 backward, where states are taken as given, computed again or not::
+WKV6, for each token and head, for all N x N pairs of a key i and a value j: 5 N^2 forward (3 N^2 of
+the final state alone), 11 N^2 backward, where states are taken as given, computed again or not::
 
     y[j]    += r[i] * S[i][j]                                2
     S[i][j]  = decay[i] * S[i][j] + k[i] * v[j]              3
@@ -42,11 +42,12 @@ from typing import Any
 import torch
 
 from torch_rwkv6._after_import import after_import
-from torch_rwkv6.contract import OPERATORS, Operator
+from torch_rwkv6.contract import OPERATORS, WKV_FINAL_STATE, Operator
 
 
 def _of_wkv(operator: Operator, r: tuple[int, ...], *_: Any) -> int:
-    return (11 if operator.forward else 5) * prod(r) * r[-1]
+    each = 11 if operator.forward else 3 if operator is WKV_FINAL_STATE else 5
+    return each * prod(r) * r[-1]
 
 
 def _of_wkv4(operator: Operator, k: tuple[int, ...], *_: Any) -> int:

@@ -57,18 +57,21 @@ def _heads(operator: Operator, tensors: tuple[Argument, ...]) -> tuple[Any, ...]
 
 
 def _batched(operator: Operator) -> Any:
-    op = operator.overload
+    def op(*args: Tensor | None) -> tuple[Tensor, ...]:
+        found = operator.overload(*args)
+        return found if len(operator.results) > 1 else (found,)
+
+    def results(outputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        return (outputs, (0,) * len(outputs)) if len(outputs) > 1 else (outputs[0], 0)
+
     in_heads = _heads(operator, operator.arguments)
     out_heads = _heads(operator, operator.results)
 
-    def rule(
-        info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None) -> tuple[Any, Any]:
         size = info.batch_size
         args, in_dims = operator.complete(args), operator.complete(in_dims)
         if size == 0:
-            outputs = _empty(op, args, in_dims)
-            return outputs, (0,) * len(outputs)
+            return results(_empty(op, args, in_dims))
         if any(
             x is not None and dim is not None and heads is None
             for heads, x, dim in zip(in_heads, args, in_dims, strict=True)
@@ -77,18 +80,17 @@ def _batched(operator: Operator) -> Any:
                 op(*(_slice(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
                 for i in range(size)
             ]
-            outputs = tuple(torch.stack(out) for out in zip(*slices, strict=True))
-            return outputs, (0,) * len(outputs)
+            return results(tuple(torch.stack(out) for out in zip(*slices, strict=True)))
         folded = [
             x if heads is None else _fold(x, dim, heads, size)
             for heads, x, dim in zip(in_heads, args, in_dims, strict=True)
         ]
-        outputs = tuple(
+        outputs = (
             # the gradient of an optional input that is not given is empty
             _unfold(out, heads, size) if out.dim() > heads else out.expand(size, 0)
             for out, heads in zip(op(*folded), out_heads, strict=True)
         )
-        return outputs, (0,) * len(outputs)
+        return results(tuple(outputs))
 
     return rule
 
