@@ -14,11 +14,10 @@ CXX_FILES := $(filter %.h %.cpp %.inc %.cu %.cuh,$(CSRC)) $(wildcard tests/kerne
 # worksteal: the longest tests come first and all of a file would go to one process otherwise
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal -q
 export RWKV6_XLA := $(abspath .venv/oldest-jaxlib/jaxlib/include)
-# Enough to develop with: machine code for two generations of GPUs, made from one PTX, which runs on
-# all later ones too. (To make 9.0's own, which is no different, would take half a minute.) A wheel
-# gets all architectures. The tests run the PTX in an interpreter, which reads it as text.
-export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX 9.0
-export RWKV6_PTX ?= 8.0
+# Enough to develop with: machine code for one generation of GPUs, and PTX, which later ones compile
+# for themselves at the first call. A wheel gets all architectures, and `make wheel` looks at the
+# machine code of each. The tests run the PTX in an interpreter, which reads it as text.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 export NVCC_APPEND_FLAGS ?= --no-compress
 # Of nvcc and of the C++ compiler beside it, each.
 export MAX_JOBS ?= $(shell nproc)
@@ -127,7 +126,6 @@ build/test-neon build/test-clang: .venv/installed $(CSRC) $(wildcard tests/kerne
 
 # One wheel, for every Python and torch that we support, and for glibc 2.28 as torch itself.
 wheel: export TORCH_CUDA_ARCH_LIST :=
-wheel: export RWKV6_PTX :=
 wheel: export NVCC_APPEND_FLAGS :=
 wheel: export RWKV6_CUDA := 1
 wheel: export RWKV6_GLIBC := 2.28
@@ -136,6 +134,9 @@ wheel: .venv/installed requirements-wheel.txt
 	rm -rf build/wheel build/lib.* dist/*.whl  # so that all is linked anew, and nothing stale packed
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) audit-wheel WHEEL="$$(echo build/wheel/*.whl)" OUT=dist
+	rm -rf build/empty && mkdir -p build/empty
+	cd build/empty && PYTHONPATH=$(abspath build/audit) $(abspath $(BIN))/python -m pytest -q \
+		-p no:cacheprovider $(CURDIR)/tests/test_cuda_machine_code.py
 
 # Checks a wheel, and says in its name which systems it is for: also run by cibuildwheel, in its
 # container. torch brings its own libraries, and every system has those of the C++ compiler.

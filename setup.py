@@ -93,8 +93,7 @@ XLA_HEADERS = xla_headers()
 def nvcc_options() -> list[str]:
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or nvcc.DEFAULT_ARCHITECTURES
     host = [arg for flag in ("-fPIC", *HOST_ARGS) for arg in ("-Xcompiler", flag)]
-    architectures = nvcc.architecture_options(names, os.environ.get("RWKV6_PTX", ""))
-    return ["-std=c++20", "-O3", *architectures, *host, *INCLUDE_ARGS]
+    return ["-std=c++20", "-O3", *nvcc.architecture_options(names), *host, *INCLUDE_ARGS]
 
 
 def cuda_toolkit(folder: Path) -> tuple[nvcc.Toolkit, list[str]] | None:

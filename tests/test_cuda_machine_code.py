@@ -20,17 +20,17 @@ import torch_rwkv6
 LIBRARY = Path(torch_rwkv6.__file__).with_name("librwkv6.so")
 
 
-def has_cuda() -> bool:
-    """Also where torch has none: what torch_rwkv6.has_cuda_kernels says is about both."""
-    architectures = ctypes.CDLL(str(LIBRARY)).rwkv6_cuda_architectures
-    architectures.restype = ctypes.c_char_p
-    return architectures() is not None
+def architectures() -> list[str]:
+    """Of the kernels, such as "80"; none where the library was built without CUDA."""
+    names = ctypes.CDLL(str(LIBRARY)).rwkv6_cuda_architectures
+    names.restype = ctypes.c_char_p
+    return [name.replace(".", "") for name in (names() or b"").decode().split(", ") if name]
 
 
-ARCHITECTURES = ("80", "90")
+ARCHITECTURES = architectures()
 DISASSEMBLER = build.find_tool("nvdisasm") and build.find_tool("cuobjdump")
 pytestmark = [
-    pytest.mark.skipif(not has_cuda(), reason="built without CUDA kernels"),
+    pytest.mark.skipif(not ARCHITECTURES, reason="built without CUDA kernels"),
     pytest.mark.skipif(build.find_nvcc() is None, reason=build.NVCC_MISSING),
     pytest.mark.skipif(not DISASSEMBLER, reason="nvdisasm or cuobjdump was not found"),
 ]

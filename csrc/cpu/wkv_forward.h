@@ -83,8 +83,9 @@ RWKV6_INLINE void zero(V* v, std::integer_sequence<int, i...>) {
 }
 
 // Computes R, K, A and the decay of the whole chunk (K and the decay without y): all that does not
-// depend on the state. u [N] is the head's. residual [N] is what the decays of the head's earlier chunks lost by rounding,
-// relative to their product; it is added to this chunk's decay before that is rounded.
+// depend on the state. u [N] is the head's. residual [N] is what the decays of the head's earlier
+// chunks lost by rounding, relative to their product; it is added to this chunk's decay before that
+// is rounded.
 template <class T, class X, bool WithY, int C>
 RWKV6_INLINE void intra_chunk(int64_t N, const T* u, T* residual, ForwardChunk<T>& chunk) {
   typedef Vec<T> V;

@@ -104,11 +104,8 @@ def toolkit() -> Toolkit | None:
     return next(map(Toolkit, found), None)
 
 
-def architecture_options(names: str, ptx_of: str = "") -> list[str]:
-    """nvcc's options for names such as "8.0 9.0+PTX", separated by spaces or semicolons.
-
-    All machine code is made from the PTX of the architecture ptx_of, if that is given.
-    """
+def architecture_options(names: str) -> list[str]:
+    """nvcc's options for names such as "8.0 9.0+PTX", separated by spaces or semicolons."""
     options, too_old = [], []
     for name in re.split(r"[\s;]+", names.strip()):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
@@ -122,8 +119,7 @@ def architecture_options(names: str, ptx_of: str = "") -> list[str]:
             too_old.append(name)
             continue
         number = f"{major}{minor}{variant}"
-        virtual = ptx_of.replace(".", "") or number
-        options += ["-gencode", f"arch=compute_{virtual},code=sm_{number}"]
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if ptx:
             options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     if too_old:

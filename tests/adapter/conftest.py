@@ -17,8 +17,11 @@ flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if BACKEND == "jax":  # eight devices on the CPU, for the tests of sharding
     flags += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", flags)
-if BACKEND != "tensorflow":  # Keras would import it to set its seed too
-    sys.modules["tensorflow"] = None
+# Keras would import them too, to find out whose arrays it was given: seconds of every process.
+unneeded = {"jax", "pandas", "tensorflow"} - {BACKEND}
+if BACKEND == "numpy":  # it borrows from JAX
+    unneeded.remove("jax")
+sys.modules |= dict.fromkeys(unneeded)
 sys.path.insert(0, str(Path(__file__).parent))
 
 _OWN = {"jax": "test_jax_*.py", "tensorflow": "test_tensorflow_*.py", "torch": "test_torch_*.py"}
