@@ -42,26 +42,33 @@ MOST_STACK |= {f"state_walk<{dtype}, 128, true>": 32 for dtype in ("Bf16", "F16"
 # Two tokens at once, of which a few words are kept aside, outside of the loop over keys.
 MOST_STACK |= {f"forward_recurrent<float, {N}>": 32 for N in (64, 128, 256)}
 MOST_STACK |= {f"forward_recurrent<double, {N}>": 32 for N in (64, 256)}
-# Of a multiprocessor, by registers and shared memory.
+# A word more than on 8.0 and 9.0.
+MOST_STACK_ELSEWHERE = {f"state_walk<{dtype}, 64, false>": 8 for dtype in ("Bf16", "F16")}
+MOST_STACK_ELSEWHERE["backward_recurrent<float, 256>"] = 8
+MOST_STACK_ELSEWHERE |= {f"backward_recurrent<double, {N}>": 8 for N in (64, 256)}
+# Of a multiprocessor, by registers and shared memory: one with 164 KB of it or more, and one with
+# 100 KB, where another kernel takes the place of one that has no room.
 LEAST_WARPS = {
-    "forward_chunked<Bf16, 32>": 10,
-    "forward_chunked<Bf16, 64>": 12,
-    "forward_chunked<Bf16, 128>": 8,
-    "backward_chunked<Bf16, 32>": 16,
-    "backward_chunked<Bf16, 64>": 16,
-    "backward_chunked<Bf16, 128>": 16,
-    "state_walk<Bf16, 32, false>": 20,
-    "state_walk<Bf16, 64, false>": 20,
-    "state_walk<Bf16, 128, false>": 16,
-    "forward_recurrent<float, 32>": 16,
-    "forward_recurrent<float, 64>": 12,
-    "forward_recurrent<float, 128>": 12,
-    "forward_recurrent<float, 256>": 12,
-    "backward_recurrent<float, 32>": 8,
-    "backward_recurrent<float, 64>": 8,
-    "backward_recurrent<float, 128>": 12,
-    "backward_recurrent<float, 256>": 8,
+    "forward_chunked<Bf16, 32>": (10, 6),
+    "forward_chunked<Bf16, 64>": (12, 4),
+    "forward_chunked<Bf16, 128>": (8, 8),
+    "backward_chunked<Bf16, 32>": (16, 8),
+    "backward_chunked<Bf16, 64>": (16, 8),
+    "backward_chunked<Bf16, 128>": (16, 0),
+    "state_walk<Bf16, 32, false>": (20, 14),
+    "state_walk<Bf16, 64, false>": (20, 16),
+    "state_walk<Bf16, 128, false>": (16, 16),
+    "forward_recurrent<float, 32>": (16, 10),
+    "forward_recurrent<float, 64>": (12, 10),
+    "forward_recurrent<float, 128>": (12, 12),
+    "forward_recurrent<float, 256>": (12, 12),
+    "backward_recurrent<float, 32>": (8, 5),
+    "backward_recurrent<float, 64>": (8, 4),
+    "backward_recurrent<float, 128>": (12, 4),
+    "backward_recurrent<float, 256>": (8, 4),
 }
+# Which takes more registers there.
+FEWER_WARPS = {("100", "backward_chunked<Bf16, 32>"): 12}
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,8 @@ def test_registers_hold_what_threads_have(arch):
     """No stack, so no spills and no arrays in local memory."""
     for name, kernel in kernels(arch).items():
         most = MOST_STACK.get(name, 0)
+        if arch not in ("80", "90"):
+            most = max(most, MOST_STACK_ELSEWHERE.get(name, 0))
         assert kernel.stack_bytes <= most, name
         assert most or kernel.count("LDL") == kernel.count("STL") == 0, name
 
@@ -160,7 +169,8 @@ def test_nothing_is_atomic(arch):
 
 @pytest.mark.parametrize("name", LEAST_WARPS)
 def test_warps_of_a_multiprocessor(arch, name):
-    assert occupancy(arch, name).warps >= LEAST_WARPS[name]
+    least = LEAST_WARPS[name][sass.MULTIPROCESSORS[arch][2] < 164 << 10]
+    assert occupancy(arch, name).warps >= FEWER_WARPS.get((arch, name), least)
 
 
 def table() -> str:
