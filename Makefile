@@ -80,7 +80,8 @@ bench: .venv/built
 bench-rivals: .venv/installed
 	$(BIN)/python -m benchmarks rivals
 
-# The README's figures of this CPU's instruction set, anew: half an hour of an otherwise idle machine.
+# The README's figures of this CPU's instruction set, anew: 25 minutes of an otherwise idle machine,
+# and those of `train`, which takes much longer where bfloat16 has no instructions.
 bench-readme: .venv/built bench-rivals
 	$(BIN)/python -m benchmarks all --out 'docs/benchmarks/{isa}'
 	$(BIN)/python -m benchmarks train --out 'docs/benchmarks/{isa}'
@@ -134,9 +135,8 @@ wheel: .venv/installed requirements-wheel.txt
 	rm -rf build/wheel build/lib.* dist/*.whl  # so that all is linked anew, and nothing stale packed
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) audit-wheel WHEEL="$$(echo build/wheel/*.whl)" OUT=dist
-	rm -rf build/empty && mkdir -p build/empty
-	cd build/empty && PYTHONPATH=$(abspath build/audit) $(abspath $(BIN))/python -m pytest -q \
-		-p no:cacheprovider $(CURDIR)/tests/test_cuda_machine_code.py
+	PYTHONPATH=$(abspath build/audit) $(MAKE) test-installed PYTHON=$(abspath $(BIN))/python \
+		INSTALLED_TESTS=cuda_machine_code
 
 # Checks a wheel, and says in its name which systems it is for: also run by cibuildwheel, in its
 # container. torch brings its own libraries, and every system has those of the C++ compiler.
@@ -157,10 +157,11 @@ test-wheel:
 
 # The tests of the operator for the torch_rwkv6 that PYTHON has: from an empty directory, so that it
 # cannot be the checkout's.
+INSTALLED_TESTS := forward update wkv4 errors nonfinite opcheck
 test-installed:
 	rm -rf build/empty && mkdir -p build/empty
 	cd build/empty && $(PYTHON) -m pytest -q -p no:cacheprovider \
-		$(foreach name,forward update wkv4 errors nonfinite opcheck,$(CURDIR)/tests/test_$(name).py)
+		$(foreach name,$(INSTALLED_TESTS),$(CURDIR)/tests/test_$(name).py)
 
 # The oldest and the newest torch, JAX, Keras and transformers, each in an environment of its own, one
 # after the other: gigabytes to download. ONLY="torch-2.10 jax-oldest" runs some (tests/versions.py).

@@ -229,8 +229,16 @@ def ptx_opcodes(ptx: str, symbol: str) -> list[str]:
 
 
 @functools.cache
+def ptx_of(symbol: str) -> tuple[Path, int]:
+    """The file with a kernel's PTX, and how many instructions that has."""
+    texts = ((file, file.read_text()) for file in ptx_files())
+    file, text = next((file, text) for file, text in texts if f".entry {symbol}(" in text)
+    return file, len(ptx_opcodes(text, symbol))
+
+
+@functools.cache
 def code_of(symbol: str, arch: str) -> Code:
-    file = next(file for file in ptx_files() if f".entry {symbol}(" in file.read_text())
+    file, ptx_instructions = ptx_of(symbol)
     command = [build.tool("ptxas"), f"-arch=sm_{arch}", f"--entry={symbol}", file]
     folder = build.cached(
         f"predict-{arch}", command, [file], lambda to: build.run([*command, "-o", to / "one.cubin"])
@@ -238,8 +246,8 @@ def code_of(symbol: str, arch: str) -> Code:
     (kernel,) = sass.inspect(folder / "one.cubin")
     loop = kernel.main_loop.instructions if kernel.main_loop else kernel.instructions
     instructions = len(kernel.instructions) - kernel.count("NOP")
-    per_ptx = instructions / len(ptx_opcodes(file.read_text(), symbol))
-    return Code(kernel, per_ptx, speed.alone_cycles(loop) / len(loop))
+    cycles = speed.alone_cycles(loop) / len(loop)
+    return Code(kernel, instructions / ptx_instructions, cycles)
 
 
 # ---- times ----
