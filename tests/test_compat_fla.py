@@ -69,7 +69,9 @@ def test_equals_the_recurrence_and_its_gradients(
         place = call.w == torch.tensor(value, dtype=dtype)
         if place.any():
             found, x = grads[3][place], oracle_grads[3][place]
-            assert relative_rms(found, x) < 2 * bound, value
+            # log(-w) and its exp are both rounded, and a decay exp(w) multiplies that error by w
+            rounding = 2 * abs(value) * torch.finfo(final.dtype).eps if x.any() else 0.0
+            assert relative_rms(found, x) < 2 * bound + rounding, value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch_rwkv6.nn import RWKV, RWKVState
 
 ENDS = [0, 5, 5, 6, 12]  # one of the sequences has no tokens
+# A product of more rows may add in another order, and every layer passes that on to the next.
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 FOREIGN = ("", "blocks.1", "blocks.1.att", "blocks.1.ffn")
 
 
@@ -74,9 +76,8 @@ def test_packed_sequences_are_those_alone(
         with torch.no_grad():
             expected = one_by_one(model, tokens, state)
             found = model(tokens, state, cu_seqlens=cu_seqlens)
-        torch.testing.assert_close(found[0], expected[0])
-        for x, y in zip(found[1], expected[1], strict=True):
-            torch.testing.assert_close(x, y)
+        for x, y in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+            torch.testing.assert_close(x, y, **FLOAT32)
 
     # in place, where every sequence has a token
     own = random_state(model, 3) if given else model.initial_state(3)
@@ -86,9 +87,9 @@ def test_packed_sequences_are_those_alone(
     for m, (begin, end) in enumerate(((0, 5), (5, 6), (6, 12))):
         with torch.no_grad():
             expected_logits, after = model(tokens[:, begin:end], start.select([m]))
-        torch.testing.assert_close(logits[m], expected_logits[0, -1])
+        torch.testing.assert_close(logits[m], expected_logits[0, -1], **FLOAT32)
         for x, y in zip(own.select([m]), after, strict=True):
-            torch.testing.assert_close(x, y)
+            torch.testing.assert_close(x, y, **FLOAT32)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
