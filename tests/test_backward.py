@@ -259,13 +259,13 @@ def test_gradients_do_not_depend_on_the_thread_count(call):
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_gradients_are_what_small_ones_are(dtype):
-    """From 16 MiB on they are stored past the caches: batch row by row they are not."""
-    B, T, H, N = 2, 601 if dtype == torch.float32 else 1201, 16, 64
+    """From 8 MiB on they are stored past the caches: batch row by row they are not."""
+    B, T, H, N = 2, 301 if dtype == torch.float32 else 601, 16, 64
     inputs = [torch.randn(B, T, H, N).to(dtype).requires_grad_() for _ in range(4)]
     u, grad_y = torch.randn(H, N, dtype=dtype), torch.randn(B, T, H, N).to(dtype)
     large = torch.autograd.grad(wkv(*inputs, u)[0], inputs, grad_y)
     nbytes = sum(x.nbytes for x in large)
-    assert nbytes / B < 2**24 < nbytes
+    assert nbytes / B < 2**23 < nbytes
     for b in range(B):
         row = [x[b : b + 1] for x in inputs]
         small = torch.autograd.grad(wkv(*row, u)[0], row, grad_y[b : b + 1])

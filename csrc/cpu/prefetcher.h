@@ -2,7 +2,9 @@
 //
 // The rows of one head lie far apart in memory, and hardware prefetchers do not find the next one.
 // So a kernel names the rows in advance and then prefetches them one cache line at a time from its
-// inner loops. (All lines at once would fill the buffers that every other access needs too.)
+// inner loops. (All lines at once would fill the buffers that every other access needs too.) They go
+// to the second-level cache: in the first one the rows of neighbouring tokens, whose distance is often
+// a power of two, would drive each other out before they are used.
 // Included by isa.inc inside the namespace of one instruction set.
 
 class Prefetcher {
@@ -34,7 +36,7 @@ class Prefetcher {
       rows.row += rows.stride;
       next_ += --rows.count == 0;
     }
-    __builtin_prefetch(at_);
+    __builtin_prefetch(at_, 0, 2);
     at_ += 64;
   }
 };

@@ -14,7 +14,7 @@ constexpr int64_t kBackwardHeads = 2;  // whose states of a segment fit in the s
 // need more.
 constexpr int64_t kCheckpoints = int64_t(1) << 24;
 // Gradients of as many bytes have left the caches before anybody reads them.
-constexpr int64_t kStreamed = int64_t(1) << 24;
+constexpr int64_t kStreamed = int64_t(1) << 23;
 
 // One thread's working memory.
 template <class T>

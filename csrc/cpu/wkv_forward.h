@@ -26,11 +26,12 @@
 //
 // Included by isa.inc inside the namespace of one instruction set.
 
-// The order of a group of heads: kBlock tokens of the first head, the same tokens of the second and
-// so on, then the next kBlock tokens. For one token, the rows of all heads are neighbours in
-// memory.
-constexpr int64_t kChunk = 4;       // tokens, measured best on every instruction set
-constexpr int64_t kBlock = 8;       // tokens of one head before the next head's
+// The order of a group of heads: a block of tokens of the first head, the same tokens of the second
+// and so on, then the next block. For one token, the rows of all heads are neighbours in memory.
+constexpr int64_t kChunk = 4;  // tokens, measured best on every instruction set
+// Tokens of one head before the next head's. The smaller a head, the more of its time is the wait for
+// its rows.
+constexpr int64_t block_tokens(int64_t N) { return N > 32 ? 8 : 32; }
 constexpr int64_t kHeadGroup = 32;  // heads
 // States of up to kCopiedState values are copied to memory of the thread's own while it works on
 // them (see SequenceForward::copies), for sequences of kCopiedTokens and more.
@@ -190,6 +191,12 @@ RWKV6_INLINE void forward_tile(ForwardChunk<T>& chunk, int64_t N, int64_t j,
       RWKV6_UNROLLED (int q = 0; q < Q; q++)
         store_as(y[t][q], static_cast<X*>(chunk.y[t]) + j + q * V::W);
   };
+  // The Prefetcher has a turn a row of every tile. Where a head is a single tile these are all used up
+  // by the inputs, and every store would wait for its line.
+  if constexpr (WithY && C > 1)
+    RWKV6_UNROLLED (int t = 0; t < C; t++)
+      RWKV6_UNROLLED (int q = 0; q < Q; q += 64 / (sizeof(X) * V::W))
+        __builtin_prefetch(static_cast<X*>(chunk.y[t]) + j + q * V::W, 1);
   V S[Q];
   if constexpr (WithY && C > 1 && RWKV6_TILE_PASSES == 2) {
     // There are far more rows, in all tiles together, than lines to prefetch.
@@ -301,6 +308,7 @@ struct SequenceForward {
   // neighbouring lines, their prefetchers keep taking these lines from each other.
   T* const copies;
   const int64_t columns = part.last - part.first;
+  const int64_t block_length = block_tokens(job.N);
   int64_t block = 0, h = first, step = 0;  // of the next chunk to unpack
   // The rows of its first token: [N], for v and y the part's columns.
   const char *r = nullptr, *k = nullptr, *v = nullptr, *w = nullptr;
@@ -308,7 +316,7 @@ struct SequenceForward {
   Prefetcher prefetcher = {};
 
   int64_t block_end() const {
-    return sequence.length - block < kBlock ? sequence.length : block + kBlock;
+    return sequence.length - block < block_length ? sequence.length : block + block_length;
   }
 
   bool done() const { return block >= sequence.length; }
@@ -325,9 +333,9 @@ struct SequenceForward {
     }
     prefetcher.clear();
     const bool same_block = h + 1 < last;
-    const int64_t next_t = same_block ? 0 : kBlock, next_h = same_block ? 1 : first - h;
+    const int64_t next_t = same_block ? 0 : block_length, next_h = same_block ? 1 : first - h;
     const int64_t left = sequence.length - block - next_t;
-    const int64_t tokens = left < kBlock ? left : kBlock;
+    const int64_t tokens = left < block_length ? left : block_length;
     if (tokens < kChunk) return;
     const auto want = [&](const Tokens& x, const char* at, int64_t n) {
       if (at) prefetcher.want(x, at + x.distance(next_t, next_h), tokens, n);
@@ -392,12 +400,13 @@ struct SequenceForward {
       unpack<1>(chunk);
     step += chunk.tokens;
     if (step < block_end()) return;
-    if (++h == last) h = first, block += kBlock;
+    if (++h == last) h = first, block += block_length;
     step = block;
   }
 
   // Every checkpoint is the state before some chunk.
-  static_assert(kCheckpointTokens % kBlock == 0 && kBlock % kChunk == 0);
+  static_assert(kCheckpointTokens % kChunk == 0);
+  static_assert(block_tokens(1) % kChunk == 0 && block_tokens(kMaxHeadSize) % kChunk == 0);
   void keep_checkpoint(const ForwardChunk<T>& chunk, const StateMove<T>& state) const {
     const int64_t row = job.sequences.checkpoint(sequence.b, sequence.begin, chunk.step);
     T* to = reinterpret_cast<T*>(job.checkpoints.matrix(row, chunk.h)) + part.first;
