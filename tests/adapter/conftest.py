@@ -6,9 +6,9 @@ Files named after a backend belong to it alone.
 import gc
 import os
 import sys
-from pathlib import Path
 
 import pytest
+from new_process import unneeded
 
 BACKEND = os.environ["KERAS_BACKEND"]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,12 +17,7 @@ flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if BACKEND == "jax":  # eight devices on the CPU, for the tests of sharding
     flags += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", flags)
-# Keras would import them too, to find out whose arrays it was given: seconds of every process.
-unneeded = {"jax", "pandas", "tensorflow"} - {BACKEND}
-if BACKEND == "numpy":  # it borrows from JAX
-    unneeded.remove("jax")
-sys.modules |= dict.fromkeys(unneeded)
-sys.path.insert(0, str(Path(__file__).parent))
+sys.modules |= dict.fromkeys(unneeded(BACKEND))
 
 _OWN = {"jax": "test_jax_*.py", "tensorflow": "test_tensorflow_*.py", "torch": "test_torch_*.py"}
 collect_ignore_glob = [pattern for name, pattern in _OWN.items() if name != BACKEND]

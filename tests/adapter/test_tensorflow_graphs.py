@@ -1,13 +1,11 @@
 """TensorFlow graphs: unknown sizes, SavedModel, compile time, and the native path's equality."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import recurrence
 import tensorflow as tf
 from backend import relative_rms
+from new_process import run
 from samples import flat, random_inputs
 
 import keras_adapter
@@ -90,20 +88,25 @@ class Module(tf.Module):
         return chunked.wkv(*x, None)
 
 
-def test_a_saved_model_needs_nothing_of_ours(tmp_path):
+def test_a_saved_model_needs_nothing_of_ours_and_we_need_no_torch_and_no_compiler(tmp_path):
+    """In a new process, one for both: TensorFlow takes long to import."""
     tf.saved_model.save(Module(), str(tmp_path / "saved"))
     x = random_inputs(3, 40, H, N, states=3)
     np.savez(tmp_path / "x.npz", *x)
     code = (
-        "import sys, numpy as np, tensorflow as tf\n"
+        "import numpy as np, tensorflow as tf\n"
         "f = tf.saved_model.load('saved'); x = np.load('x.npz')\n"
         "y, state = f(*(tf.constant(x[n]) for n in x.files))\n"
         "assert 'keras_adapter' not in sys.modules\n"
-        "np.savez('y.npz', y, state)\n"
+        "import keras_adapter\n"
+        "np.savez('y.npz', y, state, *keras_adapter.ops.wkv(*(x[n] for n in x.files)))\n"
+        "assert not {'torch', 'torch_rwkv6'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    done = run(code, tmp_path, PATH="", RWKV6_TF_NATIVE="1")
+    assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "y.npz")
-    for name, b in zip(found.files, recurrence.wkv(*x)):
+    assert len(found.files) == 4
+    for name, b in zip(found.files, recurrence.wkv(*x) * 2):
         assert relative_rms(found[name], b) < 1e-6
 
 

@@ -1,14 +1,10 @@
 """The operator inside torch.compile: one graph, around the registered operator."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import recurrence
 import torch
 from backend import array, relative_rms, tensor
+from new_process import run
 from samples import flat, random_grads, random_inputs
 
 import keras_adapter
@@ -77,7 +73,10 @@ def test_a_length_that_is_open_with_the_high_level_implementation():
 
 
 def test_export_of_any_length(tmp_path):
-    """The recipe of README.md: torch.export to a .pt2 file and back, with each implementation."""
+    """The recipe of README.md: torch.export to a .pt2 file and back, with each implementation.
+
+    The process that reads it finds no compiler, and needs none to import keras_adapter.
+    """
 
     class Model(torch.nn.Module):
         def __init__(self, high_level):
@@ -104,9 +103,8 @@ def test_export_of_any_length(tmp_path):
         "    f = torch.export.load(f'{name}.pt2').module()\n"
         "    torch.save([f(*x) for x in torch.load('inputs.pt')], f'{name}.pt')\n"
     )
-    root = str(Path(keras_adapter.__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    done = run(code, tmp_path, PATH="")
+    assert done.returncode == 0, done.stderr
     for name in ("native", "high_level"):
         found = torch.load(tmp_path / f"{name}.pt")
         for (x, _), outputs in zip(cases.values(), found, strict=True):
