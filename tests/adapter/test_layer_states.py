@@ -150,7 +150,7 @@ def test_a_masked_model_trains_under_mixed_precision():
     h = make("channel", dtype="mixed_bfloat16")(make("time", dtype="mixed_bfloat16")(h) + h)
     ours = keras.Model(words, keras.layers.Dense(7, dtype="float32")(h))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    ours.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=BACKEND == "jax")
+    ours.compile(keras.optimizers.SGD(1.0), loss, jit_compile=BACKEND == "jax")
     x = np.tile(np.arange(1, 7), 6).reshape(4, 9)
     x[0, 6:] = x[1, :4] = x[2, 3:5] = 0
     losses = ours.fit(x, x, epochs=5, verbose=0).history["loss"]

@@ -121,14 +121,14 @@ def test_config(kind):
 
 
 @pytest.mark.skipif(not DIFFERENTIABLE, reason="no training on this backend")
-@pytest.mark.parametrize(  # in float32: test_keras_train.py
+@pytest.mark.parametrize(  # in float32, and with Adam, which is slow to trace: test_keras_train.py
     ("policy", "length", "jit"),
     [("mixed_bfloat16", T, BACKEND != "torch"), ("mixed_float16", None, BACKEND == "jax")],
 )
 def test_fit_learns(policy, length, jit):
     keras.utils.set_random_seed(0)
     ours = model(policy, length)
-    ours.compile(keras.optimizers.Adam(3e-3), "mse", jit_compile=jit)
+    ours.compile(keras.optimizers.SGD(3e-2), "mse", jit_compile=jit)
     x = tokens()
     y = np.cumsum(x, 1)[..., :4] * 0.1
     size, epochs = (B, 12) if jit else (2, 6)  # XLA would compile for the last batch of 1 anew

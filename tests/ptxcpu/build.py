@@ -105,7 +105,7 @@ def _cpu() -> str:
 
 @functools.cache
 def library() -> Path:
-    """The folder of libptxcpu.so and of the stand-in libcudart.so.13, compiled where it has to be."""
+    """The folder of libptxcpu.so and of the stand-in libcudart.so.13."""
     source = HERE / "src"
     headers, exports = sorted(source.glob("*.h")), source / "cudart.map"
     # What takes time is compiling: of -O2, vectors alone are worth theirs.
