@@ -122,11 +122,11 @@ def test_a_quantized_model_is_saved_and_loaded(mode, policy, tmp_path):
     x = keras.Input((None, D))
     ours = keras.Model(x, make("channel", dtype=policy)(make("time", dtype=policy)(x)))
     ours.quantize(mode)
-    before = array(ours(tensor(tokens())))
+    before = array(quick(ours)(tensor(tokens())))
     weights = [layer.get_official_weights() for layer in ours.layers[1:]]
     ours.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(array(loaded(tensor(tokens()))), before)
+    np.testing.assert_array_equal(array(quick(loaded)(tensor(tokens()))), before)
     for layer, right in zip(loaded.layers[1:], weights, strict=True):
         for name, value in layer.get_official_weights().items():
             np.testing.assert_array_equal(value, right[name], err_msg=name)
@@ -135,7 +135,7 @@ def test_a_quantized_model_is_saved_and_loaded(mode, policy, tmp_path):
 @KINDS
 def test_a_layer_under_a_quantized_policy(kind):
     layer = LAYERS[kind](1, 3, **OPTIONS[kind], dtype="int8_from_float32")
-    assert tuple(layer(tensor(tokens())).shape) == tokens().shape
+    assert tuple(quick(layer)(tensor(tokens())).shape) == tokens().shape
     assert layer.key.quantization_mode == "int8"
     again = LAYERS[kind].from_config(layer.get_config())
     assert again.dtype_policy.name == "int8_from_float32"
