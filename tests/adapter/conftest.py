@@ -12,8 +12,10 @@ from new_process import unneeded
 
 BACKEND = os.environ["KERAS_BACKEND"]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Programs that run once: what takes time is compiling, above all what XLA has MLIR fuse.
+# Programs that run once: what takes time is compiling, above all what XLA has MLIR fuse, and the
+# cutting of each program into parts that are compiled side by side.
 flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+flags += " --xla_cpu_parallel_codegen_split_count=1"
 if BACKEND == "jax":  # eight devices on the CPU, for the tests of sharding
     flags += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", flags)
