@@ -169,6 +169,13 @@ def test_scales_stay_float32_wherever_the_model_goes() -> None:
     assert model.to("meta").head.scale.is_meta
 
 
+def test_a_state_dict_is_loaded_into_a_model_without_memory() -> None:
+    model, tokens = quantize_int8_(random_model("6")), random_tokens(2, 3)
+    empty = quantize_int8_(random_model("6").to("meta")).to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    assert torch.equal(empty(tokens)[0], model(tokens)[0])
+
+
 def test_loading_quantises_and_saving_refuses(tmp_path: Path) -> None:
     model = load(random_model("6", torch.bfloat16).state_dict(), dtype="int8")
     assert isinstance(model.head, Int8Linear)

@@ -404,8 +404,9 @@ def test_hooks_on_quantised_models() -> None:
         assert not torch.allclose(found, unchanged, atol=1e-2)
 
 
-def test_functional_call_and_deepcopy() -> None:
-    model = random_model("6")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_functional_call_and_deepcopy(version: str) -> None:
+    model = random_model(version)
     weights = {n: 0.5 * p.detach() for n, p in model.named_parameters()}
     other = copy.deepcopy(model)
     other.load_state_dict(weights)

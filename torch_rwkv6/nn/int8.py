@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
         """
         exact = weight.detach().float()
         largest = exact.abs().amax(1) if exact.shape[1] else exact.new_zeros(len(exact))
-        if not bool(largest.isfinite().all()):
+        if not weight.is_meta and not bool(largest.isfinite().all()):
             raise ValueError("weight: expected finite numbers to quantise, got NaN or infinity")
         scale = largest / 127
         steps = torch.where(scale > 0, scale, 1.0)
@@ -77,7 +77,8 @@ class Int8Linear(nn.Module):
         """Moves with the model, but stays float32 where the model is cast to another dtype."""
         scale = self.scale
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
         return self
 
 
@@ -89,8 +90,8 @@ def quantize_int8_(model: nn.Module) -> nn.Module:
     are.
 
     Args:
-        model: of any version, on any device; it is changed in place. LoRA and other adapters are
-            merged first.
+        model: of any version, on any device (on the meta device, to load a state_dict into); it is
+            changed in place. LoRA and other adapters are merged first.
 
     Returns:
         The model.

@@ -100,7 +100,7 @@ class TimeMix5(MultiHeadTimeMix):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         xx, last = self.token_shift(x, shift, cu_seqlens)  # [B, T, D], [B, D]
         before = x + xx
-        xk, xv, xr, *xg = (torch.lerp(before, x, own(self.get_parameter(n))) for n in self.mixes)
+        xk, xv, xr, *xg = (torch.lerp(before, x, own(getattr(self, n))) for n in self.mixes)
 
         r = self._heads(linear(self.receptance, xr))
         decay: Any = own(self.time_decay)  # [H, N] or [H], as the bonus
