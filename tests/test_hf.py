@@ -19,7 +19,7 @@ import torch_rwkv6.hf  # noqa: E402
 from torch_rwkv6.hf import RWKV6Config, RWKV6ForCausalLM, RWKV6Model  # noqa: E402
 from torch_rwkv6.hf.cache import read_states  # noqa: E402
 from torch_rwkv6.models import generate, load, save  # noqa: E402
-from torch_rwkv6.nn import RWKV6  # noqa: E402
+from torch_rwkv6.nn import RWKV6, quantize_int8_  # noqa: E402
 
 SIZES = {
     "vocab_size": V,
@@ -94,6 +94,10 @@ def test_padding_changes_nothing(ours, model, side):
     rows = [random_tokens(1, n)[0] for n in (3, 7, 5)]
     tokens, mask = padded(rows, side, 8)
     found = model(tokens, attention_mask=mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0) * mask  # 0 for padding too, as many count them
+    assert torch.equal(
+        model(tokens, attention_mask=mask, position_ids=positions).logits, found.logits
+    )
     then = random_tokens(3, 4)
     mask_then = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     going_on = model(
@@ -311,6 +315,13 @@ def test_what_other_namings_lack(ours, tmp_path):
             RWKV6Model(RWKV6Config(**SIZES, **settings)).save_pretrained(tmp_path, naming=naming)
 
 
+def test_int8_is_not_saved(ours, tmp_path):
+    model = quantize_int8_(wrapped(ours))
+    with pytest.raises(TypeError, match="model: expected floating-point matrices, got int8"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_single_files_and_wrong_versions(ours, tmp_path):
     save(ours, tmp_path / "finch.pth")
     found = RWKV6ForCausalLM.from_pretrained(tmp_path / "finch.pth")
@@ -369,6 +380,9 @@ def test_it_compiles_as_one_graph():
             results += read_states(cache, 0)
     for x, y in zip(found, expected, strict=True):
         close(x, y)
+    options = {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]]), "attention_mask": mask**0}
+    broken = torch.compile(model, backend="eager")  # where texts begin is no part of a graph
+    close(broken(tokens, **options).logits, model(tokens, **options).logits)
 
 
 def test_what_is_refused(model):

@@ -102,6 +102,9 @@ def test_prompt_tuning_is_a_longer_prompt():
     torch.testing.assert_close(found[:, -4:], model(inputs_embeds=whole).logits[:, -4:])
     found.sum().backward()
     assert next(tuned.prompt_encoder.parameters()).grad.abs().max() > 0
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    written = tuned.generate(input_ids=tokens, use_cache=False, **options)
+    assert torch.equal(written[:, 4:], model.generate(inputs_embeds=whole, **options))
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(TypeError, match="past_key_values: expected a cache for linear attention"):
         peft.get_peft_model(small(), config)(input_ids=tokens)

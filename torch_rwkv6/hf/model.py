@@ -18,7 +18,7 @@ from torch_rwkv6.hf.checkpoint import as_state_dict, needs_conversion, write_con
 from torch_rwkv6.hf.config import RWKV6Config
 from torch_rwkv6.hf.padding import Packing, packing_of
 from torch_rwkv6.models.names import foreign_names
-from torch_rwkv6.nn import RWKV6
+from torch_rwkv6.nn import RWKV6, Int8Linear
 from torch_rwkv6.nn.carry import call
 from torch_rwkv6.nn.recomputed import recomputed
 
@@ -89,9 +89,12 @@ class RWKV6PreTrainedModel(PreTrainedModel):
             args, kwargs: of transformers.
 
         Raises:
+            TypeError: its matrices are int8 (`torch_rwkv6.nn.quantize_int8_`).
             ValueError: another naming; or one that lacks what the model has: tuned states,
                 ``ln_x_eps`` other than 64e-5.
         """
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise TypeError("model: expected floating-point matrices, got int8: save it before")
         if naming is None:
             super().save_pretrained(save_directory, *args, **kwargs)
             return

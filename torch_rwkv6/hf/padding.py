@@ -96,15 +96,29 @@ def packing_of(
     Raises:
         ValueError: a mask or positions of another shape; several texts in a row with padding.
     """
+    if position_ids is not None:
+        return _packing_by_positions(attention_mask, position_ids, x)
     mask = _mask(attention_mask, x)
-    if position_ids is None or is_traced():
-        return None if mask is None else Packing(mask)
+    return None if mask is None else Packing(mask)
+
+
+@torch.compiler.disable(reason="position_ids: their values say where texts begin")
+def _packing_by_positions(
+    attention_mask: Tensor | None,  # [B, S], S >= T
+    position_ids: Tensor,  # [B, T] or [1, T]
+    x: Tensor,  # [B, T, D]
+) -> Packing | None:
+    """`packing_of` where positions are given. A graph that is being compiled breaks here."""
+    mask = _mask(attention_mask, x)
     batch, tokens = x.shape[:2]
     if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         shape = tuple(position_ids.shape)
         raise ValueError(f"position_ids: expected [B, T] with T = {tokens}, got {shape}")
     positions = position_ids.to(x.device).expand(batch, tokens)
-    if not bool(((positions == 0).sum(1) > 1).any()):
+    begins = positions == 0
+    if mask is not None:
+        begins = begins & mask  # padding has positions too, which say nothing
+    if not bool((begins.sum(1) > 1).any()):
         return None if mask is None else Packing(mask)
     if mask is not None:
         raise ValueError("position_ids: expected one text in each row that has padding")
