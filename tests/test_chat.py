@@ -179,6 +179,21 @@ def test_chat_command(
     assert captured.err.count("\n") == 1
 
 
+def test_a_line_that_is_no_text_does_not_end_the_chat(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(monkeypatch, "Who is he?\nAnd she?\n")
+    assert main(["chat", checkpoint, *OPTIONS]) == 0
+    expected = capsys.readouterr().out
+    raw = io.BytesIO(b"Who is he?\nW\xffo?\nAnd she?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, "utf-8"))
+    assert main(["chat", checkpoint, *OPTIONS]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == expected
+    assert captured.err.startswith("torch_rwkv6: error: prompt: expected text that the tokenizer")
+    assert captured.err.count("\n") == 1
+
+
 def test_chats_from_tuned_states_in_the_qa_form(
     model: RWKV,
     checkpoint: str,

@@ -507,6 +507,8 @@ def test_streams_never_break_a_character(tokenizer: Tokenizer) -> None:
     assert "".join(pieces) == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(stream_text(tokenizer, [])) == ""
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode("half a character \ud83d")
 
 
 def test_an_incomplete_character_at_the_end() -> None:

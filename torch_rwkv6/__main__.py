@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def chat(args: argparse.Namespace) -> None:
     options = {"max_tokens": args.length, **_sampling(args)}
     # Makes sure that it will do, before anybody has typed anything
     next(talk.answer("hi", **options | {"max_tokens": 1}), "")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: see _turn
     if sys.stdin.isatty():
         print(f"{_CHAT_HELP}\n", file=sys.stderr)
     for line in _lines(f"{template.user}: "):
@@ -80,38 +82,51 @@ def chat(args: argparse.Namespace) -> None:
         if word in ("/quit", "/exit"):
             return
         if word.startswith("/"):
-            _chat_command(talk, word, name.strip())
+            _keep_going(_chat_command, talk, word, name.strip())
             continue
-        print(template.opening, end="", flush=True)
-        answer = ""
-        try:
-            for piece in talk.answer(line, **options):
-                print(piece, end="", flush=True)
-                answer += piece
-        except KeyboardInterrupt:  # ends the answer; at the prompt it ends the chat
-            print(" ...", end="")
-        print("\n", flush=True)
-        talk.remember(line, answer)
+        _keep_going(_turn, talk, line, options)
         options["seed"] += 1  # or a question asked twice would be answered by the same draws
+
+
+def _turn(talk: Chat, line: str, options: dict[str, Any]) -> None:
+    pieces = talk.answer(line, **options)  # raises for what the tokenizer cannot read
+    print(talk.template.opening, end="", flush=True)
+    answer = ""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            answer += piece
+    except KeyboardInterrupt:  # ends the answer; at the prompt it ends the chat
+        print(" ...", end="")
+    finally:
+        print("\n", flush=True)
+    talk.remember(line, answer)
+
+
+def _keep_going(run: Callable[..., None], *args: Any) -> None:
+    """Runs a part of a chat. A mistake is told, and the chat goes on from where it was."""
+    try:
+        run(*args)
+    except BrokenPipeError:
+        raise
+    except (FloatingPointError, OSError, TypeError, ValueError) as error:
+        print(f"torch_rwkv6: error: {_one_line(error)}", file=sys.stderr)
 
 
 _CHAT_HELP = "/undo  /save FILE  /load FILE  /quit  (Ctrl-C ends an answer)"
 
 
 def _chat_command(talk: Chat, word: str, name: str) -> None:
-    try:
-        if word == "/undo" and not name:
-            print("the last turn is undone" if talk.undo() else "there is no turn to undo")
-        elif word == "/save" and name:
-            talk.save(name)
-            print(f"saved to {name}")
-        elif word == "/load" and name:
-            talk.load(name)
-            print(f"going on from {name}")
-        else:
-            print(_CHAT_HELP)
-    except (OSError, TypeError, ValueError) as error:  # the chat goes on
-        print(f"torch_rwkv6: error: {_one_line(error)}", file=sys.stderr)
+    if word == "/undo" and not name:
+        print("the last turn is undone" if talk.undo() else "there is no turn to undo")
+    elif word == "/save" and name:
+        talk.save(name)
+        print(f"saved to {name}")
+    elif word == "/load" and name:
+        talk.load(name)
+        print(f"going on from {name}")
+    else:
+        print(_CHAT_HELP)
 
 
 def _lines(prompt: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 
 from torch_rwkv6.files import StrPath
 from torch_rwkv6.models.engine import PIECE
-from torch_rwkv6.models.generation import generate_text
+from torch_rwkv6.models.generation import generate_text, tokens_of
 from torch_rwkv6.models.tokenizers import Tokenizer
 from torch_rwkv6.nn import RWKV, RWKVState
 from torch_rwkv6.nn.sharded import device_of
@@ -145,6 +145,9 @@ class Chat:
         """Adds a question and what was answered to the chat.
 
         Both are read as text, so the state does not depend on how the answer came to its end.
+
+        Raises:
+            ValueError: a character that the tokenizer does not have, or half of one.
         """
         turns = self.template.turn("user", text) + self.template.turn("assistant", answer)
         self.states.append(self._after(turns))
@@ -176,7 +179,8 @@ class Chat:
     def _after(self, text: str) -> RWKVState:
         """The state after the text, which comes next."""
         state = self.states[-1].clone()
-        tokens = torch.tensor([self.tokenizer.encode(text)], device=state.wkv.device)
+        ids = tokens_of("text", text, self.tokenizer)
+        tokens = torch.tensor([ids], dtype=torch.int64, device=state.wkv.device)
         for piece in tokens.split(PIECE, 1):
             self.model.forward_(piece, state)
         return state

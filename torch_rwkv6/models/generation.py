@@ -251,10 +251,7 @@ def generate_text(
         raise TypeError(
             f"prompt: expected text, got {type(prompt).__name__} (generate takes tokens)"
         )
-    try:
-        tokens = tokenizer.encode(prompt)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"prompt: expected text that the tokenizer has, got {error}") from error
+    tokens = tokens_of("prompt", prompt, tokenizer)
     if not tokens:
         raise ValueError("prompt: expected some text, got none")
     vocab_size = model.vocab_size
@@ -263,3 +260,12 @@ def generate_text(
     stops = arguments.tokens("stop_tokens", stop_tokens, vocab_size)
     generation = generate(model, tokens, max_tokens, stop_tokens=stops | ends, **options)
     return GeneratedText(generation, decoder, ends - stops)
+
+
+def tokens_of(argument: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text. Raises ValueError for characters that the tokenizer does not have."""
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+        message = f"{argument}: expected text that the tokenizer has, got {error}"
+        raise ValueError(message) from error

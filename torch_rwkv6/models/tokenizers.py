@@ -37,7 +37,11 @@ class Tokenizer(Protocol):
     end_tokens: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """The tokens of a text.
+
+        Raises:
+            UnicodeEncodeError: a character that it does not have, or half of one.
+        """
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -234,6 +238,7 @@ class JsonTokenizer:
         return frozenset(special[name] for name in names if name in special)
 
     def encode(self, text: str) -> list[int]:
+        text.encode()  # raises for half a character, of which the library says that it is no text
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
