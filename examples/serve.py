@@ -53,7 +53,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -432,7 +432,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> 
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0].done():
             return tasks[0].result()
-        return Response(status_code=499)  # nginx's word for it; nobody reads it
+        raise ClientDisconnect
     finally:
         for task in tasks:
             task.cancel()
@@ -460,6 +460,10 @@ def refusal(error: ApiError) -> Response:
 
 async def on_api_error(request: Request, error: Any) -> Response:
     return refusal(error)
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's word for it; nobody reads it
 
 
 async def on_http_error(request: Request, error: Any) -> Response:
@@ -494,6 +498,7 @@ def application(server: Server, key: str | None, hosts: Sequence[str]) -> Starle
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
         exception_handlers={
             ApiError: on_api_error,
+            ClientDisconnect: on_client_gone,
             HTTPException: on_http_error,
             Exception: on_fault,
         },
