@@ -87,6 +87,9 @@ def read_documents(
         ImportError, OSError, ValueError: as `tokenizer_of`; or the file has another format.
     """
     kind = format_of(path)
+    file = Path(path).with_suffix(".bin") if kind == "binidx" else Path(path)
+    if file.is_file() and file.stat().st_size == 0:
+        raise ValueError(f"--data: expected documents, got the empty file {file}")
     if kind == "binidx":
         return _read_binidx(Path(path), vocab_size)
     import datasets  # a second, as it imports pandas

@@ -889,6 +889,7 @@ def test_over_processes(name: str, errors: dict[int, dict[str, str]]) -> None:
             [*HEADS, "--devices", "2", "--model", CHECKPOINT, "--train", "lora"],
             "--tensor-parallel: it is not for --train lora",
         ),
+        (["--data", "empty.jsonl"], "--data: expected documents, got the empty file empty.jsonl"),
         (["--resume", "."], "--resume: expected a training checkpoint of this program"),
         (["--n-embd", "100"], "--head-size: expected a divisor of --n-embd 100, got 64"),
     ],
@@ -903,5 +904,6 @@ def test_mistakes_are_one_line(
     Path("x.csv").write_text("text")
     Path("one.txt").write_text("five")
     Path("x.txt").write_text("one\n\ntwo")
+    Path("empty.jsonl").touch()
     start = ["--data", "one.txt", "--tokenizer", "bytes"]  # what comes later counts
     assert_refused(train.main, "train.py", [*start, *map(str, arguments)], message, capsys)
