@@ -52,12 +52,14 @@ def test_the_trainer_trains_and_goes_on(tmp_path):
             gradient_checkpointing=True,
             **settings,
         )
-        return transformers.Trainer(model, arguments, train_dataset=rows)
+        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 
     trainer = run(small(), max_steps=8)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
+    assert trainer.evaluate()["eval_loss"] < losses[0] - 0.5
+    assert trainer.predict(rows).predictions.shape == (4, 12, V)  # logits alone: no states
     resumed = run(small(), max_steps=8)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     expected = trainer.model.state_dict()

@@ -29,7 +29,7 @@ class RWKV6Config(PreTrainedConfig):
     """
 
     model_type = "rwkv6"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  the Trainer adds a list
 
     vocab_size: int = 65536
     hidden_size: int = 2048
