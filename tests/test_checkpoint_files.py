@@ -227,6 +227,7 @@ def test_tuned_states_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "state.st", ValueError, r"state: expected \[value, key\], got web-rwkv's"),
         (tmp_path / "text.pth", ValueError, "text.pth is no checkpoint"),
         (tmp_path / "none.pth", FileNotFoundError, "no such file"),
+        ("", ValueError, "state: expected a file or folder, got an empty path"),
         (start, TypeError, "state: expected a path or a mapping"),
         (few, ValueError, "missing blocks.2.att.time_state"),
         (dict.fromkeys(states, torch.zeros(2, 16, 16)), ValueError, r"expected \(4, 8, 8\), got"),

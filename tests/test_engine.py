@@ -219,6 +219,8 @@ def test_cancelled_requests_leave_at_once() -> None:
     assert going.finish_reason == "length"
     with pytest.raises(ValueError, match="request: expected one that was submitted to this engine"):
         engine.cancel(Engine(model).submit([1]))
+    with pytest.raises(TypeError, match="request: expected one of submit, got NoneType"):
+        engine.cancel(None)  # type: ignore[arg-type]
 
 
 def test_no_tokens_at_all() -> None:

@@ -126,6 +126,7 @@ def test_settings_that_do_not_fit() -> None:
             ("0", TypeError),
             (0, TypeError),
             ([0.0], TypeError),
+            (torch.tensor(0), TypeError),
             ([V], IndexError),
         ):
             with pytest.raises(error, match=f"{name}: expected "):

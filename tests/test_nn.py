@@ -536,6 +536,9 @@ def test_rows_of_a_state_that_are_none() -> None:
     for rows in (1, [[0, 1], [1, 0]]):
         with pytest.raises(ValueError, match="rows: expected "):
             state.select(rows)  # type: ignore[arg-type]
+    for rows in (None, "0", [[0], [1, 0]]):
+        with pytest.raises(TypeError, match="rows: expected a list of int"):
+            state.select(rows)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="states: expected at least one, got none"):
         RWKVState.cat([])
     with pytest.raises(TypeError, match="dtype: expected a floating-point"):

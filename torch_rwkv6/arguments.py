@@ -93,7 +93,8 @@ def tokens(name: str, values: Any, vocab_size: int) -> set[int]:
         TypeError: no collection of integers.
         IndexError: one that is not in the vocabulary.
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    alone = getattr(values, "ndim", 1) == 0  # one number as a tensor or array
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or alone:
         raise TypeError(f"{name}: expected a collection of token ids, got {_short(values)}")
     return {token(name, value, vocab_size) for value in values}
 

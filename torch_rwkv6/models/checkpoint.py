@@ -92,7 +92,7 @@ def load(
             misshapen tensors, which the message lists; or a device that this machine does not have.
     """
     device = device_named(device)
-    int8 = dtype == "int8"
+    int8 = isinstance(dtype, str) and dtype == "int8"
     if int8:
         dtype = None
     elif dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -182,7 +182,7 @@ def read(path: StrPath) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is no checkpoint, or the folder has several.
     """
-    path = _existing(path)
+    path = _existing(path, "path")
     if is_sharded_checkpoint(path):
         return read_sharded(path)
     if path.is_dir():
@@ -200,7 +200,7 @@ def _official(source: Any, argument: str, content: str) -> dict[str, Tensor]:
         argument, content: what messages call it, and the tensors in it.
     """
     if isinstance(source, (str, os.PathLike)):
-        path = _existing(source)
+        path = _existing(source, argument)
         sharded = is_sharded_checkpoint(path)  # of the optimizer nothing need be read
         source = read_sharded(path, _innermost) if sharded else read(path)
     elif not isinstance(source, Mapping):
@@ -275,7 +275,7 @@ def _with_lora(model: RWKV, config: Any, tensors: dict[str, Any]) -> RWKV:
     return merged.requires_grad_(True)  # peft freezes what it adds to
 
 
-def _existing(path: StrPath, argument: str = "source") -> Path:
+def _existing(path: StrPath, argument: str) -> Path:
     text = os.fsdecode(path)
     if not text.strip():
         raise ValueError(f"{argument}: expected a file or folder, got an empty path")

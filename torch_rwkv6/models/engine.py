@@ -315,8 +315,11 @@ class Engine:
         """Ends a request at once; nothing happens if it has ended.
 
         Raises:
+            TypeError: no request.
             ValueError: the request is not this engine's.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"request: expected one of submit, got {type(request).__name__}")
         if request.finish_reason is not None:
             return
         for rows in (self._waiting, self._reading, self._rows):

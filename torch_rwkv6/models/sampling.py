@@ -154,7 +154,7 @@ class Counts:
     def penalties(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """The tokens produced, and what each loses."""
         size, settings = len(self._place), self._penalties
-        loss = settings.alpha_presence + self._n[:size] * settings.alpha_frequency
+        loss = float(settings.alpha_presence) + self._n[:size] * float(settings.alpha_frequency)
         return self._tokens[:size], loss
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,10 @@ class RWKVState(NamedTuple):
             TypeError: no integers.
             ValueError: not one dimension of them.
         """
-        index = torch.as_tensor(rows, device=self.wkv.device)
+        try:
+            index = torch.as_tensor(rows, device=self.wkv.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"rows: expected a list of int, got {reprlib.repr(rows)}") from error
         if not isinstance(rows, Tensor) and index.numel() == 0:
             index = index.long()  # [] would be float32
         if index.dtype not in (torch.int32, torch.int64):
