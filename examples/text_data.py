@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import lightning
 import numpy as np
@@ -92,6 +94,7 @@ class TextData(lightning.LightningDataModule):
     def __init__(self, text: bytes, batch_size: int, length: int, val_fraction: float = 0.02):
         super().__init__()
         self.batch_size, self.length = batch_size, length
+        self.checksum = zlib.crc32(text)
         cut = len(text) - int(len(text) * val_fraction)
         self.train_text, self.val_text = text[:cut], text[cut:]
         self.val_lanes = max(1, min(16, len(self.val_text) // 256))
@@ -111,6 +114,13 @@ class TextData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The same for all processes: there is little of it."""
         return DataLoader(Lanes(self.val_text, self.val_lanes, 512), batch_size=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"checksum": self.checksum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["checksum"] != self.checksum:
+            raise ValueError("--data: expected the text of the run, got another one")
 
 
 def bytes_per_character(text: bytes) -> float:

@@ -96,6 +96,10 @@ def test_resuming_equals_not_having_stopped(
         ([], "--steps: expected more than the 30 steps that {} has done, got 30"),
         (["--steps", "20"], "--steps: expected more than the 30 steps that {} has done, got 20"),
         (["--steps", "40", "--lr", "0.5"], "--lr: expected 0.006, as the run of --resume has, got"),
+        (
+            ["--steps", "40", "--data", __file__],
+            "--data: expected the text of the run, got another",
+        ),
     ],
 )
 def test_a_run_that_cannot_go_on(
