@@ -133,12 +133,17 @@ def test_what_does_not_fit_is_staged_in_one_buffer(sm_80, force):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("segment", ["9999", "512"])
 @pytest.mark.parametrize("decays", SLOW_DECAYS)
-def test_slow_decays(sm_80, force, decays):
+def test_slow_decays(sm_80, force, monkeypatch, decays, segment):
     force("recurrent")
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", segment)
+    call = slow_call(decays)
     with sm_80.runtime.settings(check=0, statistics=0):
-        check_forward(sm_80, slow_call(decays))
-        check_backward(sm_80, slow_call(decays))
+        check_forward(sm_80, call)
+        check_backward(sm_80, call)
+        state = sm_80.final_state(call)
+    assert relative_rms(state, reference.wkv(*call.double().args())[1]) <= FORWARD[F32]
 
 
 @pytest.mark.parametrize("forgetting", [0, 1])
@@ -175,13 +180,15 @@ def test_gradients_of_one_output(sm_80, force, family, dtype, N, given):
 
 
 @pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
-def test_pool_of_states_in_place(gpu, force, family, dtype, N):
+def test_pool_of_states_in_place(gpu, force, monkeypatch, family, dtype, N):
     force(family)
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")
     options = {"H": 2, "N": N, "dtype": dtype}
     for call in (
         random_call(B=4, T=18, states=6, state_map=[4, -1, 0, -7], **options),
         random_call(B=4, T=1, states=5, state_map=[3, 1, 2, -1], **options),
         random_call(B=2, T=17, states=2, **options),
+        random_call(B=3, T=70, states=4, state_map=[3, -1, 0], **options),
         random_call(
             B=1, T=40, states=5, cu_seqlens=[0, 17, 17, 19, 40], state_map=[3, 1, -1, 0], **options
         ),
@@ -356,32 +363,64 @@ def test_the_order_of_threads_does_not_matter(gpu, force, family, dtype, N, name
 
 
 @pytest.mark.parametrize("name", ["plain", "packed, state map", "state map"])
-def test_segments(gpu, force, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("family", "dtype", "N"),
+    [("chunked", BF16, 32), ("recurrent", F32, 20), ("recurrent", F32, 64), ("recurrent", F64, 17)],
+    ids=kernel_id,
+)
+def test_segments(gpu, force, monkeypatch, family, dtype, N, name):
     """A long sequence of few heads is cut for more blocks; here forced on a short one."""
-    force("chunked")
+    force(family)
     monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")  # a backward's are 128
-    call = sample_inputs(BF16, N=32, T=210)[name]
+    call = sample_inputs(dtype, N=N, T=210)[name]
     check_forward(gpu, call)
     check_backward(gpu, call)
 
 
 @pytest.mark.parametrize(
-    ("heads", "multiprocessors", "cu_seqlens", "cut"),
+    ("tokens", "heads", "multiprocessors", "cu_seqlens", "cut"),
     [
-        (1, 132, None, True),  # one block would leave all but one multiprocessor empty
-        (2, 1, None, False),  # segments would only wait for each other
-        (1, 132, [0, 5, 5, 500, 512], True),
+        (512, 1, 132, None, True),  # one block would leave all but one multiprocessor empty
+        (512, 16, 1, None, False),  # segments would only wait for each other
+        (128, 1, 132, None, False),  # the scan would take longer
+        (512, 1, 132, [0, 5, 5, 500, 512], True),
+        (512, 1, 132, [*range(0, 512, 30), 512], False),  # short ones
     ],
-    ids=["one head", "a full GPU", "packed"],
+    ids=["one head", "a full GPU", "few tokens", "packed", "packed, few tokens each"],
 )
-def test_segments_where_they_gain(gpu, force, heads, multiprocessors, cu_seqlens, cut):
-    force("chunked")
-    call = random_call(B=1, T=512, H=heads, N=32, dtype=BF16, cu_seqlens=cu_seqlens)
-    gpu.runtime.reset()
-    with gpu.runtime.settings(multiprocessors=multiprocessors):
-        check_forward(gpu, call)
-    kernels = [launch.name for launch in gpu.runtime.launches()]
-    assert any("state_walk" in name for name in kernels) == cut
+@pytest.mark.parametrize(
+    ("family", "dtype", "walk"),
+    [("chunked", BF16, "state_walk"), ("recurrent", F32, "state_sum")],
+    ids=kernel_id,
+)
+def test_segments_where_they_gain(
+    sm_80, force, family, dtype, walk, tokens, heads, multiprocessors, cu_seqlens, cut
+):
+    force(family)
+    call = random_call(B=1, T=tokens, H=heads, N=32, dtype=dtype, cu_seqlens=cu_seqlens)
+    sm_80.runtime.reset()
+    with sm_80.runtime.settings(multiprocessors=multiprocessors, check=0, statistics=0):
+        check_forward(sm_80, call)
+    kernels = [launch.name for launch in sm_80.runtime.launches()]
+    assert any(walk in name for name in kernels) == cut
+    assert cut or len(kernels) == 1 + (cu_seqlens is not None)
+
+
+@pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
+def test_wrong_sequences_cut_into_segments(sm_80, force, monkeypatch, family, dtype, N):
+    """All of such a sequence is NaN, and nothing of its neighbours."""
+    force(family)
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")
+    call = random_call(B=3, T=140, H=1, N=N, dtype=dtype, states=2, state_map=[1, 2, 0])
+    *grads, grad_u, grad_initial = sm_80.backward(call, *call.grad_outputs())
+    for x in (*sm_80.forward(call), *grads):
+        assert x[1].isnan().all()
+        assert x[[0, 2]].isfinite().all()
+    assert grad_u.isnan().all()
+    assert grad_initial.isfinite().all()
+    call = random_call(B=1, T=140, H=1, N=N, dtype=dtype, states=1, cu_seqlens=[0, 130, 20, 140])
+    outputs = [*sm_80.forward(call), *sm_80.backward(call, *call.grad_outputs())]
+    assert all(x.isnan().all() for x in outputs)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +453,7 @@ def test_kept_states(sm_80, force, monkeypatch, family, dtype, N, T, cu_seqlens,
 )
 @pytest.mark.parametrize(("family", "dtype", "N"), SMALL, ids=kernel_id)
 def test_the_final_state_alone(sm_80, force, monkeypatch, family, dtype, N, options, segment):
-    """The walk and the scan of the chunked kernels, and no y; the recurrent ones write none."""
+    """What the segments add, and the scan: no y is computed."""
     force(family)
     monkeypatch.setenv("RWKV6_CUDA_SEGMENT", segment)
     call = random_call(**{"H": 2, "N": N, "dtype": dtype, "extreme": True} | options)
@@ -423,8 +462,8 @@ def test_the_final_state_alone(sm_80, force, monkeypatch, family, dtype, N, opti
     expected = reference.wkv(*call.double().args())[1]
     assert relative_rms(found, expected) <= FORWARD[F32]
     names = [launch.name for launch in sm_80.runtime.launches()]
-    assert not any("forward_chunked" in name for name in names)
-    assert any("scan" in name for name in names) == (family == "chunked")
+    assert not any("forward" in name for name in names)
+    assert sum("scan" in name for name in names) == 1
 
 
 @pytest.mark.parametrize(("family", "dtype", "N"), SMALL[1:], ids=kernel_id)
@@ -459,8 +498,9 @@ def test_infinite_decays(gpu):
 
 
 @pytest.mark.parametrize(("dtype", "N"), [(F32, 20), (BF16, 32)], ids=kernel_id)
-def test_padding_leaves_the_state_bit_for_bit(gpu, dtype, N):
-    call = random_call(T=50, N=N, dtype=dtype, states=2)
+def test_padding_leaves_the_state_bit_for_bit(gpu, monkeypatch, dtype, N):
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")
+    call = random_call(T=70, N=N, dtype=dtype, states=2)
     call.w[:] = -1e9
     call.k[:] = 0
     call.v[:] = 0

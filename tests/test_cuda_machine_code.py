@@ -39,6 +39,8 @@ pytestmark = [
 # registers a thread, for a state, its gradient and what is between them.
 MOST_STACK = {f"backward_chunked<{dtype}, 128>": 160 for dtype in ("Bf16", "F16")}
 MOST_STACK |= {f"state_walk<{dtype}, 128, true>": 32 for dtype in ("Bf16", "F16")}
+# Ten words a tile, outside of the products.
+MOST_STACK["state_sum<float>"] = 40
 # Two tokens at once, of which a few words are kept aside, outside of the loop over keys.
 MOST_STACK |= {f"forward_recurrent<float, {N}>": 32 for N in (64, 128, 256)}
 MOST_STACK |= {f"forward_recurrent<double, {N}>": 32 for N in (64, 256)}
@@ -58,6 +60,7 @@ LEAST_WARPS = {
     "state_walk<Bf16, 32, false>": (20, 14),
     "state_walk<Bf16, 64, false>": (20, 16),
     "state_walk<Bf16, 128, false>": (16, 16),
+    "state_sum<float>": (16, 14),
     "forward_recurrent<float, 32>": (16, 10),
     "forward_recurrent<float, 64>": (12, 10),
     "forward_recurrent<float, 128>": (12, 12),
@@ -147,7 +150,7 @@ def test_every_access_names_its_memory(arch):
 
 def test_rows_come_16_bytes_at_a_time(arch):
     for name, kernel in kernels(arch).items():
-        if re.match("forward_|backward_|state_walk", name):
+        if re.match("forward_|backward_|state_", name):
             assert kernel.count("LDGSTS.128") > 0, name
         if "chunked" in name or "walk" in name:  # nothing comes in smaller pieces
             assert kernel.count("LDGSTS") == kernel.count("LDGSTS.128"), name

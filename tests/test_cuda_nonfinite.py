@@ -73,18 +73,24 @@ def check(gpu, call):
     ids=str,
 )
 def test_values_that_are_none(gpu, monkeypatch, family, dtype, N, tokens):
-    if family == "recurrent" and tokens > T:
-        pytest.skip("the recurrent kernels have no segments")
     monkeypatch.setenv("RWKV6_CUDA_KERNEL", family)
     monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "128")
     check(gpu, random_call(B=1, T=tokens, H=2, N=N, dtype=dtype, states=1))
 
 
-def test_packed_sequences_keep_theirs(gpu, monkeypatch):
-    monkeypatch.setenv("RWKV6_CUDA_KERNEL", "chunked")
-    offsets = [0, 4, 16, 70]
-    call = random_call(B=1, T=T, H=2, N=32, dtype=torch.bfloat16, states=3, cu_seqlens=offsets)
-    check(gpu, call)
+@pytest.mark.parametrize(
+    ("family", "dtype", "N", "offsets"),
+    [
+        ("chunked", torch.bfloat16, 32, [0, 4, 16, T]),
+        ("recurrent", torch.float32, 5, [0, 2, 134]),  # the second one has two segments
+    ],
+    ids=str,
+)
+def test_packed_sequences_keep_theirs(gpu, monkeypatch, family, dtype, N, offsets):
+    monkeypatch.setenv("RWKV6_CUDA_KERNEL", family)
+    monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "128")
+    tokens, states = offsets[-1], len(offsets) - 1
+    check(gpu, random_call(1, tokens, 2, N, dtype, states=states, cu_seqlens=offsets))
 
 
 @pytest.mark.parametrize(

@@ -52,4 +52,14 @@ __device__ inline double change_of_rate(double rate) {
 __device__ inline float kept_of(float change) { return __float_as_int(change) < 0 ? 1 : 0; }
 __device__ inline double kept_of(double change) { return __double2hiint(change) < 0 ? 1 : 0; }
 
+// The same of the product of two decays, from theirs. `a` is a running product: where b is always the
+// same, what is added to it is not, so neither is what rounding loses.
+template <class T>
+__device__ T change_of_product(T a, T b) {
+  const T kept_a = kept_of(a), kept_b = kept_of(b);
+  const T change = kept_b * a + (a * b + kept_a * b);
+  if (kept_a * kept_b == 0) return fabs(change);  // not -0
+  return change < T(-0.5) ? 1 + change : -fabs(change);
+}
+
 }  // namespace rwkv6::cuda

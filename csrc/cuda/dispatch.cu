@@ -65,8 +65,6 @@ void check_cu_seqlens(const Launch& launch, Sequences& sequences) {
   sequences.bad_cu_seqlens = bad;
 }
 
-enum class Family { recurrent, chunked };
-
 // What 16-byte loads of whole rows need.
 bool aligned(const Tokens& x) {
   const int64_t size = size_of(x.dtype);
@@ -80,7 +78,6 @@ bool aligned(const Tokens& x) {
 // the speed of memory. RWKV6_CUDA_KERNEL forces one family.
 Family choose(const Sequences& sequences, DType dtype, int64_t N,
               std::initializer_list<Tokens> rows) {
-  constexpr int64_t kFewTokens = 32;
   const char* obstacle = nullptr;
   if (dtype != DType::bf16 && dtype != DType::f16) obstacle = "inputs are not bfloat16 or float16";
   if (N != 32 && N != 64 && N != 128) obstacle = "the head size is not 32, 64 or 128";
@@ -172,7 +169,6 @@ void forward(const rwkv6_context* context, int device, ForwardJob job) {
   const CurrentDevice current(device);
   const Launch launch = launch_on(context, device);
   if (job.sequences.count == 0 || job.H == 0) return;
-  if (!job.y.data) job.r = job.k;  // what is read of r then reaches no result
   check_cu_seqlens(launch, job.sequences);
   const Family family =
       choose(job.sequences, job.k.dtype, job.N, {job.r, job.k, job.v, job.w, job.y});

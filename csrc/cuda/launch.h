@@ -43,9 +43,44 @@ void check_launched(const char* kernel);
 // How many blocks of a grid's first dimension do so much work. Throws where CUDA allows fewer.
 unsigned blocks_for(int64_t work, int64_t per_block = 1);
 
+// A kernel, and what its blocks take; shared_bytes may be more than a kernel has without asking.
+template <class... Parameters>
+struct Kernel {
+  const char* name;
+  void (*kernel)(Parameters...);
+  int threads, shared_bytes;
+
+  // How many of its blocks a multiprocessor holds; 0 where not even one fits.
+  int blocks_each(const Launch& launch) const {
+    int blocks = 0;
+    if (shared_bytes > launch.shared_memory) return blocks;
+    allow_shared_memory();
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+          name);
+    return blocks;
+  }
+
+  template <class... Arguments>
+  void run(const Launch& launch, int64_t blocks, const Arguments&... arguments) const {
+    if (blocks == 0) return;
+    allow_shared_memory();
+    kernel<<<blocks_for(blocks), threads, shared_bytes, launch.stream>>>(arguments...);
+    check_launched(name);
+  }
+
+ private:
+  void allow_shared_memory() const {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          name);
+  }
+};
+
 // The kernel families. All of them: any strides with contiguous rows, any options.
 //   recurrent: every dtype and head size; f32 inputs in f32, f64 in f64
 //   chunked: bf16 and f16 of head size 32, 64 and 128 on tensor cores, rows aligned to 16 bytes
+enum class Family { recurrent, chunked };
+// Packed sequences with fewer tokens on average are taken for short ones: about two chunks.
+constexpr int64_t kFewTokens = 32;
 void forward_recurrent(const Launch& launch, const ForwardJob& job);
 void backward_recurrent(const Launch& launch, const BackwardJob& job);
 void forward_chunked(const Launch& launch, const ForwardJob& job);

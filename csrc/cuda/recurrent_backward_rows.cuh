@@ -5,9 +5,8 @@
 #include <type_traits>
 
 #include "cuda/decay.cuh"
-#include "cuda/launch.h"
 #include "cuda/load.cuh"
-#include "cuda/span.cuh"
+#include "cuda/place.cuh"
 #include "cuda/warp.cuh"
 
 namespace rwkv6::cuda {
@@ -70,16 +69,16 @@ struct Backward {
 
 // Which packs of N elements can be read and written at once.
 struct VectorAccess {
-  bool grad_y, r, k, v, w, initial, grad_final;
+  bool grad_y, r, k, v, w, initial, starts, grad_final, ends;
   bool grad_r, grad_k, grad_v, grad_w, grad_initial;
 };
 
 struct Workspace {
   void* states;          // [H, chunks, parts, warps, kStatePacks] packs: S before every chunk
-  void* grad_u;          // [count, H, N]
+  void* grad_u;          // [segments, H, N]
   Tokens grad_v;         // of the first part
   int64_t grad_v_bytes;  // from one part's to the next one's
-  int64_t chunks;        // of all sequences, and one more for each
+  int64_t chunks;        // of all segments, and one more for each
   int64_t parts;
 };
 
@@ -87,39 +86,38 @@ struct Range {  // of the elements of a row
   int first, count;
 };
 
-// Where a block works. Kept in shared memory: registers are for states.
-struct Place {
-  Span span;
-  int64_t m, h;
+// Where a block works: on some keys of a head, in a segment. Kept in shared memory: registers are for
+// states.
+struct Part : Place {
   Range keys, columns;
   int64_t states;        // packs before the block's first state
   int64_t chunk_states;  // packs from one chunk's to the next one's
   int64_t grad_v;        // bytes before the part's grad_v
 
   __device__ char* row(const Tokens& x, int64_t t) const {
-    return x.row(span.b, span.begin + t, h);
+    return x.row(span.b, span.begin + first + t, h);
   }
+  __device__ int64_t length() const { return last - first; }
 };
 
 template <class T, int P>
-__device__ Place place_of(const BackwardJob& job, const Workspace& workspace) {
+__device__ Part part_of(const BackwardJob& job, const Segments& segments,
+                        const Workspace& workspace) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
-  Place place;
-  const int64_t part = blockIdx.x % workspace.parts, head = blockIdx.x / workspace.parts;
+  const int64_t part = blockIdx.x % workspace.parts;
   const int warps = blockDim.x / 32;
-  place.h = head % job.H;
-  place.m = head / job.H;
-  place.span = span_of(job.sequences, place.m);
+  Part place = {Place(job.sequences, segments, job.H, blockIdx.x / workspace.parts)};
   const int N = int(job.N), first = int(part) * warps * Shape::kWarpKeys;
   const int keys = N - first < warps * Shape::kWarpKeys ? N - first : warps * Shape::kWarpKeys;
   place.keys = {first, keys};
   place.columns = {0, N};
   place.grad_v = part * workspace.grad_v_bytes;
   const bool packed = job.sequences.cu_seqlens.data;
-  // Sequences of any lengths: begin / C + 2 m leaves room for their chunks and one more.
-  const int64_t chunk = packed ? place.span.begin / C + 2 * place.m
-                               : place.m * ((job.sequences.tokens + C - 1) / C + 1);
+  // Segments of any lengths: begin / C + 2 segment leaves room for their chunks and one more.
+  const int64_t segment = place.index / job.H;
+  const int64_t chunk = packed ? (place.span.begin + place.first) / C + 2 * segment
+                               : segment * (workspace.chunks / segments.count);
   place.chunk_states = workspace.parts * warps * Shape::kStatePacks;
   place.states =
       (place.h * workspace.chunks + chunk) * place.chunk_states + part * warps * Shape::kStatePacks;
@@ -140,7 +138,7 @@ struct Lane {
   __device__ int column_pack(int p) const { return p * Shape::kColumnLanes + column_lane; }
 
   // The thread's packs of the state before a chunk, which lie 32 packs apart.
-  __device__ Pack<T>* checkpoint(const Workspace& workspace, const Place& place,
+  __device__ Pack<T>* checkpoint(const Workspace& workspace, const Part& place,
                                  int64_t chunk) const {
     return static_cast<Pack<T>*>(workspace.states) + place.states + chunk * place.chunk_states +
            warp * Shape::kStatePacks + lane;
@@ -161,7 +159,7 @@ __device__ T* elements(Pack<T>* row) {
 
 // Starts to copy the rows of `tokens` tokens from `begin` on.
 template <class T, int packs, int pitch>
-__device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Place& place,
+__device__ void fetch_rows(Pack<T> (*rows)[pitch], const Tokens& x, const Part& place,
                            int64_t begin, int tokens, Range range, bool vector) {
   if (!x.data) return;
 #pragma unroll 1
@@ -211,7 +209,7 @@ __device__ void unpack_rows(Pack<T> (*rows)[pitch], const Tokens& x, int tokens,
 }
 
 template <class T, int packs, int pitch>
-__device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Place& place,
+__device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const Part& place,
                            int64_t begin, int tokens, Range range, bool vector) {
 #pragma unroll 1
   for (int at = threadIdx.x; at < tokens * packs; at += blockDim.x) {
@@ -222,7 +220,7 @@ __device__ void store_rows(const Pack<T> (*rows)[pitch], const Tokens& x, const 
 }
 
 template <class T, int P>
-__device__ void load_checkpoint(const Workspace& workspace, const Place& place, int64_t chunk,
+__device__ void load_checkpoint(const Workspace& workspace, const Part& place, int64_t chunk,
                                 typename Shape<T, P>::State& to) {
   typedef Shape<T, P> Shape;
   const Pack<T>* from = Lane<T, P>().checkpoint(workspace, place, chunk);
@@ -237,7 +235,7 @@ __device__ void load_checkpoint(const Workspace& workspace, const Place& place, 
 }
 
 template <class T, int P>
-__device__ void store_checkpoint(const Workspace& workspace, const Place& place, int64_t chunk,
+__device__ void store_checkpoint(const Workspace& workspace, const Part& place, int64_t chunk,
                                  const typename Shape<T, P>::State& from) {
   typedef Shape<T, P> Shape;
   Pack<T>* to = Lane<T, P>().checkpoint(workspace, place, chunk);
@@ -255,7 +253,7 @@ __device__ void store_checkpoint(const Workspace& workspace, const Place& place,
 // Matrices of any dtype and layout come and go through a checkpoint: what indexes memory can be a
 // loop, what indexes registers could not.
 template <class T, int P>
-__device__ void load_matrix(const Workspace& workspace, const Place& place, int64_t chunk,
+__device__ void load_matrix(const Workspace& workspace, const Part& place, int64_t chunk,
                             const States& from, int64_t row, bool vector) {
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;
@@ -274,7 +272,7 @@ __device__ void load_matrix(const Workspace& workspace, const Place& place, int6
 }
 
 template <class T, int P>
-__device__ void store_matrix(const Workspace& workspace, const Place& place, int64_t chunk,
+__device__ void store_matrix(const Workspace& workspace, const Part& place, int64_t chunk,
                              const States& to, int64_t row, bool vector) {
   typedef Shape<T, P> Shape;
   const Lane<T, P> lane;

@@ -1,10 +1,11 @@
-// The walk of a state alone, and the scan over segments. See segments.h.
+// The chunked kernels' walk of a state alone, and the scan over segments. See segments.h.
 #include "cuda/segments.h"
 
 #include <cstdlib>
 
 #include "cuda/chunk.cuh"
 #include "cuda/chunked.cuh"
+#include "cuda/load.cuh"
 
 namespace rwkv6::cuda {
 namespace {
@@ -21,7 +22,7 @@ static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
 // What the walk leaves behind: the segment's end from zeros and its decay, or checkpoints.
 struct Results {
   float* ends;         // [segment][H][N][N] of the sequences with several, or nullptr
-  float* decays;       // [segment][H][N], with ends
+  float* decays;       // [segment][H][N], with ends: the scan keeps nothing of a state beside them
   bool uncut;          // ends and decays of the other sequences as well
   States checkpoints;  // or absent
 };
@@ -106,46 +107,47 @@ __global__ void __launch_bounds__(2 * N, kWalkBlocks<N, reverse>)
     for (int i = 0; i < K; i++) results.decays[int64_t(blockIdx.x) * N + my.key + i] = decay[i];
 }
 
+constexpr int kScanThreads = 256;
+
 // From where each segment ends when it starts from zeros to where it starts, in place, for the
 // sequences with several segments. With `final` for all sequences, and the end of the last segment
 // goes there. One block per (sequence, head) and part of the matrix, one thread per element.
-template <class E>
-__global__ void scan_kernel(const __grid_constant__ Walk walk,
-                            const __grid_constant__ Segments segments,
-                            float* ends,           // [segment][H][N][N]
-                            const float* decays,   // [segment][H][N]
-                            const States final) {  // [sequence][H][N][N] of float, or absent
-  const int64_t N = walk.N, parts = N * N / blockDim.x, unit = blockIdx.x / parts;
-  const int64_t element = blockIdx.x % parts * blockDim.x + threadIdx.x, key = element / N;
-  const int64_t m = unit / walk.H, h = unit % walk.H;
+template <class T>
+__global__ void __launch_bounds__(kScanThreads, 6)
+    scan_kernel(const __grid_constant__ Walk walk, const __grid_constant__ Segments segments,
+                T* ends,               // [segment][H][N][N]
+                const T* changes,      // [segment][H][N], by decays: see decay.cuh
+                const States final) {  // [sequence][H][N][N] of T, or absent
+  const int64_t N = walk.N, parts = (N * N + blockDim.x - 1) / blockDim.x;
+  const int64_t unit = blockIdx.x / parts, m = unit / walk.H, h = unit % walk.H;
+  const int64_t element = blockIdx.x % parts * blockDim.x + threadIdx.x;
+  const int64_t key = element / N, value = element % N;
   const Span span = span_of(walk.sequences, m);
+  if (element >= N * N) return;
   if (!final.data && (!span.valid || span.length <= segments.length)) return;
   const int64_t first = first_segment(walk.sequences, segments, m);
   const int64_t count = span.valid ? (span.length + segments.length - 1) / segments.length : 0;
   const int64_t row = walk.reverse ? m : span.initial;
-  float s = span.valid ? 0.f : NAN;
-  if (walk.from.data && row >= 0) {
-    const char* state = walk.from.matrix(row, h);
-    const int64_t at = key * walk.from.stride_row + element % N;
-    s = walk.from.dtype == DType::f32 ? reinterpret_cast<const float*>(state)[at]
-                                      : E::low(reinterpret_cast<const uint16_t*>(state)[at]);
-  }
+  T s = span.valid ? T(0) : T(NAN);
+  if (walk.from.data && row >= 0)
+    s = load_element<T>(walk.from.matrix(row, h), walk.from.dtype,
+                        key * walk.from.stride_row + value);
   for (int64_t i = 0; i < count; i++) {
     const int64_t segment = first + (walk.reverse ? count - 1 - i : i), at = segment * walk.H + h;
-    float& end = ends[at * (N * N) + element];
-    const float added = end;
+    T& end = ends[at * (N * N) + element];
+    const T added = end, change = changes[at * N + key];
     end = s;
-    s = decays[at * N + key] * s + added;
+    s = kept_of(change) * s + (change * s + added);
   }
   if (final.data && span.final >= 0)
-    f32_matrix(final, span.final, h)[key * final.stride_row + element % N] = s;
+    reinterpret_cast<T*>(final.matrix(span.final, h))[key * final.stride_row + value] = s;
 }
 
 template <class E, int N>
 void walk_states(const Launch& launch, const Walk& walk, const Segments& segments,
                  const float* starts, const Results& results) {
   const bool wide = walk.w.dtype == DType::f32;
-  const ChunkedKernel kernel = {
+  const Kernel kernel = {
       "state_walk", walk.reverse ? state_walk_kernel<E, N, true> : state_walk_kernel<E, N, false>,
       2 * N, int(sizeof(Shared<N>)) + 2 * Buffers<N, 2>::bytes(wide)};
   kernel.run(launch, segments.count * walk.H, walk, segments, starts, results);
@@ -168,11 +170,12 @@ Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H
     return count == 1 ? walked : walked * costs.walk + costs.scan + count * costs.segment;
   };
   int64_t length = up(T, costs.multiple) * costs.multiple;
+  const bool few = packed && sequences.tokens < kFewTokens * sequences.count;
   if (const char* forced = std::getenv("RWKV6_CUDA_SEGMENT")) {
     length = std::min(length, std::max<int64_t>(std::atoll(forced), 1));
-  } else if (packed) {
+  } else if (packed && !few) {
     length = std::min(length, std::max(up(T * H, room), kShortestPacked));
-  } else {
+  } else if (!packed) {
     // more segments than twice what there is room for would only wait for each other
     const int64_t units = std::max<int64_t>(sequences.count * H, 1);
     const int64_t most = std::min(up(T, costs.multiple), 2 * room / units + 1);
@@ -182,24 +185,32 @@ Segments segments_of(const Launch& launch, const Sequences& sequences, int64_t H
     }
   }
   length = up(length, costs.multiple) * costs.multiple;
-  if (packed) return {T / length + sequences.count, length};
+  if (packed) return {sequences.count + (length < T ? T / length : 0), length};
   return {up(T, length) * sequences.count, length};
 }
 
-const float* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments,
-                            const States& final) {
+template <class T>
+const T* segment_starts(const Launch& launch, const Walk& walk, const Segments& segments,
+                        const States& final) {
   const int64_t units = walk.sequences.count * walk.H, blocks = segments.count * walk.H;
-  float* ends = launch.workspace<float>(blocks * walk.N * walk.N);
-  float* decays = launch.workspace<float>(blocks * walk.N);
-  for_chunked(walk.x.dtype, walk.N, [&](auto element, auto size) {
-    using E = decltype(element);
-    constexpr int N = decltype(size)::value, kThreads = 256;
-    walk_states<E, N>(launch, walk, segments, nullptr, {ends, decays, final.data != nullptr, {}});
-    const ChunkedKernel scan = {"scan", scan_kernel<E>, kThreads, 0};
-    scan.run(launch, units * (N * N / kThreads), walk, segments, ends, decays, final);
-  });
+  const int64_t N = walk.N, parts = (N * N + kScanThreads - 1) / kScanThreads;
+  T* ends = launch.workspace<T>(blocks * N * N);
+  T* changes = launch.workspace<T>(blocks * N);
+  if (walk.family == Family::recurrent) {
+    state_sums(launch, walk, segments, final.data != nullptr, ends, changes);
+  } else if constexpr (std::is_same_v<T, float>) {
+    for_chunked(walk.x.dtype, N, [&](auto element, auto size) {
+      walk_states<decltype(element), decltype(size)::value>(
+          launch, walk, segments, nullptr, {ends, changes, final.data != nullptr, {}});
+    });
+  }
+  const Kernel scan = {"scan", scan_kernel<T>, kScanThreads, 0};
+  scan.run(launch, units * parts, walk, segments, ends, changes, final);
   return ends;
 }
+
+template const float* segment_starts(const Launch&, const Walk&, const Segments&, const States&);
+template const double* segment_starts(const Launch&, const Walk&, const Segments&, const States&);
 
 States checkpoints(const Launch& launch, const Walk& walk, const Segments& segments,
                    const float* starts) {

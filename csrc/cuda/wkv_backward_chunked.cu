@@ -650,8 +650,8 @@ template <class E, int N>
 void run(const Launch& launch, const BackwardJob& job) {
   const Sequences& all = job.sequences;
   const auto kernel_of = [&](int buffers) {
-    return ChunkedKernel{"backward_chunked", backward_chunked_kernel<E, N>, 4 * N,
-                         Shared<N>::bytes(job.w.dtype == DType::f32, buffers)};
+    return Kernel{"backward_chunked", backward_chunked_kernel<E, N>, 4 * N,
+                  Shared<N>::bytes(job.w.dtype == DType::f32, buffers)};
   };
   // another block on a multiprocessor hides more than a second buffer
   const int with_one = kernel_of(1).blocks_each(launch),
@@ -662,12 +662,14 @@ void run(const Launch& launch, const BackwardJob& job) {
   const Segments segments = segments_of(launch, all, job.H, std::max(with_one, with_two),
                                         given_states ? kCostsFromKept : kCosts);
   const int64_t blocks = segments.count * job.H;
-  const Walk forwards = {all, job.H, job.N, job.k, job.v, job.w, job.initial, false};
-  const Walk backwards = {all, job.H, job.N, job.r, job.grad_y, job.w, job.grad_final, true};
+  const Walk forwards = {Family::chunked, all,   job.H,       job.N, job.k,
+                         job.v,           job.w, job.initial, false};
+  const Walk backwards = {Family::chunked, all,   job.H,          job.N, job.r,
+                          job.grad_y,      job.w, job.grad_final, true};
   const float *starts = nullptr, *ends = nullptr;
-  if (segments.cuts(all)) ends = segment_starts(launch, backwards, segments);
+  if (segments.cuts(all)) ends = segment_starts<float>(launch, backwards, segments);
   if (!given_states) {
-    if (segments.cuts(all)) starts = segment_starts(launch, forwards, segments);
+    if (segments.cuts(all)) starts = segment_starts<float>(launch, forwards, segments);
     kept = checkpoints(launch, forwards, segments, starts);
   }
   const Given given = {kept, ends, launch.workspace<float>(blocks * kGroup * N * N),

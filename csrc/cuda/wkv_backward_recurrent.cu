@@ -18,7 +18,8 @@
 // after a. Decays only enter as products of numbers in [0, 1], and no sum is a difference.
 //
 // A first pass stores the state before every chunk in the workspace; the second pass goes through
-// the chunks in reverse. A warp owns some keys with all value columns. What is summed over columns
+// the chunks in reverse. Sequences that are too few to fill the GPU are cut into segments
+// (segments.h), each with both passes. A warp owns some keys with all value columns. What is summed over columns
 // (the gradients of r, k, w and u) therefore stays within the warp. What is summed over keys (A and
 // dv) is added up through shared memory. The keys of a head that do not fit one block belong to
 // other blocks, each with a dv of its own; sum_parts adds these up. Head sizes are padded with
@@ -28,15 +29,28 @@
 namespace rwkv6::cuda {
 namespace {
 
+// Where segments start and end, by_place; absent where sequences have one. Segments start from
+// checkpoints where these are given.
+struct Borders {
+  States starts, ends;
+};
+
 // The first pass: stores the state before every chunk.
 template <class T, int P>
-__device__ void recompute_states(const BackwardJob& job, const VectorAccess& vector,
-                                 const Workspace& workspace, const Place& place, int64_t chunks,
-                                 Forward<T, P>& rows) {
+__device__ void recompute_states(const BackwardJob& job, const States& starts,
+                                 const VectorAccess& vector, const Workspace& workspace,
+                                 const Part& place, int64_t chunks, Forward<T, P>& rows) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   const Lane<T, P> lane;
-  load_matrix<T, P>(workspace, place, 0, job.initial, place.span.initial, vector.initial);
+  if (place.segment == 0)
+    load_matrix<T, P>(workspace, place, 0, job.initial, place.span.initial, vector.initial);
+  else if (starts.data)
+    load_matrix<T, P>(workspace, place, 0, starts, place.index, vector.starts);
+  else
+    load_matrix<T, P>(workspace, place, 0, job.checkpoints,
+                      job.sequences.checkpoint(place.span.b, place.span.begin, place.first),
+                      vector.starts);
   typename Shape::State S;
   load_checkpoint<T, P>(workspace, place, 0, S);
 #pragma unroll 1
@@ -73,7 +87,7 @@ __device__ void recompute_states(const BackwardJob& job, const VectorAccess& vec
 
 // dv, from what has been found with G and the rows of A.
 template <class T, int P>
-__device__ void store_grad_v(const Backward<T, P>& back, const Tokens& grad_v, const Place& place,
+__device__ void store_grad_v(const Backward<T, P>& back, const Tokens& grad_v, const Part& place,
                              int64_t begin, int tokens, bool vector) {
   constexpr int kRowPacks = Shape<T, P>::kRowPacks;
 #pragma unroll 1
@@ -93,12 +107,12 @@ __device__ void store_grad_v(const Backward<T, P>& back, const Tokens& grad_v, c
 }
 
 template <class T, int P>
-__device__ void fill_with_nan(const BackwardJob& job, const Workspace& workspace,
-                              const Place& place, T* grad_u) {
+__device__ void fill_with_nan(const BackwardJob& job, const Workspace& workspace, const Part& place,
+                              T* grad_u) {
   for (int i = threadIdx.x; i < place.columns.count; i += blockDim.x) {
     const bool own = i >= place.keys.first && i < place.keys.first + place.keys.count;
 #pragma unroll 1
-    for (int64_t t = 0; t < place.span.length; t++) {
+    for (int64_t t = 0; t < place.length(); t++) {
       store_element(place.row(workspace.grad_v, t) + place.grad_v, workspace.grad_v.dtype, i,
                     T(NAN));
       if (!own) continue;
@@ -107,7 +121,7 @@ __device__ void fill_with_nan(const BackwardJob& job, const Workspace& workspace
       store_element(place.row(job.grad_w, t), job.grad_w.dtype, i, T(NAN));
     }
     if (own) grad_u[i] = T(NAN);
-    if (!job.grad_initial.data) continue;
+    if (!job.grad_initial.data || place.segment > 0) continue;
     T* matrix = reinterpret_cast<T*>(job.grad_initial.matrix(place.m, place.h));
 #pragma unroll 1
     for (int key = 0; key < place.keys.count; key++)
@@ -117,23 +131,28 @@ __device__ void fill_with_nan(const BackwardJob& job, const Workspace& workspace
 
 template <class T, int P>
 __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlocks)
-    backward_recurrent_kernel(BackwardJob job, VectorAccess vector, Workspace workspace) {
+    backward_recurrent_kernel(BackwardJob job, Segments segments, Borders borders,
+                              VectorAccess vector, Workspace workspace) {
   typedef Shape<T, P> Shape;
   constexpr int C = Shape::kChunk;
   extern __shared__ __align__(16) char shared[];
-  __shared__ Place place;
-  if (threadIdx.x == 0) place = place_of<T, P>(job, workspace);
+  __shared__ Part place;
+  if (threadIdx.x == 0) place = part_of<T, P>(job, segments, workspace);
   __syncthreads();
-  T* grad_u = static_cast<T*>(workspace.grad_u) + (place.m * job.H + place.h) * job.N;
+  T* grad_u = static_cast<T*>(workspace.grad_u) + place.index * job.N;
+  const Lane<T, P> lane;
+  const bool owns = lane.owns && lane.own_key < place.keys.count;
+  if (place.is_left_over()) {
+    if (owns) grad_u[place.keys.first + lane.own_key] = 0;
+    return;
+  }
   if (!place.span.valid) return fill_with_nan<T, P>(job, workspace, place, grad_u);
 
-  const int64_t chunks = (place.span.length + C - 1) / C;
-  recompute_states<T, P>(job, vector, workspace, place, chunks,
+  const int64_t chunks = (place.length() + C - 1) / C;
+  recompute_states<T, P>(job, borders.starts, vector, workspace, place, chunks,
                          *reinterpret_cast<Forward<T, P>*>(shared));
 
   Backward<T, P>& back = *reinterpret_cast<Backward<T, P>*>(shared);
-  const Lane<T, P> lane;
-  const bool owns = lane.owns && lane.own_key < place.keys.count;
   if (lane.owns) {
     elements(back.u)[lane.own_key] =
         owns && job.u.data ? load_element<T>(job.u.row(place.h, place.span.b), job.u.dtype,
@@ -142,11 +161,16 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     elements(back.grad_u)[lane.own_key] = 0;
   }
   typename Shape::State S, G;
-  load_matrix<T, P>(workspace, place, chunks, job.grad_final, place.m, vector.grad_final);
+  if (place.is_end())
+    load_matrix<T, P>(workspace, place, chunks, job.grad_final, place.m, vector.grad_final);
+  else
+    load_matrix<T, P>(workspace, place, chunks, borders.ends, place.index, vector.ends);
+  // Without a gradient of the final state the last token's decay does not matter, be it NaN.
+  const auto last_decays = [&] { return !place.is_end() || job.grad_final.data; };
   load_checkpoint<T, P>(workspace, place, chunks, G);
 #pragma unroll 1
   for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t begin = chunk * C, left = place.span.length - begin;
+    const int64_t begin = chunk * C, left = place.length() - begin;
     const int tokens = left < C ? int(left) : C;
     const Range keys = place.keys, columns = place.columns;
     fetch_rows<T, Shape::kKeyPacks>(back.r, job.r, place, begin, tokens, keys, vector.r);
@@ -159,8 +183,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     cp_async_wait<0>();
     unpack_rows<T, Shape::kKeyPacks, C>(back.r, job.r, tokens, keys.count, AsItIs());
     unpack_rows<T, Shape::kKeyPacks, C>(back.k, job.k, tokens, keys.count, AsItIs());
-    // Without a gradient of the final state the last token's decay does not matter, be it NaN.
-    const int decaying = left <= C && !job.grad_final.data ? tokens - 1 : tokens;
+    const int decaying = left <= C && !last_decays() ? tokens - 1 : tokens;
     unpack_rows<T, Shape::kKeyPacks, C>(back.w, job.w, decaying, keys.count, RateOf());
     unpack_rows<T, Shape::kRowPacks, C>(back.v, job.v, tokens, columns.count, AsItIs());
     unpack_rows<T, Shape::kRowPacks, C>(back.grad_y, job.grad_y, tokens, columns.count, AsItIs());
@@ -198,13 +221,13 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   }
 
   if (owns) grad_u[place.keys.first + lane.own_key] = elements(back.grad_u)[lane.own_key];
-  if (job.grad_initial.data) {
+  if (job.grad_initial.data && place.segment == 0) {
     store_checkpoint<T, P>(workspace, place, chunks, G);
     store_matrix<T, P>(workspace, place, chunks, job.grad_initial, place.m, vector.grad_initial);
   }
-  if (job.grad_final.data || place.span.length == 0 || !owns) return;
+  if (last_decays() || place.length() == 0 || !owns) return;
   // The last token's gradient of w is 0 then, but NaN where w is.
-  const int64_t last = place.span.length - 1, key = place.keys.first + lane.own_key;
+  const int64_t last = place.length() - 1, key = place.keys.first + lane.own_key;
   const T w = load_element<T>(place.row(job.w, last), job.w.dtype, key);
   if (w != w) store_element(place.row(job.grad_w, last), job.grad_w.dtype, key, w);
 }
@@ -224,23 +247,58 @@ __global__ void sum_parts_kernel(const T* parts, int64_t count, int64_t tokens,
                 sum);
 }
 
+// Predicted as those of the forward are.
+constexpr SegmentCosts kCosts = {.sharing = 0.5,
+                                 .start = 4,
+                                 .walk = 1.1,
+                                 .scan = 40,
+                                 .segment = 0.4,
+                                 .multiple = kCheckpointTokens};
+// With checkpoints nothing walks forwards.
+constexpr SegmentCosts kCostsFromKept = {.sharing = 0.5,
+                                         .start = 4,
+                                         .walk = 1.05,
+                                         .scan = 20,
+                                         .segment = 0.2,
+                                         .multiple = kCheckpointTokens};
+
 template <class T, int P>
 void launch_backward(const Launch& launch, const BackwardJob& job) {
   typedef Shape<T, P> Shape;
   const Sequences& sequences = job.sequences;
   const bool packed = sequences.cu_seqlens.data;
-  const int64_t heads = sequences.count * job.H;
+  const int bytes = int(sizeof(Backward<T, P>));
+  static_assert(sizeof(Backward<T, P>) <= 99 * 1024);  // on every architecture from 8.0 on
   const int64_t head_warps = (job.N + Shape::kWarpKeys - 1) / Shape::kWarpKeys;
+  const auto kernel_of = [&](int64_t warps) {
+    return Kernel{"backward_recurrent", backward_recurrent_kernel<T, P>, int(warps * 32), bytes};
+  };
+  const Segments segments =
+      segments_of(launch, sequences, job.H * head_warps,
+                  kernel_of(Shape::kMaxWarps).blocks_each(launch) * Shape::kMaxWarps,
+                  job.checkpoints.data ? kCostsFromKept : kCosts);
+  Borders borders;
+  if (segments.cuts(sequences)) {
+    const Walk forwards = {Family::recurrent, sequences, job.H, job.N, job.k, job.v, job.w,
+                           job.initial,       false};
+    const Walk backwards = {Family::recurrent, sequences, job.H,          job.N, job.r,
+                            job.grad_y,        job.w,     job.grad_final, true};
+    borders.ends = by_place(segment_starts<T>(launch, backwards, segments), job.N);
+    if (!job.checkpoints.data)
+      borders.starts = by_place(segment_starts<T>(launch, forwards, segments), job.N);
+  }
+  const int64_t heads = segments.count * job.H;
   int64_t warps = head_warps < Shape::kMaxWarps ? head_warps : Shape::kMaxWarps;
   while (warps > 1 && heads * ((head_warps + warps - 1) / warps) < launch.multiprocessors)
     warps = (warps + 1) / 2;
   const int64_t parts = (head_warps + warps - 1) / warps;
 
-  // Every sequence has room for one more state than it has chunks.
+  // Every segment has room for one more state than it has chunks.
   const int64_t tokens = packed ? sequences.tokens : sequences.count * sequences.tokens;
-  const int64_t chunks =
-      packed ? sequences.tokens / Shape::kChunk + 2 * sequences.count
-             : ((sequences.tokens + Shape::kChunk - 1) / Shape::kChunk + 1) * sequences.count;
+  const int64_t longest = std::min(segments.length, sequences.tokens);
+  const int64_t chunks = packed
+                             ? sequences.tokens / Shape::kChunk + 2 * segments.count
+                             : ((longest + Shape::kChunk - 1) / Shape::kChunk + 1) * segments.count;
   T* grad_u = launch.workspace<T>(heads * job.N);
   T* grad_v = parts > 1 ? launch.workspace<T>(parts * tokens * job.H * job.N) : nullptr;
   Tokens grad_v_parts = job.grad_v;
@@ -256,22 +314,21 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
       parts};
 
   const VectorAccess vector = {
-      has_vector_rows<T>(job.grad_y),     has_vector_rows<T>(job.r),
-      has_vector_rows<T>(job.k),          has_vector_rows<T>(job.v),
-      has_vector_rows<T>(job.w),          has_vector_rows<T>(job.initial),
-      has_vector_rows<T>(job.grad_final), has_vector_rows<T>(job.grad_r),
-      has_vector_rows<T>(job.grad_k),     has_vector_rows<T>(grad_v_parts),
-      has_vector_rows<T>(job.grad_w),     has_vector_rows<T>(job.grad_initial)};
-  const int bytes = int(sizeof(Backward<T, P>));
-  static_assert(sizeof(Backward<T, P>) <= 99 * 1024);  // on every architecture from 8.0 on
-  if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(backward_recurrent_kernel<T, P>,
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          "backward_recurrent");
-  backward_recurrent_kernel<T, P>
-      <<<blocks_for(heads * parts), unsigned(warps * 32), bytes, launch.stream>>>(job, vector,
-                                                                                  workspace);
-  check_launched("backward_recurrent");
+      has_vector_rows<T>(job.grad_y),
+      has_vector_rows<T>(job.r),
+      has_vector_rows<T>(job.k),
+      has_vector_rows<T>(job.v),
+      has_vector_rows<T>(job.w),
+      has_vector_rows<T>(job.initial),
+      has_vector_rows<T>(borders.starts) && has_vector_rows<T>(job.checkpoints),
+      has_vector_rows<T>(job.grad_final),
+      has_vector_rows<T>(borders.ends),
+      has_vector_rows<T>(job.grad_r),
+      has_vector_rows<T>(job.grad_k),
+      has_vector_rows<T>(grad_v_parts),
+      has_vector_rows<T>(job.grad_w),
+      has_vector_rows<T>(job.grad_initial)};
+  kernel_of(warps).run(launch, heads * parts, job, segments, borders, vector, workspace);
   const int64_t size = tokens * job.H * job.N;
   if (parts > 1 && size > 0) {
     constexpr int kThreads = 256;
@@ -279,7 +336,8 @@ void launch_backward(const Launch& launch, const BackwardJob& job) {
         grad_v, parts, tokens, sequences.tokens, job.H, job.N, job.grad_v);
     check_launched("sum_parts");
   }
-  sum_heads(launch, grad_u, sequences.count, 1, job.H, job.N, job.grad_u);
+  const int64_t rows = packed ? 1 : sequences.count;
+  sum_heads(launch, grad_u, rows, segments.count / rows, job.H, job.N, job.grad_u);
 }
 
 template <class T>

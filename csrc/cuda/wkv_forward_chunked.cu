@@ -127,17 +127,18 @@ constexpr SegmentCosts kStateCosts = {.sharing = kCosts.sharing,
 
 template <class E, int N>
 void run(const Launch& launch, const ForwardJob& job) {
-  const ChunkedKernel kernel = {"forward_chunked", forward_chunked_kernel<E, N>, 2 * N,
-                                Shared<N>::bytes(job.w.dtype == DType::f32)};
+  const Kernel kernel = {"forward_chunked", forward_chunked_kernel<E, N>, 2 * N,
+                         Shared<N>::bytes(job.w.dtype == DType::f32)};
   const Segments segments = segments_of(launch, job.sequences, job.H, kernel.blocks_each(launch),
                                         job.y.data ? kCosts : kStateCosts);
-  const Walk walk = {job.sequences, job.H, job.N, job.k, job.v, job.w, job.initial, false};
+  const Walk walk = {Family::chunked, job.sequences, job.H,       job.N, job.k,
+                     job.v,           job.w,         job.initial, false};
   if (!job.y.data) {
-    segment_starts(launch, walk, segments, job.final);
+    segment_starts<float>(launch, walk, segments, job.final);
     return;
   }
   const float* starts = nullptr;
-  if (segments.cuts(job.sequences)) starts = segment_starts(launch, walk, segments);
+  if (segments.cuts(job.sequences)) starts = segment_starts<float>(launch, walk, segments);
   kernel.run(launch, segments.count * job.H, job, segments, starts);
 }
 

@@ -8,14 +8,13 @@
 // of columns and every kKeyLanes-th pack of keys, and the key lanes of a column add up y with a few
 // shuffles. The warps of a block share the tokens, which come through shared memory a tile at a
 // time, one tile ahead and unpacked by the thread that fetched them: one barrier a tile. Head sizes
-// are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256. Where only the final state is wanted
-// (y is absent), y is computed all the same, of whatever r is, and not written.
+// are padded by zeros: to 32, 64, 128 or 256, f64 to 64 or 256. Sequences that are too few to fill
+// the GPU are cut into segments (segments.h).
 #include <type_traits>
 
 #include "cuda/decay.cuh"
-#include "cuda/launch.h"
 #include "cuda/load.cuh"
-#include "cuda/span.cuh"
+#include "cuda/place.cuh"
 #include "cuda/warp.cuh"
 
 namespace rwkv6::cuda {
@@ -33,7 +32,7 @@ struct Shape {
   static constexpr int kTile = 4096 / (P * sizeof(T)) < 8 ? 4096 / (P * sizeof(T)) : 8;  // tokens
   static constexpr int kMaxWarps = P / kWarpColumns < 4 ? P / kWarpColumns : 4;  // of a block
   // Of a multiprocessor: registers for 12 warps, or 16 of the smallest.
-  static constexpr int kBlocks = (P == 32 ? 16 : 12) / kMaxWarps;
+  static constexpr int kWarps = P == 32 ? 16 : 12;
 };
 
 // The rows of a tile: as fetched, then unpacked in place.
@@ -49,36 +48,40 @@ struct Tile {
 
 // Which packs of N elements can be read and written at once.
 struct VectorAccess {
-  bool r, k, v, w, initial, final;  // final: checkpoints as well
+  bool r, k, v, w, initial, starts, final;  // final: checkpoints as well
 };
 
 template <class T, int P>
-__global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlocks)
-    forward_recurrent_kernel(ForwardJob job, int64_t parts, VectorAccess vector) {
+__global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32,
+                                  Shape<T, P>::kWarps / Shape<T, P>::kMaxWarps)
+    forward_recurrent_kernel(ForwardJob job, Segments segments,
+                             States starts,  // by_place, or absent
+                             int64_t parts, VectorAccess vector) {
   typedef Shape<T, P> Shape;
   constexpr int kPack = Shape::kPack;
   constexpr int kTile = Shape::kTile;
   __shared__ Tile<T, P> tiles[2];
 
-  __shared__ Span span;
+  __shared__ Place at;
   const int64_t part = blockIdx.x % parts;
-  const int64_t head = blockIdx.x / parts;
-  const int64_t h = head % job.H;
-  if (threadIdx.x == 0) span = span_of(job.sequences, head / job.H);
+  if (threadIdx.x == 0) at = Place(job.sequences, segments, job.H, blockIdx.x / parts);
   __syncthreads();
+  if (at.is_left_over()) return;
+  const Span& span = at.span;
+  const int64_t h = at.h, begin = span.begin + at.first, length = at.last - at.first;
   const int N = int(job.N);
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = (int(part) * warps + warp) * Shape::kWarpColumns;  // column of the warp
-  T* final = reinterpret_cast<T*>(span.final < 0 ? nullptr : job.final.matrix(span.final, h));
+  const bool has_final = at.is_end() && span.final >= 0;
 
   if (!span.valid || span.padding) {
     const T fill = span.padding ? T(0) : T(NAN);
     const int j = first + lane;
     if (lane >= Shape::kWarpColumns || j >= N) return;
-    for (int64_t t = 0; job.y.data && t < span.length; t++)
-      store_element(job.y.row(span.b, span.begin + t, h), job.y.dtype, j, fill);
-    if (final)
-      for (int64_t i = 0; i < N; i++) final[i * job.final.stride_row + j] = fill;
+    for (int64_t t = 0; t < length; t++)
+      store_element(job.y.row(span.b, begin + t, h), job.y.dtype, j, fill);
+    T* final = reinterpret_cast<T*>(job.final.matrix(span.final, h));
+    for (int64_t i = 0; has_final && i < N; i++) final[i * job.final.stride_row + j] = fill;
     return;
   }
 
@@ -90,8 +93,8 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   const int row_pack = lane % Shape::kRowLanes;
   const auto fetch = [&](int64_t tile) {
     Tile<T, P>& to = tiles[tile % 2];
-    for (int t = row_token; t < kTile && tile * kTile + t < span.length; t += row_tokens) {
-      const int64_t token = span.begin + tile * kTile + t;
+    for (int t = row_token; t < kTile && tile * kTile + t < length; t += row_tokens) {
+      const int64_t token = begin + tile * kTile + t;
       const char* r = job.r.row(span.b, token, h);
       const char* k = job.k.row(span.b, token, h);
       const char* w = job.w.row(span.b, token, h);
@@ -113,20 +116,23 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
   const int column = first + column_lane * kPack;
   T state[Shape::kKeyPacks][kPack][kPack];  // [pack of keys][key][column]
   {
-    const char* initial =
-        job.initial.data && span.initial >= 0
-            ? job.initial.matrix(span.initial, h) + column * size_of(job.initial.dtype)
-            : nullptr;
+    const bool started = starts.data && at.cut;
+    const States from = started ? starts : job.initial;
+    const int64_t from_row = started ? at.index : span.initial;
+    const bool all = started ? vector.starts : vector.initial;
+    const char* initial = from.data && from_row >= 0
+                              ? from.matrix(from_row, h) + column * size_of(from.dtype)
+                              : nullptr;
 #pragma unroll
     for (int p = 0; p < Shape::kKeyPacks; p++)
 #pragma unroll
       for (int e = 0; e < kPack; e++) {
         const int64_t i = (p * Shape::kKeyLanes + key_lane) * kPack + e;
         const bool there = initial && i < N;
-        const Pack<T> row =
-            there ? load_pack<T>(initial + i * job.initial.stride_row * size_of(job.initial.dtype),
-                                 job.initial.dtype, N - column, vector.initial)
-                  : zeros<T>();
+        const Pack<T> row = there
+                                ? load_pack<T>(initial + i * from.stride_row * size_of(from.dtype),
+                                               from.dtype, N - column, all)
+                                : zeros<T>();
 #pragma unroll
         for (int c = 0; c < kPack; c++) state[p][e][c] = row.x[c];
       }
@@ -157,12 +163,12 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
       }
   };
 
-  char* y_row = job.y.row(span.b, span.begin, h);
-  const int64_t tile_count = (span.length + kTile - 1) / kTile;
+  char* y_row = job.y.row(span.b, begin, h);
+  const int64_t tile_count = (length + kTile - 1) / kTile;
   for (int64_t tile = 0; tile < tile_count; tile++) {
     Tile<T, P>& rows = tiles[tile % 2];
     static_assert(kCheckpointTokens % kTile == 0);
-    const int64_t token = tile * kTile, left = span.length - token;
+    const int64_t token = at.first + tile * kTile, left = at.last - token;
     if (job.checkpoints.data && token && token % kCheckpointTokens == 0)
       store_state(job.checkpoints, job.sequences.checkpoint(span.b, span.begin, token));
     const int tokens = left < kTile ? int(left) : kTile;
@@ -246,7 +252,7 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
 #pragma unroll
       for (int q = 0; q < C; q++, y_row += job.y.distance(1, 0)) {
         const int j = column + sum_lanes<kPack, Shape::kColumnLanes, 16>(y[q], lane);
-        if (job.y.data && key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
+        if (key_lane % (Shape::kKeyLanes / kPack) == 0 && j < N) {
           const T v = rows.v[t + q][j / kPack].x[j % kPack];
           store_element(y_row, job.y.dtype, j, y[q][0] + rows.bonus[t + q] * v);
         }
@@ -258,14 +264,27 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32, Shape<T, P>::kBlo
     if (t < tokens) walk(t, std::integral_constant<int, 1>());
   }
 
-  if (final) store_state(job.final, span.final);
+  if (has_final) store_state(job.final, span.final);
 }
 
+// What a token costs without segments is measured; the rest is predicted from counted instructions
+// and from what the chunked kernels' launches cost.
+constexpr SegmentCosts kCosts = {
+    .sharing = 0.4, .start = 6, .walk = 1.3, .scan = 80, .segment = 0.7, .multiple = 64};
+// The same where only the final state is wanted. A token takes a sixth there.
+constexpr SegmentCosts kStateCosts = {
+    .sharing = 1.6, .start = 20, .walk = 1, .scan = 150, .segment = 4, .multiple = 64};
+
 template <class T, int P>
-void launch_forward(const Launch& launch, const ForwardJob& job) {
+void launch_forward(const Launch& launch, const ForwardJob& job, const Walk& walk) {
   typedef Shape<T, P> Shape;
-  const int64_t heads = job.sequences.count * job.H;
   const int64_t head_warps = (job.N + Shape::kWarpColumns - 1) / Shape::kWarpColumns;
+  const Segments segments =
+      segments_of(launch, job.sequences, job.H * head_warps, Shape::kWarps, kCosts);
+  States starts;
+  if (segments.cuts(job.sequences))
+    starts = by_place(segment_starts<T>(launch, walk, segments), job.N);
+  const int64_t heads = segments.count * job.H;
   int64_t warps = head_warps < Shape::kMaxWarps ? head_warps : Shape::kMaxWarps;
   while (warps > 1 && heads * ((head_warps + warps - 1) / warps) < launch.multiprocessors)
     warps = (warps + 1) / 2;
@@ -276,20 +295,31 @@ void launch_forward(const Launch& launch, const ForwardJob& job) {
       has_vector_rows<T>(job.v),
       has_vector_rows<T>(job.w),
       has_vector_rows<T>(job.initial),
+      has_vector_rows<T>(starts),
       has_vector_rows<T>(job.final) && has_vector_rows<T>(job.checkpoints)};
   forward_recurrent_kernel<T, P>
-      <<<blocks_for(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, parts, vector);
+      <<<blocks_for(heads * parts), unsigned(warps * 32), 0, launch.stream>>>(job, segments, starts,
+                                                                              parts, vector);
   check_launched("forward_recurrent");
 }
 
 template <class T>
 void forward(const Launch& launch, const ForwardJob& job) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (job.N <= 32) return launch_forward<T, 32>(launch, job);
-    if (64 < job.N && job.N <= 128) return launch_forward<T, 128>(launch, job);
+  const Walk walk = {Family::recurrent, job.sequences, job.H, job.N, job.k, job.v, job.w,
+                     job.initial,       false};
+  if (!job.y.data) {
+    const int64_t squares = job.H * state_sum_squares<T>(job.N);
+    segment_starts<T>(launch, walk,
+                      segments_of(launch, job.sequences, squares, kStateSumBlocks, kStateCosts),
+                      job.final);
+    return;
   }
-  if (job.N <= 64) return launch_forward<T, 64>(launch, job);
-  launch_forward<T, 256>(launch, job);
+  if constexpr (std::is_same_v<T, float>) {
+    if (job.N <= 32) return launch_forward<T, 32>(launch, job, walk);
+    if (64 < job.N && job.N <= 128) return launch_forward<T, 128>(launch, job, walk);
+  }
+  if (job.N <= 64) return launch_forward<T, 64>(launch, job, walk);
+  launch_forward<T, 256>(launch, job, walk);
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ TESTS = gpu.ROOT / "tests/test_cuda_kernels.py"
 LIMIT = 600  # seconds that tests may take
 
 MORE_THAN_64 = (
-    "    if (64 < job.N && job.N <= 128) return launch_{0}<T, 128>(launch, job);\n",
-    "  launch_{0}<T, 256>(launch, job);\n",
+    "    if (64 < job.N && job.N <= 128) return launch_{0}<T, 128>(launch, {1});\n",
+    "  launch_{0}<T, 256>(launch, {1});\n",
 )
 DOUBLE = "{0}<double>(launch, job);"
 # What the mutants do without, so that they compile in seconds: file, text, instead.
@@ -41,8 +41,8 @@ LEFT_OUT = [
     ),
     ("chunked.cuh", "dtype == DType::bf16 ? sized(Bf16()) : sized(F16());", "sized(Bf16());"),
     *(
-        (f"wkv_{name}_recurrent.cu", text.format(name), instead)
-        for name in ("forward", "backward")
+        (f"wkv_{name}_recurrent.cu", text.format(name, arguments), instead)
+        for name, arguments in (("forward", "job, walk"), ("backward", "job"))
         for text, instead in (*((text, "") for text in MORE_THAN_64), (DOUBLE, ";"))
     ),
 ]  # fmt: skip
@@ -64,6 +64,8 @@ CHUNKED_65 = "test_accuracy and sm_80 and chunked-bfloat16-32-65"
 RECURRENT_17 = "test_accuracy and sm_80 and recurrent-float32-20-17"
 RECURRENT_64 = "test_accuracy and sm_80 and recurrent-float32-64-17"  # several blocks a head
 OPTIONS = "test_options and sm_80 and "
+SEGMENTS = "test_segments and sm_80 and chunked"
+RECURRENT_SEGMENTS = "test_segments and sm_80 and recurrent-float32-20"
 KEPT_STATES = "test_kept_states and chunked-bfloat16-32"
 
 MUTATIONS = [
@@ -103,7 +105,14 @@ MUTATIONS = [
         "segments.cu",
         "    __syncthreads();\n    update_state",
         "    update_state",
-        "test_segments and sm_80 and plain",
+        SEGMENTS + " and plain",
+    ),
+    Mutation(
+        "state sum: no barrier before the products",
+        "state_sum.cu",
+        "    __syncthreads();\n    // A few tokens",
+        "    // A few tokens",
+        RECURRENT_SEGMENTS + " and plain",
     ),
     Mutation(
         "forward, recurrent: no barrier behind the tile's arrival",
@@ -182,14 +191,35 @@ MUTATIONS = [
     Mutation(
         "segments: each starts where it should end",
         "segments.cu",
-        "    end = s;\n    s = decays[at * N + key] * s + added;\n",
-        "    s = decays[at * N + key] * s + added;\n    end = s;\n",
-        "test_segments and sm_80 and plain",
+        "    end = s;\n    s = kept_of(change) * s + (change * s + added);\n",
+        "    s = kept_of(change) * s + (change * s + added);\n    end = s;\n",
+        SEGMENTS + " and plain",
     ),
     Mutation(
         "packed segments: each is the sequence's before",
-        "chunk.cuh", "middle) <= segment ? low", "middle) < segment ? low",
-        "test_segments and sm_80 and packed",
+        "place.cuh", "middle) <= segment ? low", "middle) < segment ? low",
+        SEGMENTS + " and packed",
+    ),
+    Mutation(
+        "state sum: a tile's decays left out of the segment's",
+        "state_sum.cu",
+        "change = change_of_product(change, product);",
+        "change = product;",
+        RECURRENT_SEGMENTS + " and plain",
+    ),
+    Mutation(
+        "backward, recurrent: each segment ends as its sequence does",
+        RECURRENT_BACKWARD,
+        "  if (place.is_end())\n    load_matrix",
+        "  if (true)\n    load_matrix",
+        RECURRENT_SEGMENTS + " and plain",
+    ),
+    Mutation(
+        "backward, recurrent: packed segments share their states",
+        "recurrent_backward_rows.cuh",
+        "/ C + 2 * segment",
+        "/ C + segment",
+        RECURRENT_SEGMENTS + " and packed",
     ),
     Mutation(
         "chain of sequences: only the first 32 are searched",
