@@ -368,13 +368,13 @@ def test_the_order_of_threads_does_not_matter(gpu, force, family, dtype, N, name
     [("chunked", BF16, 32), ("recurrent", F32, 20), ("recurrent", F32, 64), ("recurrent", F64, 17)],
     ids=kernel_id,
 )
-def test_segments(gpu, force, monkeypatch, family, dtype, N, name):
+def test_segments(sm_80, force, monkeypatch, family, dtype, N, name):
     """A long sequence of few heads is cut for more blocks; here forced on a short one."""
     force(family)
     monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")  # a backward's are 128
     call = sample_inputs(dtype, N=N, T=210)[name]
-    check_forward(gpu, call)
-    check_backward(gpu, call)
+    check_forward(sm_80, call)
+    check_backward(sm_80, call)
 
 
 @pytest.mark.parametrize(

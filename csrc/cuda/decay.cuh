@@ -37,19 +37,22 @@ __device__ inline double decay_of_rate(double rate) { return exp(-rate); }
 //
 // The sign bit of change, set also where it is -0, tells which of both it is.
 __device__ inline float change_of_rate(float rate) {
-  if (rate >= kLn2) return decay_of_rate(rate);
-  if (!(rate < 0.25f)) return decay_of_rate(rate) - 1;
+  const float decay = decay_of_rate(rate);
   float series = fmaf(rate, -1 / 720.f, 1 / 120.f);
   series = fmaf(-rate, series, 1 / 24.f);
   series = fmaf(-rate, series, 1 / 6.f);
   series = fmaf(-rate, series, 1 / 2.f);
-  return -rate * fmaf(-rate, series, 1.f);
+  const float change = rate < 0.25f ? -rate * fmaf(-rate, series, 1.f) : decay - 1;
+  return rate >= kLn2 ? decay : change;  // without branches, which lanes would take in turn
 }
 __device__ inline double change_of_rate(double rate) {
   return rate >= kLn2 ? decay_of_rate(rate) : expm1(-rate);
 }
 
-__device__ inline float kept_of(float change) { return __float_as_int(change) < 0 ? 1 : 0; }
+__device__ inline float kept_of(float change) {
+  constexpr int kOne = 0x3f800000;  // the bits of 1.f
+  return __int_as_float(__float_as_int(change) >> 31 & kOne);
+}
 __device__ inline double kept_of(double change) { return __double2hiint(change) < 0 ? 1 : 0; }
 
 // The same of the product of two decays, from theirs. `a` is a running product: where b is always the

@@ -22,7 +22,7 @@ static_assert(sizeof(Shared<32>) % 16 == 0 && sizeof(Shared<64>) % 16 == 0 &&
 // What the walk leaves behind: the segment's end from zeros and its decay, or checkpoints.
 struct Results {
   float* ends;         // [segment][H][N][N] of the sequences with several, or nullptr
-  float* decays;       // [segment][H][N], with ends: the scan keeps nothing of a state beside them
+  float* decays;       // [segment][H][N], with ends: to decay.cuh changes that keep nothing
   bool uncut;          // ends and decays of the other sequences as well
   States checkpoints;  // or absent
 };
@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(kScanThreads, 6)
                 T* ends,               // [segment][H][N][N]
                 const T* changes,      // [segment][H][N], by decays: see decay.cuh
                 const States final) {  // [sequence][H][N][N] of T, or absent
-  const int64_t N = walk.N, parts = (N * N + blockDim.x - 1) / blockDim.x;
+  const int N = int(walk.N), parts = (N * N + kScanThreads - 1) / kScanThreads;
+  const int element = int(blockIdx.x) % parts * kScanThreads + int(threadIdx.x);
+  const int key = element / N, value = element % N;
   const int64_t unit = blockIdx.x / parts, m = unit / walk.H, h = unit % walk.H;
-  const int64_t element = blockIdx.x % parts * blockDim.x + threadIdx.x;
-  const int64_t key = element / N, value = element % N;
   const Span span = span_of(walk.sequences, m);
   if (element >= N * N) return;
   if (!final.data && (!span.valid || span.length <= segments.length)) return;

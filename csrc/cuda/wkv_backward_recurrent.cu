@@ -247,18 +247,18 @@ __global__ void sum_parts_kernel(const T* parts, int64_t count, int64_t tokens,
                 sum);
 }
 
-// Predicted as those of the forward are.
-constexpr SegmentCosts kCosts = {.sharing = 0.5,
+// Predicted as those of the forward are, not measured.
+constexpr SegmentCosts kCosts = {.sharing = 0.2,
                                  .start = 4,
-                                 .walk = 1.1,
-                                 .scan = 40,
+                                 .walk = 1.5,
+                                 .scan = 30,
                                  .segment = 0.4,
                                  .multiple = kCheckpointTokens};
 // With checkpoints nothing walks forwards.
-constexpr SegmentCosts kCostsFromKept = {.sharing = 0.5,
-                                         .start = 4,
-                                         .walk = 1.05,
-                                         .scan = 20,
+constexpr SegmentCosts kCostsFromKept = {.sharing = kCosts.sharing,
+                                         .start = kCosts.start,
+                                         .walk = 1.25,
+                                         .scan = 15,
                                          .segment = 0.2,
                                          .multiple = kCheckpointTokens};
 

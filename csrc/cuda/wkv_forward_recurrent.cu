@@ -267,13 +267,13 @@ __global__ void __launch_bounds__(Shape<T, P>::kMaxWarps * 32,
   if (has_final) store_state(job.final, span.final);
 }
 
-// What a token costs without segments is measured; the rest is predicted from counted instructions
-// and from what the chunked kernels' launches cost.
+// Predicted from counted instructions, as docs/cuda.md describes, and from what launches cost the
+// chunked kernels: no times with segments were measured.
 constexpr SegmentCosts kCosts = {
-    .sharing = 0.4, .start = 6, .walk = 1.3, .scan = 80, .segment = 0.7, .multiple = 64};
-// The same where only the final state is wanted. A token takes a sixth there.
+    .sharing = 0.2, .start = 6, .walk = 1.6, .scan = 60, .segment = 0.6, .multiple = 64};
+// The same where only the final state is wanted: there is always a scan. A token takes half as long.
 constexpr SegmentCosts kStateCosts = {
-    .sharing = 1.6, .start = 20, .walk = 1, .scan = 150, .segment = 4, .multiple = 64};
+    .sharing = 0.4, .start = 10, .walk = 1, .scan = 0, .segment = 1.5, .multiple = 64};
 
 template <class T, int P>
 void launch_forward(const Launch& launch, const ForwardJob& job, const Walk& walk) {

@@ -36,7 +36,7 @@ COUNTS = {
 
 
 def launches(call: Call, kind: str) -> dict[str, dict[str, float]]:
-    """The counts of each kernel of a forward, backward or decoding call."""
+    """The counts of each kernel of a call: forward, backward, decode or final state."""
     device = gpu()
     device.runtime.reset()
     with device.runtime.settings(check=0, footprint=1):
@@ -44,6 +44,8 @@ def launches(call: Call, kind: str) -> dict[str, dict[str, float]]:
             device.forward(call)
         elif kind == "decode":
             device.update(call)
+        elif kind == "final state":
+            device.final_state(call)
         else:
             device.backward(call, *call.grad_outputs())
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -68,7 +70,10 @@ def main() -> None:
     print(f"| dtype, N | kernel | {' | '.join(COUNTS)} |")
     print(f"|---|---|{'---:|' * len(COUNTS)}")
     for dtype, N in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)):
-        for kind in ("forward", "backward"):
+        kinds = ["forward", "backward"]
+        if dtype == torch.float32:
+            kinds.insert(1, "final state")  # state_sum, which segments take as well
+        for kind in kinds:
             sums: dict[str, float] = defaultdict(float)
             for kernel, counts in per_token(kind, dtype, N).items():
                 if counts["warp instr."] < 1:

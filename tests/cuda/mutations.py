@@ -64,8 +64,8 @@ CHUNKED_65 = "test_accuracy and sm_80 and chunked-bfloat16-32-65"
 RECURRENT_17 = "test_accuracy and sm_80 and recurrent-float32-20-17"
 RECURRENT_64 = "test_accuracy and sm_80 and recurrent-float32-64-17"  # several blocks a head
 OPTIONS = "test_options and sm_80 and "
-SEGMENTS = "test_segments and sm_80 and chunked"
-RECURRENT_SEGMENTS = "test_segments and sm_80 and recurrent-float32-20"
+SEGMENTS = "test_segments and chunked-bfloat16-32"
+RECURRENT_SEGMENTS = "test_segments and recurrent-float32-20"
 KEPT_STATES = "test_kept_states and chunked-bfloat16-32"
 
 MUTATIONS = [
