@@ -10,8 +10,11 @@ template <int N>
 struct Shared {
   static constexpr int K = 2;
   Rows<N> levels[kLevels], r, k;  // r decayed from the chunk's beginning, k to its end
-  float products[kQuads][N], total[N];
-  Pairs pairs;
+  union {
+    float products[kQuads][N];  // until every thread has loaded them
+    Pairs pairs;                // from then on
+  };
+  float total[N];
   Bonus<N, K> bonus;
   // and behind it two buffers of r, k, v and w
   using Staged = Buffers<N, 3>;
