@@ -203,8 +203,8 @@ MUTATIONS = [
     Mutation(
         "state sum: a tile's decays left out of the segment's",
         "state_sum.cu",
-        "change = change_of_product(change, product);",
-        "change = product;",
+        "all_change = change_of_product(all_change, change);",
+        "all_change = change;",
         RECURRENT_SEGMENTS + " and plain",
     ),
     Mutation(
@@ -215,10 +215,10 @@ MUTATIONS = [
         RECURRENT_SEGMENTS + " and plain",
     ),
     Mutation(
-        "backward, recurrent: packed segments share their states",
-        "recurrent_backward_rows.cuh",
-        "/ C + 2 * segment",
-        "/ C + segment",
+        "backward, recurrent: each segment starts as its sequence does",
+        RECURRENT_BACKWARD,
+        "  if (place.segment == 0)\n    load_matrix",
+        "  if (true)\n    load_matrix",
         RECURRENT_SEGMENTS + " and packed",
     ),
     Mutation(
