@@ -372,7 +372,7 @@ def test_segments(sm_80, force, monkeypatch, family, dtype, N, name):
     """A long sequence of few heads is cut for more blocks; here forced on a short one."""
     force(family)
     monkeypatch.setenv("RWKV6_CUDA_SEGMENT", "64")  # a backward's are 128
-    call = sample_inputs(dtype, N=N, T=210)[name]
+    call = sample_inputs(dtype, N=N, T=270)[name]
     check_forward(sm_80, call)
     check_backward(sm_80, call)
 
