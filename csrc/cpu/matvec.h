@@ -7,12 +7,9 @@
 //
 // Included by isa.inc inside the namespace of one instruction set.
 
-constexpr int kVectors = 2;  // rows of x that are multiplied at a time
-// Rows of the weight that are read side by side. The fewer, the better for the memory; a row of int8
-// is too short, and with several rows of x what was read would be used too little.
-constexpr int streams(DType weight, int64_t M) { return M == 1 && weight != DType::i8 ? 2 : 4; }
-// How many bytes ahead each of R streams is prefetched.
-constexpr int64_t ahead(DType weight, int R) { return R == 4 && weight != DType::i8 ? 2048 : 4096; }
+constexpr int64_t kPrefetch = 2048;  // how many bytes ahead each stream is prefetched
+constexpr int kStreams = 4;          // rows of the weight that are read side by side
+constexpr int kVectors = 2;          // rows of x that are multiplied at a time
 
 // Loads two vectors of a row of the weight in the accumulator's dtype. bf16 is converted most
 // cheaply into the even and the odd elements, so the elements of x are put into that order for it.
@@ -67,7 +64,7 @@ RWKV6_INLINE void matvec_tile(const MatvecJob& job, const T* x, int64_t padded, 
   }
   for (int64_t k = 0; k < whole; k += kStep) {
     if (k * size % 64 == 0)  // once for each cache line
-      RWKV6_UNROLLED (int r = 0; r < R; r++) __builtin_prefetch(w[r] + k * size + ahead(D, R));
+      RWKV6_UNROLLED (int r = 0; r < R; r++) __builtin_prefetch(w[r] + k * size + kPrefetch);
     matvec_step<T, D, M, R>(x + k, padded, w, k * size, sum);
   }
   if (whole < job.K) {  // the last elements of the rows, padded with zeros
@@ -107,17 +104,11 @@ void matvec_tiles(const MatvecJob& job, const T* x, int64_t padded, int64_t row,
 // The rows [first, last) of the weight times all rows of x.
 template <class T, DType D>
 void matvec_rows_of(const MatvecJob& job, const T* x, int64_t padded, int64_t first, int64_t last) {
-  const auto in_streams = [&](auto count) {
-    const int64_t length = (last - first) / count;
-    for (int64_t i = first; i < first + length; i++)
-      matvec_tiles<T, D, count>(job, x, padded, i, length);
-    for (int64_t i = first + count * length; i < last; i++)
-      matvec_tiles<T, D, 1>(job, x, padded, i, 0);
-  };
-  if (job.M == 1)
-    in_streams(std::integral_constant<int, streams(D, 1)>());
-  else
-    in_streams(std::integral_constant<int, streams(D, kVectors)>());
+  const int64_t length = (last - first) / kStreams;
+  for (int64_t i = first; i < first + length; i++)
+    matvec_tiles<T, D, kStreams>(job, x, padded, i, length);
+  for (int64_t i = first + kStreams * length; i < last; i++)
+    matvec_tiles<T, D, 1>(job, x, padded, i, 0);
 }
 
 // The blocks [begin, end) of rows of the weight times x, whose rows come from matvec_layout.
